@@ -1,0 +1,1 @@
+"""The embedded tiny model: its tasks, training, evaluation and demo."""

@@ -1,0 +1,22 @@
+"""The decoding policies that the tiny model is shown and evaluated under, with whole-canvas blocks."""
+
+from __future__ import annotations
+
+from remask import SamplingParams
+
+POLICIES: dict[str, dict[str, str]] = {
+    "one token a step": {"unmask": "schedule"},
+    "random order": {"unmask": "schedule:score=random"},
+    "8 tokens a step": {"unmask": "schedule:steps=5"},
+    "threshold 0.95": {"unmask": "threshold:0.95"},
+    "threshold 0.9": {"unmask": "threshold:0.9"},
+    "threshold 0.7": {"unmask": "threshold:0.7"},
+    "factor 1.0": {"unmask": "factor:1.0"},
+    "WINO 0.7/0.9": {"unmask": "capped_threshold:0.7", "remask": "wino:t2=0.9"},
+}
+
+
+def params(policy: str, num_cells: int) -> SamplingParams:
+    """Parameters for an answer of `num_cells` tokens and the end-of-text token behind it."""
+    canvas = num_cells + 4
+    return SamplingParams(max_tokens=canvas, block_length=canvas, seed=0, **POLICIES[policy])

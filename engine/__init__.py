@@ -1,0 +1,42 @@
+"""remask: a serving engine for masked diffusion language models.
+
+`LLM` is imported when it is first used: `import remask` touches neither torch, Ray nor a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError
+from remask.scheduler.params import SamplingParams
+from remask.scheduler.policies import CappedThreshold, Factor, Schedule, Threshold, Wino
+
+if TYPE_CHECKING:
+    from remask.llm import LLM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CappedThreshold",
+    "CompletionOutput",
+    "EngineDead",
+    "Factor",
+    "InvalidRequest",
+    "RemaskError",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "Schedule",
+    "Threshold",
+    "Wino",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from remask.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module 'remask' has no attribute {name!r}")

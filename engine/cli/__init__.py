@@ -1,0 +1,29 @@
+"""The `remask` command. Every subcommand is a module of its own and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from remask.cli.generate import generate
+from remask.scheduler.errors import RemaskError
+
+app = typer.Typer(
+    help="Serve masked diffusion language models.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+app.command()(generate)
+
+
+@app.callback()
+def _root() -> None:
+    """A callback keeps `generate` a subcommand while it is the only one."""
+
+
+def main() -> None:
+    """Entry point: a user's error is one line on stderr and exit status 2."""
+    try:
+        app()
+    except RemaskError as error:
+        print(f"remask: error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)

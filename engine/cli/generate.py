@@ -1,0 +1,113 @@
+"""`remask generate`: prompts in, a table of texts, forwards and seconds out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from remask.scheduler.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from remask.outputs import RequestOutput
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: read --file or stdin.")] = None,
+    model: Annotated[str, typer.Option(help="Checkpoint directory, or 'tiny'.")] = "tiny",
+    file: Annotated[Path | None, typer.Option(help="Prompts, one a line; '-' is stdin.")] = None,
+    chat: Annotated[bool, typer.Option(help="Put each prompt through the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Canvas size in tokens.")] = 128,
+    block_length: Annotated[int | None, typer.Option(help="Slots a block.  [default: 32]")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Published settings: llada, fast-dllm, wino; options win.")
+    ] = None,
+    unmask: Annotated[str | None, typer.Option(help="Unmask policy.  [default: threshold:0.9]")] = None,
+    remask: Annotated[str | None, typer.Option(help="Remask policy, such as wino:t2=0.9.")] = None,
+    rank: Annotated[str, typer.Option(help="Confidence at a temperature: proposal or top.")] = "proposal",
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Key of the random numbers.")] = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="Samples of each prompt.")] = 1,
+    ignore_eos: Annotated[bool, typer.Option(help="Fill the whole canvas.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a prompt instead of the table.")
+    ] = False,
+) -> None:
+    """Generate text for prompts from the command line, a file or stdin."""
+    fields: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "block_length": block_length,
+        "unmask": unmask,
+        "remask": remask,
+        "rank": rank,
+        "temperature": temperature,
+        "seed": seed,
+        "n": n,
+        "ignore_eos": ignore_eos,
+    }
+    if preset is not None:
+        fields = {"preset": preset, **{name: value for name, value in fields.items() if value is not None}}
+    texts = _read_prompts(prompts, file)
+
+    from remask.llm import LLM
+
+    with LLM(model, dtype=dtype, device=device) as llm:  # type: ignore[arg-type]
+        started = time.monotonic()
+        if chat:
+            outputs = llm.chat([[{"role": "user", "content": text}] for text in texts], fields)
+        else:
+            outputs = llm.generate(texts, fields)
+        seconds = time.monotonic() - started
+    if json:
+        for output in outputs:
+            sys.stdout.write(msgspec.json.encode(output).decode() + "\n")
+    else:
+        _print_table(outputs, seconds)
+
+
+def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    if prompts and file is not None:
+        raise InvalidRequest("--file", str(file), "and prompts on the command line exclude each other")
+    if prompts:
+        return prompts
+    try:
+        text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest("--file", str(file), f"cannot be read: {error}") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InvalidRequest(
+            "prompts", None, "give prompts as arguments, with --file or on stdin, one a line"
+        )
+    return lines
+
+
+def _print_table(outputs: list[RequestOutput], seconds: float) -> None:
+    table = Table("prompt", "text", "tokens", "NFE", "tokens/forward", "seconds", show_lines=True)
+    samples = [(output, sample) for output in outputs for sample in output.outputs]
+    for output, sample in samples:
+        table.add_row(
+            Text(output.prompt or str(output.prompt_token_ids)),
+            Text(sample.text if sample.text is not None else str(sample.token_ids)),
+            str(len(sample.token_ids)),
+            str(sample.nfe),
+            f"{sample.tokens_per_forward:.2f}",
+            f"{output.metrics.latency:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    num_tokens = sum(sample.tokens_per_forward * sample.nfe for _, sample in samples)
+    num_forwards = sum(sample.nfe for _, sample in samples)
+    console.print(
+        f"{len(samples)} samples in {seconds:.2f} s: {num_tokens:.0f} visible tokens "
+        f"({num_tokens / seconds:.0f} a second), {num_forwards} forwards"
+    )

@@ -1,0 +1,56 @@
+"""The loop: schedule a burst, run it, apply its result. Knows neither text nor tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from remask.scheduler.errors import EngineDead
+from remask.scheduler.request import Request
+from remask.scheduler.scheduler import Scheduler
+from remask.workers.executor import Executor
+
+
+class EngineCore:
+    """A scheduler and an executor. Requests may be added at any time between steps."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self._scheduler, self._executor = scheduler, executor
+        self._dead: str | None = None
+
+    def add(self, request: Request) -> None:
+        """Takes a validated request.
+
+        Raises:
+            EngineDead: the engine was closed or has failed.
+        """
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+        self._scheduler.add(request)
+
+    def discard(self, request_ids: Iterable[str]) -> None:
+        """Forgets requests that nobody waits for any more."""
+        self._scheduler.discard(request_ids)
+
+    def step(self) -> list[Request]:
+        """Runs one burst; returns the requests that it finished (none where nothing was ready)."""
+        batch = self._scheduler.next_batch()
+        if batch is None:
+            return []
+        self._executor.submit(batch)
+        try:
+            result = self._executor.next_result()
+        except BaseException as error:
+            self.close(f"a burst failed: {error!r}; make a new LLM")
+            raise
+        finished = self._scheduler.update(result)
+        now = time.monotonic()
+        for request in finished:
+            request.finish_time = now
+        return finished
+
+    def close(self, reason: str = "the engine was closed; make a new LLM") -> None:
+        """Frees the workers; idempotent."""
+        if self._dead is None:
+            self._dead = reason
+            self._executor.close()

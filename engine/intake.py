@@ -1,0 +1,192 @@
+"""From what a user passes to validated requests: what is wrong is refused before it reaches a queue."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from remask.scheduler.canvas import new_canvas
+from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
+from remask.scheduler.request import Request
+from remask.workers.models.config import ModelConfig
+
+Prompt = str | list[int] | dict[str, Any]
+Message = dict[str, Any]
+
+
+class Intake:
+    """Makes requests for one model.
+
+    Args:
+        config: the model's shape and special ids.
+        tokenizer: None: prompts must be token ids.
+        max_len: largest prompt and canvas together, in tokens.
+        seed: with a request's ordinal the seed of requests that give none.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_len: int, seed: int
+    ) -> None:
+        self._config, self._tokenizer, self._max_len, self._seed = config, tokenizer, max_len, seed
+        self._ordinals, self._canvas_ordinals = itertools.count(), itertools.count()
+        eot = config.eot_id
+        if eot is None and tokenizer is not None:
+            eot = tokenizer.get_vocab().get("<|eot_id|>")
+        self._stop_ids: list[int] = sorted({*config.eos_ids, *(() if eot is None else (eot,))})
+
+    def requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | dict[str, Any] | Sequence[SamplingParams | dict[str, Any]] | None,
+    ) -> list[Request]:
+        """Requests for one prompt or a list of them, all valid.
+
+        Raises:
+            InvalidRequest: naming the index of the first prompt at fault and its parameter.
+        """
+        every = _as_list(prompts)
+        params = _one_each(sampling_params, len(every))
+        checked = []
+        for index, (prompt, own) in enumerate(zip(every, params, strict=True)):
+            try:
+                text, ids = self._read_prompt(prompt)
+                resolved = resolve(own)
+                self._check_lengths(ids, resolved)
+            except InvalidRequest as error:
+                raise error.at(f"prompt {index}") from None
+            checked.append((text, ids, resolved))
+        return [self._request(*entry) for entry in checked]
+
+    def chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:
+        """Conversations (or one) through the tokenizer's chat template, ready for the assistant's turn.
+
+        Raises:
+            InvalidRequest: no tokenizer, no chat template, or a message without role and content.
+        """
+        if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidRequest("messages", None, "the model's tokenizer has no chat template; use generate")
+        if not isinstance(messages, list | tuple) or not messages:
+            raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
+        conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        prompts: list[Prompt] = []
+        for index, conversation in enumerate(conversations):
+            _check_conversation(index, conversation)
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+            ids = self._tokenizer.encode(str(text), add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": ids})
+        return prompts
+
+    def _read_prompt(self, prompt: object) -> tuple[str | None, list[int]]:
+        text: object = None
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or not prompt:
+                raise InvalidRequest("prompt", prompt, "give {'prompt': text} or {'prompt_token_ids': ids}")
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        elif isinstance(prompt, str):
+            text, ids = prompt, None
+        else:
+            ids = prompt
+        if ids is None:
+            if not isinstance(text, str):
+                raise InvalidRequest("prompt", text, "must be text or a list of token ids")
+            if self._tokenizer is None:
+                raise InvalidRequest("prompt", text, "the model has no tokenizer; give token ids")
+            ids = self._tokenizer.encode(text) if text else []
+        return text if isinstance(text, str) else None, self._check_ids(ids)
+
+    def _check_ids(self, ids: object) -> list[int]:
+        if not isinstance(ids, list | tuple) or any(
+            not isinstance(i, int) or isinstance(i, bool) for i in ids
+        ):
+            kind = (
+                "canvas prompts with holes are not supported yet; give"
+                if isinstance(ids, list)
+                else "must be"
+            )
+            raise InvalidRequest("prompt", ids, f"{kind} text or a list of token ids")
+        if not ids:
+            raise InvalidRequest("prompt", ids, "is empty; give at least one token")
+        outside = [i for i in ids if not 0 <= i < self._config.vocab_size]
+        if outside:
+            raise InvalidRequest(
+                "prompt_token_ids", outside[0], f"is outside the vocabulary 0..{self._config.vocab_size - 1}"
+            )
+        return list(ids)
+
+    def _check_lengths(self, ids: list[int], params: ResolvedParams) -> None:
+        room = self._max_len - len(ids)
+        if params.max_tokens > room:
+            fix = f"use max_tokens <= {room}" if room > 0 else "shorten the prompt"
+            raise InvalidRequest(
+                "max_tokens",
+                params.max_tokens,
+                f"prompt of {len(ids)} tokens and canvas exceed the model's length {self._max_len}; {fix}",
+            )
+
+    def _request(self, text: str | None, ids: list[int], params: ResolvedParams) -> Request:
+        ordinal = next(self._ordinals)
+        seed = params.seed if params.seed is not None else _derived_seed(self._seed, ordinal)
+        request_id = str(ordinal)
+        canvases = [
+            new_canvas(
+                request_id,
+                next(self._canvas_ordinals),
+                ids,
+                params,
+                seed=seed,
+                sample=sample,
+                mask_id=self._config.mask_id,
+                stop_ids=[] if params.ignore_eos else self._stop_ids,
+            )
+            for sample in range(params.n)
+        ]
+        return Request(request_id, text, ids, canvases, params.ignore_eos, arrival_time=time.monotonic())
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt (text, a dict, or a list of ids) or a list of prompts, as a list of prompts."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InvalidRequest("prompts", prompts, "give a prompt or a list of prompts")
+    if prompts and all(isinstance(entry, int) for entry in prompts):
+        return [prompts]
+    return list(prompts)
+
+
+def _one_each(params: Any, count: int) -> list[Any]:
+    if not isinstance(params, list | tuple):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidRequest(
+            "sampling_params", len(params), f"give one, or one for each of the {count} prompts"
+        )
+    return list(params)
+
+
+def _check_conversation(index: int, conversation: object) -> None:
+    if not isinstance(conversation, list | tuple) or not conversation:
+        raise InvalidRequest(f"messages[{index}]", conversation, "must be a list of at least one message")
+    for place, message in enumerate(conversation):
+        if (
+            not isinstance(message, Mapping)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            raise InvalidRequest(
+                f"messages[{index}][{place}]", message, "must have a text `role` and a text `content`"
+            )
+
+
+def _derived_seed(seed: int, ordinal: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{ordinal}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,238 @@
+"""`LLM`: a model behind a queue, for offline generation in the caller's process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from remask.core import EngineCore
+from remask.intake import Intake, Message, Prompt
+from remask.outputs import RequestOutput, request_output
+from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.params import SamplingParams
+from remask.scheduler.request import Request
+from remask.scheduler.scheduler import Scheduler
+from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.executor import InProcessExecutor
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.loading import load_checkpoint
+
+DEFAULT_MAX_NUM_ROWS = 4096  # until the knee is measured
+CPU_PACK_ROWS = 512  # a larger pack leaves a core's cache
+
+# Arguments that exist so that callers can rely on their names; other values than these are refused.
+_SUPPORTED: dict[str, tuple[object, ...]] = {
+    "trust_remote_code": (False,),
+    "load_format": ("auto",),
+    "quantization": (None,),
+    "tensor_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "distributed_executor_backend": ("uni", None),
+    "num_gpus_per_worker": (None,),
+    "num_cpus_per_worker": (1,),
+    "placement_group": (None,),
+    "batch_invariant": (False,),
+    "attention_backend": ("auto", "sdpa"),
+    "gpu_memory_utilization": (0.9,),
+}
+
+
+class LLM:
+    """A masked diffusion language model that generates for many requests at once.
+
+    Args:
+        model: a local Hugging Face checkpoint directory, or "tiny" for the embedded one. Nothing is looked up
+            online.
+        tokenizer: a directory with the tokenizer; None: the model's. Without one, prompts are token ids.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
+        max_model_len: largest prompt and canvas together in tokens; None: the model's.
+        seed: seeds requests that give none, with their ordinal.
+        max_num_rows: rows of a batch; a larger canvas runs alone. None: 4096.
+        max_num_seqs: canvases of a batch.
+        burst: denoising steps between two looks at the queue; None: 1 while others wait, 8 otherwise.
+
+    Other arguments are refused unless they hold their neutral value.
+
+    Raises:
+        InvalidRequest: an argument or a file of the checkpoint is at fault; it is named.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        seed: int = 0,
+        max_num_rows: int | None = None,
+        max_num_seqs: int = 1024,
+        burst: int | None = None,
+        **others: Any,
+    ) -> None:
+        for name, value in others.items():
+            if name not in _SUPPORTED:
+                raise TypeError(f"LLM got an unexpected argument {name!r}")
+            if value not in _SUPPORTED[name]:
+                raise InvalidRequest(name, value, f"is not supported yet; use {_SUPPORTED[name][0]!r}")
+        for name, value in (("max_num_rows", max_num_rows), ("max_num_seqs", max_num_seqs), ("burst", burst)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InvalidRequest(name, value, "must be a positive integer")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise InvalidRequest("seed", seed, "must be an integer")
+        self._core: EngineCore | None = None
+        with as_file(files("remask") / "tiny") as tiny:
+            directory = tiny if model == "tiny" else Path(model)
+            weights = load_checkpoint(directory, dtype=dtype, device=_pick_device(device))
+            self.tokenizer = load_tokenizer(
+                directory if tokenizer is None else Path(tokenizer), tokenizer is not None
+            )
+        config = weights.config
+        max_len = config.max_len if max_model_len is None else max_model_len
+        if not 2 <= max_len <= config.max_len:
+            raise InvalidRequest(
+                "max_model_len", max_model_len, f"must lie between 2 and the model's {config.max_len}"
+            )
+        pack_rows = CPU_PACK_ROWS if weights.embedding.device.type == "cpu" else 1 << 30
+        executor = InProcessExecutor(TransformerDenoiser(weights, SdpaAttention(), pack_rows=pack_rows))
+        scheduler = Scheduler(
+            max_num_rows=DEFAULT_MAX_NUM_ROWS if max_num_rows is None else max_num_rows,
+            max_num_seqs=max_num_seqs,
+            burst=burst,
+        )
+        self._intake = Intake(config, self.tokenizer, max_len=max_len, seed=seed)
+        self._core = EngineCore(scheduler, executor)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams
+        | dict[str, Any]
+        | Sequence[SamplingParams | dict[str, Any]]
+        | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Fills a canvas behind each prompt.
+
+        Args:
+            prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list of these.
+            sampling_params: one for all prompts, or a list with one for each.
+            use_tqdm: show progress on a terminal.
+            priority: not supported yet.
+
+        Returns:
+            One output for each prompt, in their order.
+
+        Raises:
+            InvalidRequest: naming the prompt's index and the parameter; nothing of the call has run.
+            EngineDead: the engine was closed or has failed.
+        """
+        if priority is not None and any(priority):
+            raise InvalidRequest("priority", priority, "is not supported yet; leave it out")
+        return self._run(self._intake.requests(prompts, sampling_params), show_progress=use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams
+        | dict[str, Any]
+        | Sequence[SamplingParams | dict[str, Any]]
+        | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The assistant's next turn of one conversation or of many; see `generate`."""
+        return self.generate(self._intake.chat_prompts(messages), sampling_params, use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        """Frees the model; idempotent. Afterwards `generate` raises EngineDead."""
+        if self._core is not None:
+            self._core.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, requests: list[Request], *, show_progress: bool) -> list[RequestOutput]:
+        assert self._core is not None, "set by the constructor"
+        waiting = {request.request_id for request in requests}
+        num_tokens = num_forwards = 0
+        decode = None if self.tokenizer is None else self._decode
+        outputs: dict[str, RequestOutput] = {}
+        with _progress_bar(show_progress) as bar:
+            task = bar.add_task("generating", total=len(requests), rate="")
+            try:
+                for request in requests:
+                    self._core.add(request)
+                while waiting:
+                    for request in self._core.step():
+                        waiting.discard(request.request_id)
+                        output = outputs[request.request_id] = request_output(request, decode)
+                        num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                        num_forwards += sum(sample.nfe for sample in output.outputs)
+                        bar.update(task, advance=1, rate=f"{num_tokens / num_forwards:.1f} tokens/forward")
+            finally:
+                self._core.discard(waiting)
+        return [outputs[request.request_id] for request in requests]
+
+    def _decode(self, ids: list[int]) -> str:
+        assert self.tokenizer is not None, "only called with a tokenizer"
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a directory (`tokenizer.json`), never looked up online; None where there is none.
+
+    Raises:
+        InvalidRequest: it cannot be read, or is missing and required.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        if required:
+            raise InvalidRequest("tokenizer", str(directory), "holds no tokenizer.json")
+        return None
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        raise InvalidRequest("tokenizer", str(directory), f"cannot be read: {error}") from None
+
+
+def _pick_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise InvalidRequest("device", device, "use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("device", device, "torch sees no GPU here; use cpu, or install torch with CUDA")
+    return device
+
+
+def _progress_bar(show: bool) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        SpinnerColumn(),
+        *Progress.get_default_columns()[:3],
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+        console=console,
+        transient=True,
+        disable=not (show and console.is_terminal),
+    )

@@ -1,0 +1,132 @@
+"""The state of one sequence: what a canvas is (`CanvasSpec`, fixed) and how far it has come (`CanvasState`).
+
+Both travel with every burst and are all a worker needs: a burst is a pure function of them. Arrays are
+little-endian bytes, so that the structs encode without hooks. A canvas is a sequence of tokens of which some
+positions, the slots, are to be denoised, block by block; everything else is context and never changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from remask.scheduler.params import ResolvedParams
+from remask.scheduler.policies import REMASK, UNMASK, MemoryField, RemaskPolicy, UnmaskPolicy
+
+if TYPE_CHECKING:
+    AnyUnmask: TypeAlias = UnmaskPolicy
+    AnyRemask: TypeAlias = RemaskPolicy
+else:  # the tagged unions that decoding needs, built from the registries
+    AnyUnmask = Union[tuple(UNMASK.values())]  # noqa: UP007
+    AnyRemask = Union[tuple(REMASK.values())]  # noqa: UP007
+
+TOKEN = np.dtype("<i4")
+REAL = np.dtype("<f4")
+
+
+class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is asked of one canvas; never changes."""
+
+    slots: bytes  # int32 [G]: positions of the sequence to denoise, in block order
+    block_length: int  # slots a block; the last block may be shorter
+    unmask: AnyUnmask
+    remask: AnyRemask | None
+    rank: Literal["proposal", "top"]
+    temperature: float
+    seed: int  # with `sample`, the key of every random number
+    sample: int
+    stop_ids: list[int]  # a finished block that holds one ends the canvas
+
+    @property
+    def canvas_len(self) -> int:
+        return len(self.slots) // TOKEN.itemsize
+
+    @property
+    def block_lens(self) -> list[int]:
+        whole, rest = divmod(self.canvas_len, self.block_length)
+        return [self.block_length] * whole + [rest] * (rest > 0)
+
+    @property
+    def memory_fields(self) -> tuple[MemoryField, ...]:
+        return self.unmask.memory + (self.remask.memory if self.remask is not None else ())
+
+    @property
+    def num_shadow_rows(self) -> int:
+        return self.block_length if self.remask is not None and self.remask.shadow_rows else 0
+
+
+class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far a canvas has come. A worker takes one and returns the next."""
+
+    tokens: bytes  # int32 [L]: the whole sequence; uncommitted slots hold the mask id
+    confidences: bytes  # float32 [G]: the confidence each slot's token was committed with; 0 before
+    commit_steps: bytes  # int32 [G]: the forward (from 1) that committed it; 0 before
+    memory: bytes  # float32: the policies' fields one after another (CanvasSpec.memory_fields)
+    block: int = 0  # index of the active block
+    num_forwards: int = 0  # NFE of the canvas
+    num_block_forwards: int = 0  # NFE of the active block
+    finished: bool = False
+
+    @property
+    def sequence_len(self) -> int:
+        return len(self.tokens) // TOKEN.itemsize
+
+    def token_array(self) -> NDArray[np.int32]:
+        return np.frombuffer(self.tokens, TOKEN)
+
+
+class Canvas:
+    """One sequence of a request as the scheduler holds it: the authoritative copy of its state."""
+
+    __slots__ = ("num_rows", "ordinal", "request_id", "spec", "state")
+
+    def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
+        self.request_id, self.ordinal, self.spec, self.state = request_id, ordinal, spec, state
+        self.num_rows = state.sequence_len + spec.num_shadow_rows  # rows of one forward
+
+    def canvas_tokens(self) -> NDArray[np.int32]:
+        """Ids [G] in the slots."""
+        return self.state.token_array()[np.frombuffer(self.spec.slots, TOKEN)]
+
+
+def new_canvas(
+    request_id: str,
+    ordinal: int,
+    prompt: list[int],
+    params: ResolvedParams,
+    *,
+    seed: int,
+    sample: int,
+    mask_id: int,
+    stop_ids: list[int],
+) -> Canvas:
+    """A canvas of `params.max_tokens` masks behind a prompt."""
+    canvas_len = params.max_tokens
+    spec = CanvasSpec(
+        slots=np.arange(len(prompt), len(prompt) + canvas_len, dtype=TOKEN).tobytes(),
+        block_length=params.block_length,
+        unmask=params.unmask,
+        remask=params.remask,
+        rank=params.rank,
+        temperature=params.temperature,
+        seed=seed,
+        sample=sample,
+        stop_ids=stop_ids,
+    )
+    state = CanvasState(
+        tokens=np.array(prompt + [mask_id] * canvas_len, dtype=TOKEN).tobytes(),
+        confidences=np.zeros(canvas_len, dtype=REAL).tobytes(),
+        commit_steps=np.zeros(canvas_len, dtype=TOKEN).tobytes(),
+        memory=initial_memory(spec),
+    )
+    return Canvas(request_id, ordinal, spec, state)
+
+
+def initial_memory(spec: CanvasSpec) -> bytes:
+    """The policies' memory at the start of a block."""
+    sizes = [spec.block_length if field.per_slot else 1 for field in spec.memory_fields]
+    values = [field.initial for field in spec.memory_fields]
+    return np.repeat(np.array(values, dtype=REAL), sizes).tobytes()

@@ -1,0 +1,25 @@
+"""What goes to a worker and comes back. Plain msgspec structs: a remote executor encodes them as they are."""
+
+from __future__ import annotations
+
+import msgspec
+
+from remask.scheduler.canvas import CanvasSpec, CanvasState
+
+
+class StepBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A burst: up to `num_steps` denoising steps on these canvases."""
+
+    burst_id: int
+    num_steps: int  # forwards at most; a canvas that finishes earlier takes no more
+    specs: list[CanvasSpec]
+    states: list[CanvasState]  # one for each spec
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The same canvases, up to `num_steps` further."""
+
+    burst_id: int
+    states: list[CanvasState]
+    num_rows: int  # rows forwarded, all steps together
+    seconds: float  # spent in the burst

@@ -1,0 +1,200 @@
+"""`SamplingParams`: everything a request may ask for, and the one place where it is checked.
+
+The constructor stores what it is given. `resolve` validates it once, at intake, against the model it is for
+and gives the engine a form without None, text or dicts. Fields that are part of the surface but cannot be
+honoured yet are refused by name unless they hold their neutral value.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.policies import (
+    PRESETS,
+    RemaskPolicy,
+    Threshold,
+    UnmaskPolicy,
+    did_you_mean,
+    invalid_field,
+    parse_policy,
+)
+
+DEFAULT_BLOCK_LENGTH = 32
+Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request asks for. Names and meanings follow vLLM where vLLM has the field.
+
+    Attributes:
+        max_tokens: canvas size in tokens, and the limit. It changes the text as well as its length: a
+            bidirectional model sees the whole canvas.
+        block_length: slots a block; blocks are denoised left to right and the last may be shorter.
+            `max_tokens` means whole-sequence decoding. None: 32, or the canvas where that is smaller.
+        unmask: which masked positions a step commits: `Threshold(0.9)`, `{"type": "threshold", "t": 0.9}` or
+            `"threshold:0.9"`. None: threshold:0.9.
+        remask: which committed positions a step turns back into masks; None: none.
+        rank: what confidence means at a temperature: "proposal": the probability of the token drawn (as the
+            published code); "top": the row's largest probability. The same at temperature 0.
+        temperature: 0 takes the most probable token; above, tokens are drawn by Gumbel-max from
+            softmax(logits / T).
+        seed: key of the random numbers; None: drawn from `LLM(seed)` and the request's ordinal, and told in
+            the output.
+        n: samples of the prompt; sample i has random numbers of its own.
+        ignore_eos: go on after an end-of-sequence token and return the whole canvas.
+
+    The other fields are not supported yet and refused unless neutral.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1)] = 128
+    block_length: Annotated[int, Meta(ge=1)] | None = None
+    unmask: Any = None
+    remask: Any = None
+    rank: Literal["proposal", "top"] = "proposal"
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
+    seed: Int64 | None = None
+    n: Annotated[int, Meta(ge=1, le=1024)] = 1
+    ignore_eos: bool = False
+    # Not supported yet (see NEUTRAL).
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: int = 0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_token_ids: list[int] | None = None
+    cfg_scale: float = 0.0
+    suppress_eos: bool = False
+    suppress_eos_confidence: bool = False
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    trace: bool = False
+    priority: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> SamplingParams:
+        """Published settings by name: `llada` (one token a step), `fast-dllm`, `wino`; overrides win.
+
+        Raises:
+            InvalidRequest: no such preset.
+        """
+        return cls(**with_preset(name, overrides))
+
+
+# The values of unsupported fields that change nothing and are therefore accepted.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (0.0,),
+    "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "bad_token_ids": (None, []),
+    "cfg_scale": (0.0,),
+    "suppress_eos": (False,),
+    "suppress_eos_confidence": (False,),
+    "stop": (None, [], ""),
+    "stop_token_ids": (None, []),
+    "include_stop_str_in_output": (False,),
+    "logprobs": (None,),
+    "trace": (False,),
+    "priority": (0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+}
+
+
+class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
+    """Validated parameters of one request with nothing left to default (but the seed)."""
+
+    max_tokens: int
+    block_length: int
+    unmask: UnmaskPolicy
+    remask: RemaskPolicy | None
+    rank: Literal["proposal", "top"]
+    temperature: float
+    seed: int | None
+    n: int
+    ignore_eos: bool
+
+
+def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a preset with `overrides` on top; its block length is cut to the canvas."""
+    if name not in PRESETS:
+        raise InvalidRequest("preset", name, f"unknown preset; {did_you_mean(name, PRESETS)}")
+    fields = {**PRESETS[name], **overrides}
+    if "block_length" in fields and "block_length" not in overrides:
+        fields["block_length"] = min(fields["block_length"], fields.get("max_tokens", 128))
+    return fields
+
+
+def resolve(params: SamplingParams | dict[str, Any] | None) -> ResolvedParams:
+    """Validates what a user wrote and fills in the defaults.
+
+    Args:
+        params: an object, or its JSON form as a dict (which may name a `preset`).
+
+    Raises:
+        InvalidRequest: naming the field, for an unknown field, a wrong type, a value out of range, fields
+            that contradict each other or that are not supported yet.
+    """
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        fields = {name: getattr(params, name) for name in SamplingParams.__struct_fields__}
+    elif isinstance(params, dict):
+        fields = dict(params)
+        if "preset" in fields:
+            fields = with_preset(fields.pop("preset"), fields)
+    else:
+        raise InvalidRequest("sampling_params", params, "give SamplingParams or a dict of its fields")
+    for name in fields:
+        if name not in SamplingParams.__struct_fields__:
+            raise InvalidRequest(
+                str(name),
+                fields[name],
+                f"unknown parameter; {did_you_mean(name, SamplingParams.__struct_fields__)}",
+            )
+    unmask = parse_policy("unmask", fields["unmask"]) if fields.get("unmask") is not None else Threshold()
+    remask = parse_policy("remask", fields["remask"]) if fields.get("remask") not in (None, "none") else None
+    try:
+        checked = msgspec.convert({**fields, "unmask": None, "remask": None}, type=SamplingParams)
+    except msgspec.ValidationError as error:
+        raise invalid_field("", fields, error) from None
+    for name, neutral in NEUTRAL.items():
+        if getattr(checked, name) not in neutral:
+            raise InvalidRequest(name, getattr(checked, name), "is not supported yet; leave it out")
+    return _cross_check(checked, unmask, remask)
+
+
+def _cross_check(params: SamplingParams, unmask: UnmaskPolicy, remask: RemaskPolicy | None) -> ResolvedParams:
+    block_length = params.block_length
+    if block_length is None:
+        block_length = min(DEFAULT_BLOCK_LENGTH, params.max_tokens)
+    elif block_length > params.max_tokens:
+        raise InvalidRequest(
+            "block_length", block_length, f"is larger than max_tokens {params.max_tokens}; use at most that"
+        )
+    if params.n > 1 and params.temperature == 0 and not unmask.is_random():
+        raise InvalidRequest("n", params.n, "gives equal samples at temperature 0; set a temperature, or n=1")
+    if remask is not None:
+        remask.check(unmask)
+    return ResolvedParams(
+        max_tokens=params.max_tokens,
+        block_length=block_length,
+        unmask=unmask,
+        remask=remask,
+        rank=params.rank,
+        temperature=params.temperature,
+        seed=params.seed,
+        n=params.n,
+        ignore_eos=params.ignore_eos,
+    )

@@ -1,0 +1,246 @@
+"""Decoding policies as a user writes them: torch-free structs, their validation, the rows and memory they
+need.
+
+Each policy has two halves. The *spec* here is what travels on the wire and what planning reads; the *kernel*
+in `remask.workers.strategies` is the tensor function of the same name. `UNMASK` and `REMASK` are the
+registries that tie them: the tagged unions for decoding are built from what they hold. What each policy
+computes is specified by the papers and reference decoders named in the docstrings.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from remask.scheduler.errors import InvalidRequest
+
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
+class MemoryField(NamedTuple):
+    """One fp32 tensor that a policy carries from step to step; it is reset when a block begins."""
+
+    name: str
+    per_slot: bool  # one number a slot of the block, else one a canvas
+    initial: float
+
+
+class UnmaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """Decides which masked positions of the active block are committed in a step."""
+
+    memory: ClassVar[tuple[MemoryField, ...]] = ()
+
+    def head_needs(self) -> frozenset[str]:
+        """Statistics beyond the proposal's probability that the kernel reads: of "margin" and "entropy"."""
+        return frozenset()
+
+    def is_random(self) -> bool:
+        """Whether the policy itself draws random numbers, whatever the temperature."""
+        return False
+
+    def block_params(self, block_lens: Sequence[int]) -> dict[str, list[float]]:
+        """Parameters that differ from block to block, one value a block, for blocks of these lengths."""
+        return {}
+
+    def check(self, canvas_len: int) -> None:
+        """Raises InvalidRequest where the fields cannot work for a canvas of this many slots."""
+
+
+class RemaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """Decides which committed positions of the active block turn back into masks in a step."""
+
+    memory: ClassVar[tuple[MemoryField, ...]] = ()
+    shadow_rows: ClassVar[bool] = False  # one extra row a slot of the active block, in the same forward
+
+    def check(self, unmask: UnmaskPolicy) -> None:
+        """Raises InvalidRequest where this policy cannot work together with `unmask`."""
+
+
+class Schedule(UnmaskPolicy, frozen=True, tag="schedule"):
+    """The n best masked positions a step, so that a block takes its share of `steps` (LLaDA, arXiv
+    2502.09992).
+
+    Attributes:
+        steps: forwards for the whole canvas, shared out over the blocks by length; None: one token a step.
+        score: what "best" means: the proposal's probability, a random order, p1 - p2, or -entropy.
+    """
+
+    steps: Annotated[int, Meta(ge=1)] | None = None
+    score: Literal["confidence", "random", "margin", "entropy"] = "confidence"
+
+    def head_needs(self) -> frozenset[str]:
+        return frozenset({self.score}) & {"margin", "entropy"}
+
+    def is_random(self) -> bool:
+        return self.score == "random"
+
+    def block_params(self, block_lens: Sequence[int]) -> dict[str, list[float]]:
+        total = self.steps if self.steps is not None else sum(block_lens)
+        return {"block_steps": [float(n) for n in share_steps(total, block_lens)]}
+
+
+class Threshold(UnmaskPolicy, frozen=True, tag="threshold"):
+    """The best masked position always, each other with confidence >= t (Fast-dLLM, arXiv 2505.22618)."""
+
+    t: Probability = 0.9
+
+
+class Factor(UnmaskPolicy, frozen=True, tag="factor"):
+    """The longest run of the sorted confidences whose n-th is at least 1 - f/(n+1) (Fast-dLLM's factor rule).
+
+    Attributes:
+        f: larger commits more.
+        strict: the paper's rule, (n+1)(1-c) < f, instead of the published code's, which also commits the last
+            masked position when only that one fails.
+    """
+
+    f: Annotated[float, Meta(ge=0.0)] = 1.0
+    strict: bool = False
+
+
+class CappedThreshold(UnmaskPolicy, frozen=True, tag="capped_threshold"):
+    """WINO's draft rule: c > t1, at most min(max(floor(0.7 m), 5), 20) of m masked, at least the best."""
+
+    t1: Probability = 0.6
+
+
+class Wino(RemaskPolicy, frozen=True, tag="wino"):
+    """Remasks committed tokens whose leave-one-out probability, read off shadow rows, is below t2 (WINO,
+    arXiv 2507.18578).
+
+    Nothing is remasked in a step that commits a single token, and fewer tokens are remasked than were
+    committed: by the step before (`prev_accept`, the published code) or by this one (`cur_accept`).
+
+    Attributes:
+        t2: tokens below this probability are remasked.
+        budget: whose number of commits bounds the remasked.
+        tile: whether a shadow row sees all shadow rows of its block (published) or only itself.
+        ban_old: a removed token may not be proposed again at its position in this block.
+    """
+
+    t2: Probability = 0.9
+    budget: Literal["prev_accept", "cur_accept"] = "prev_accept"
+    tile: Literal["all", "self"] = "all"
+    ban_old: bool = False
+
+    memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("prev_accept", per_slot=False, initial=30.0),)
+    shadow_rows: ClassVar[bool] = True
+
+    def check(self, unmask: UnmaskPolicy) -> None:
+        if self.tile != "all":
+            raise InvalidRequest("remask.tile", self.tile, "is not supported yet; use 'all'")
+        if self.ban_old:
+            raise InvalidRequest("remask.ban_old", self.ban_old, "is not supported yet; use False")
+
+
+UNMASK: dict[str, type[UnmaskPolicy]] = {
+    "schedule": Schedule,
+    "threshold": Threshold,
+    "factor": Factor,
+    "capped_threshold": CappedThreshold,
+}
+REMASK: dict[str, type[RemaskPolicy]] = {"wino": Wino}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llada": {"unmask": Schedule()},
+    "fast-dllm": {"unmask": Threshold(0.9)},
+    "wino": {"unmask": CappedThreshold(0.6), "remask": Wino(0.9), "block_length": 128},
+}
+
+
+def share_steps(total: int, block_lens: Sequence[int]) -> list[int]:
+    """Steps for each block, by length: largest remainder (the lower block first), at least one each."""
+    slots = sum(block_lens)
+    shares = [total * length // slots for length in block_lens]
+    by_remainder = sorted(range(len(block_lens)), key=lambda i: (-(total * block_lens[i] % slots), i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return [max(1, share) for share in shares]
+
+
+def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
+    """A policy struct from what a user may write, every bound checked.
+
+    Args:
+        parameter: the field the policy is for; names it in errors and picks the registry.
+        value: a policy object, a dict `{"type": "threshold", "t": 0.9}`, or text `threshold:0.9` or
+            `wino:t2=0.9`.
+
+    Raises:
+        InvalidRequest: unknown policy or field, value out of range, text that does not parse.
+    """
+    registry: dict[str, Any] = UNMASK if parameter == "unmask" else REMASK
+    if isinstance(value, str):
+        fields = _parse_text(parameter, value, registry)
+    elif isinstance(value, dict):
+        fields = dict(value)
+    elif type(value) in registry.values():
+        fields = msgspec.to_builtins(value)
+    else:
+        raise InvalidRequest(
+            parameter, value, f"give a policy object, a dict or text such as {example(registry)!r}"
+        )
+    name = fields.get("type")
+    if name not in registry:
+        raise InvalidRequest(parameter, name, f"unknown policy; {did_you_mean(name, registry)}")
+    unknown = [field for field in fields if field != "type" and field not in registry[name].__struct_fields__]
+    if unknown:
+        known = registry[name].__struct_fields__
+        raise InvalidRequest(
+            f"{parameter}.{unknown[0]}",
+            fields[unknown[0]],
+            f"unknown field of {name}; {did_you_mean(unknown[0], known)}",
+        )
+    try:
+        return msgspec.convert(fields, type=registry[name])
+    except msgspec.ValidationError as error:
+        raise invalid_field(parameter, fields, error) from None
+
+
+def _parse_text(parameter: str, text: str, registry: dict[str, Any]) -> dict[str, Any]:
+    name, _, arguments = text.partition(":")
+    if name not in registry:
+        raise InvalidRequest(parameter, text, f"unknown policy; {did_you_mean(name, registry)}")
+    positional = list(registry[name].__struct_fields__)
+    fields: dict[str, Any] = {"type": name}
+    for i, argument in enumerate(filter(None, arguments.split(","))):
+        key, equals, raw = argument.partition("=")
+        if not equals:
+            if i >= len(positional) or len(fields) != i + 1:
+                raise InvalidRequest(
+                    parameter, text, f"cannot place {argument!r}; {name} takes {', '.join(positional)}"
+                )
+            key, raw = positional[i], argument
+        if key in fields:
+            raise InvalidRequest(f"{parameter}.{key}", text, "is given twice")
+        fields[key.strip()] = _parse_value(raw.strip())
+    return fields
+
+
+def _parse_value(raw: str) -> Any:
+    """A JSON scalar where the text is one (Python's True, False and None included), else the text."""
+    try:
+        return msgspec.json.decode({"True": "true", "False": "false", "None": "null"}.get(raw, raw))
+    except msgspec.DecodeError:
+        return raw
+
+
+def did_you_mean(name: object, known: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def example(registry: dict[str, Any]) -> str:
+    return "threshold:0.9" if registry is UNMASK else "wino:t2=0.9"
+
+
+def invalid_field(parent: str, fields: dict[str, Any], error: msgspec.ValidationError) -> InvalidRequest:
+    """msgspec's message, with the field it names put in front and the value that was given behind."""
+    problem, _, path = str(error).partition(" - at `$.")
+    name = path.rstrip("`").partition("[")[0]
+    value = fields.get(name, fields)
+    return InvalidRequest(".".join(filter(None, (parent, name))), value, problem[:1].lower() + problem[1:])

@@ -1,0 +1,1 @@
+"""Attention over packed rows behind one varlen interface."""

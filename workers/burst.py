@@ -1,0 +1,161 @@
+"""The canvases of a burst as tensors: unpacked from the wire when it begins, packed again when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
+from remask.workers.keyed_random import stream_keys
+from remask.workers.rows import ActiveBlocks
+from remask.workers.strategies import REMASK, UNMASK
+from remask.workers.strategies.groups import PolicyGroup, group_policies
+from remask.workers.strategies.view import RemaskKernel, UnmaskKernel
+
+
+class BurstState:
+    """R canvases on a device. Per-slot tables have G + 1 columns, G the longest canvas; the last takes what
+    padding writes.
+
+    Attributes:
+        cu_tokens: boundaries of the sequences in `tokens` (a host list, R + 1).
+        tokens: int64 [sum of L + 1]: all sequences one behind the other, then a place for what padding
+            writes.
+        slot_rows: int64 [R, G + 1]: where in `tokens` each slot stands.
+        confidences, commit_steps: [R, G + 1].
+        block, num_forwards, block_forwards: int64 [R].
+        finished: bool [R].
+        memory: for each group of `unmask` and `remask`, its policies' memory.
+    """
+
+    def __init__(
+        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], device: torch.device
+    ) -> None:
+        self.specs, self.device = specs, device
+
+        def ints(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        sequences = [state.token_array() for state in states]
+        self.cu_tokens = np.cumsum([0, *map(len, sequences)]).tolist()
+        flat = np.concatenate([*sequences, np.zeros(1, dtype=TOKEN)])
+        self.tokens = torch.from_numpy(flat.astype(np.int64)).to(device)
+        canvas_lens = [spec.canvas_len for spec in specs]
+        self.num_slots = max(canvas_lens)
+        self.canvas_len, self.block_len = ints(canvas_lens), ints([spec.block_length for spec in specs])
+        self.max_block_len = max(spec.block_length for spec in specs)
+        slots = [np.frombuffer(spec.slots, TOKEN) for spec in specs]
+        rows = [own.astype(np.int64) + start for own, start in zip(slots, self.cu_tokens, strict=False)]
+        self.slot_rows = self._table(rows, fill=self.cu_tokens[-1])
+        self.confidences = self._table([np.frombuffer(s.confidences, REAL) for s in states], fill=0.0)
+        self.commit_steps = self._table(
+            [np.frombuffer(s.commit_steps, TOKEN).astype(np.int64) for s in states], fill=0
+        )
+        self.block = ints([state.block for state in states])
+        self.num_forwards = ints([state.num_forwards for state in states])
+        self.block_forwards = ints([state.num_block_forwards for state in states])
+        self.finished = torch.tensor([state.finished for state in states], device=device)
+        self.temperature = torch.tensor([spec.temperature for spec in specs], device=device)
+        self.rank_by_top = torch.tensor([spec.rank == "top" for spec in specs], device=device)
+        self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
+        num_stops = max(1, *(len(spec.stop_ids) for spec in specs)) if len(specs) else 1
+        self.stop_ids = ints([spec.stop_ids + [-1] * (num_stops - len(spec.stop_ids)) for spec in specs])  # type: ignore[list-item]
+        block_lens = [spec.block_lens for spec in specs]
+        self.unmask = group_policies([spec.unmask for spec in specs], block_lens, UNMASK, device)
+        self.remask = group_policies([spec.remask for spec in specs], block_lens, REMASK, device)
+        self.needs = frozenset[str]().union(*(spec.unmask.head_needs() for spec in specs))
+        self.memory = [self._unpack_memory(group, states) for group in self._groups()]
+
+    def _groups(self) -> list[PolicyGroup[UnmaskKernel] | PolicyGroup[RemaskKernel]]:
+        return [*self.unmask, *self.remask]
+
+    def _table(self, rows: Sequence[np.ndarray], fill: float) -> Tensor:
+        table = np.full((len(rows), self.num_slots + 1), fill, dtype=rows[0].dtype)
+        for line, row in zip(table, rows, strict=True):
+            line[: len(row)] = row
+        return torch.from_numpy(table).to(self.device)
+
+    def active_slots(self) -> tuple[Tensor, Tensor]:
+        """Slots [R, B] of the active blocks (the padding column where there is none), and which are valid."""
+        offset = torch.arange(self.max_block_len, device=self.device)
+        slots = (self.block * self.block_len).unsqueeze(1) + offset
+        valid = (offset < self.block_len.unsqueeze(1)) & (slots < self.canvas_len.unsqueeze(1))
+        valid &= ~self.finished.unsqueeze(1)
+        return torch.where(valid, slots, self.num_slots), valid
+
+    def active_blocks(self, slots: Tensor, valid: Tensor, mask_id: int) -> ActiveBlocks:
+        """The active blocks' places and tokens."""
+        rows = self.slot_rows.gather(1, slots)
+        rows = torch.where(valid, rows, len(self.tokens) - 1)
+        tokens = self.tokens[rows]
+        return ActiveBlocks(rows, valid, tokens, valid & (tokens == mask_id))
+
+    def to_states(self) -> list[CanvasState]:
+        """The canvases as they go back to the scheduler."""
+        tokens = self.tokens.cpu().numpy().astype(TOKEN)
+        confidences, commit_steps = (
+            self.confidences.cpu().numpy(),
+            self.commit_steps.cpu().numpy().astype(TOKEN),
+        )
+        counters = (
+            torch.stack([self.block, self.num_forwards, self.block_forwards, self.finished.long()])
+            .cpu()
+            .tolist()
+        )
+        memories = self._pack_memory()
+        states = []
+        for i, spec in enumerate(self.specs):
+            length = spec.canvas_len
+            block, num_forwards, block_forwards, finished = (line[i] for line in counters)
+            states.append(
+                CanvasState(
+                    tokens=tokens[self.cu_tokens[i] : self.cu_tokens[i + 1]].tobytes(),
+                    confidences=confidences[i, :length].tobytes(),
+                    commit_steps=commit_steps[i, :length].tobytes(),
+                    memory=memories[i],
+                    block=block,
+                    num_forwards=num_forwards,
+                    num_block_forwards=block_forwards,
+                    finished=bool(finished),
+                )
+            )
+        return states
+
+    def _memory_slices(self, canvas: int) -> dict[str, slice]:
+        """Where each field stands in a canvas's memory bytes (counted in numbers)."""
+        spec, start, slices = self.specs[canvas], 0, {}
+        for field in spec.memory_fields:
+            end = start + (spec.block_length if field.per_slot else 1)
+            slices[field.name] = slice(start, end)
+            start = end
+        return slices
+
+    def _unpack_memory(
+        self, group: PolicyGroup[UnmaskKernel] | PolicyGroup[RemaskKernel], states: Sequence[CanvasState]
+    ) -> dict[str, Tensor]:
+        memory = group.initial_memory(self.max_block_len)
+        for place, canvas in enumerate(group.canvases.tolist() if memory else ()):
+            numbers, slices = np.frombuffer(states[canvas].memory, REAL), self._memory_slices(canvas)
+            for field in group.memory_fields:
+                values = torch.from_numpy(numbers[slices[field.name]].copy())
+                target = memory[field.name][place]
+                if field.per_slot:
+                    target[: len(values)] = values
+                else:
+                    target.copy_(values[0])
+        return memory
+
+    def _pack_memory(self) -> list[bytes]:
+        parts: list[list[bytes]] = [[] for _ in self.specs]
+        for group, memory in zip(self._groups(), self.memory, strict=True):
+            arrays = {name: tensor.cpu().numpy() for name, tensor in memory.items()}
+            for place, canvas in enumerate(group.canvases.tolist() if memory else ()):
+                for field in group.memory_fields:
+                    values = arrays[field.name][place]
+                    parts[canvas].append(
+                        (values[: self.specs[canvas].block_length] if field.per_slot else values).tobytes()
+                    )
+        return [b"".join(part) for part in parts]

@@ -1,0 +1,207 @@
+"""Checkpoints from a local Hugging Face directory: config, then safetensors shard by shard into fused
+parameters.
+
+Nothing is looked up online and no code of a checkpoint runs. All names and shapes are checked from the
+shards' headers before a weight is read; then tensors are copied one at a time, so peak memory is the weights
+plus one shard.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from remask.scheduler.errors import InvalidRequest
+from remask.workers.models import llada
+from remask.workers.models.config import ModelConfig
+from remask.workers.models.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_LISTED = 20  # names listed in an error
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: how to read its config and what its tensors are called."""
+
+    parse_config: Callable[[dict[str, Any], str], ModelConfig]
+    tensor_names: Callable[[ModelConfig], dict[str, str]]
+
+
+FAMILIES: dict[str, Family] = {
+    architecture: Family(module.parse_config, module.tensor_names)
+    for module in (llada,)
+    for architecture in module.ARCHITECTURES
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        InvalidRequest: unreadable, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("model", str(path), f"cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InvalidRequest("model", str(path), "must hold a JSON object")
+    return content
+
+
+def read_config(directory: Path) -> tuple[Family, ModelConfig]:
+    """Family and shape of the checkpoint in a directory.
+
+    Raises:
+        InvalidRequest: no directory, no config.json, an unknown architecture, or values that cannot be.
+    """
+    if not directory.is_dir():
+        raise InvalidRequest(
+            "model", str(directory), "is not a directory; give a local checkpoint directory, or 'tiny'"
+        )
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InvalidRequest(
+            "model", str(directory), "holds no config.json; give a Hugging Face checkpoint directory"
+        )
+    raw = read_json(path)
+    generation = directory / "generation_config.json"
+    if raw.get("eos_token_id") is None and generation.is_file():
+        raw["eos_token_id"] = read_json(generation).get("eos_token_id")
+    architectures = raw.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if name not in FAMILIES:
+        raise InvalidRequest(
+            "model", str(path), f"architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name], FAMILIES[name].parse_config(raw, str(path))
+
+
+def pick_dtype(requested: str, config: ModelConfig, source: str) -> torch.dtype:
+    """The weights' dtype; "auto" is the checkpoint's."""
+    name = config.dtype if requested == "auto" else requested
+    if name not in DTYPES:
+        where = ("model", source) if requested == "auto" else ("dtype", requested)
+        raise InvalidRequest(*where, f"dtype {name!r} is not supported; use one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def destinations(model: Transformer, names: dict[str, str]) -> dict[str, Tensor]:
+    """Checkpoint name -> the (part of a) parameter it fills; parts are views into fused parameters."""
+    config = model.config
+    kv_size = config.num_kv_heads * config.head_dim
+    part_sizes = {
+        "qkv": (config.num_heads * config.head_dim, kv_size, kv_size),
+        "gate_up": (config.ffn_size, config.ffn_size),
+    }
+    parameters = dict(model.named_parameters())
+    result = {}
+    for theirs, ours in names.items():
+        match = re.fullmatch(r"(.*\.(\w+))\[(\d)\]", ours)
+        if match is None:
+            result[theirs] = parameters[ours]
+        else:
+            path, kind, part = match.groups()
+            result[theirs] = parameters[path].split(part_sizes[kind])[int(part)]
+    return result
+
+
+def load_checkpoint(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Transformer:
+    """The model in a local checkpoint directory, on the device and in the dtype asked for.
+
+    Args:
+        directory: `config.json` and `model.safetensors`, or shards with `model.safetensors.index.json`.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: a torch device.
+
+    Raises:
+        InvalidRequest: anything missing, unreadable, truncated or of the wrong name or shape; names are
+        listed.
+    """
+    family, config = read_config(directory)
+    torch_dtype = pick_dtype(dtype, config, str(directory / "config.json"))
+    with torch.device("meta"):
+        model = Transformer(config)
+    names = family.tensor_names(config)
+    shards = find_shards(directory)
+    check_tensors(directory, shards, {name: tuple(t.shape) for name, t in destinations(model, names).items()})
+    model.to(torch_dtype).to_empty(device=device)
+    targets = destinations(model, names)
+    for shard in shards:
+        with _open(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
+                targets[name].copy_(tensors.get_tensor(name))
+    logger.info("loaded %s: %d tensors, %s on %s", directory, len(names), torch_dtype, device)
+    return model.eval()
+
+
+def find_shards(directory: Path) -> list[Path]:
+    """The checkpoint's safetensors files, each checked to exist."""
+    single, index = directory / "model.safetensors", directory / INDEX_FILE
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InvalidRequest("model", str(index), "has no weight_map; download the file again")
+        shards = [directory / name for name in sorted(set(weight_map.values()))]
+    elif single.is_file():
+        shards = [single]
+    else:
+        raise InvalidRequest("model", str(directory), f"holds neither model.safetensors nor {INDEX_FILE}")
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise InvalidRequest(
+            "model", str(directory), f"shards named by {INDEX_FILE} are missing: {_listed(missing)}"
+        )
+    return shards
+
+
+def check_tensors(directory: Path, shards: list[Path], expected: dict[str, tuple[int, ...]]) -> None:
+    """Compares names and shapes in the shards' headers with what the model needs.
+
+    Raises:
+        InvalidRequest: listing missing and unexpected tensors and wrong shapes.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        with _open(shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
+                found[name] = tuple(tensors.get_slice(name).get_shape())
+    wrong = [f"{n} is {found[n]}, not {s}" for n, s in expected.items() if n in found and found[n] != s]
+    problems = [
+        f"{what}: {_listed(names)}"
+        for what, names in (
+            ("missing tensors", [name for name in expected if name not in found]),
+            ("unexpected tensors", [name for name in found if name not in expected]),
+            ("wrong shapes", wrong),
+        )
+        if names
+    ]
+    if problems:
+        raise InvalidRequest("model", str(directory), "; ".join(problems))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _open(shard: Path) -> Any:
+    try:
+        return safe_open(shard, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest(
+            "model", str(shard), f"is truncated or not safetensors: {error}; download it again"
+        ) from None

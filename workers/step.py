@@ -1,0 +1,126 @@
+"""The denoising step: rows, forward, statistics, strategies, canvas update, for all canvases of a burst at
+once.
+
+Everything but the choice of who shares a pack is tensor arithmetic of fixed shape over [R, B]; no number of
+one canvas ever enters the decision about another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remask.workers.burst import BurstState
+from remask.workers.head import Statistics
+from remask.workers.keyed_random import Purpose, stream_keys, uniform_at
+from remask.workers.models.denoiser import Denoiser
+from remask.workers.rows import ActiveBlocks, PackPlan, group_canvases, pack_rows, plan_pack
+from remask.workers.strategies.view import BlockView
+
+
+def plan_packs(state: BurstState, model: Denoiser) -> list[PackPlan]:
+    """Cuts the canvases that are not finished into packs of the size that the model is best fed with."""
+    live = (~state.finished).nonzero().squeeze(1).tolist()
+    lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
+    num_rows = [length + spec.num_shadow_rows for length, spec in zip(lens, state.specs, strict=True)]
+    verifies = [spec.num_shadow_rows > 0 for spec in state.specs]
+    groups = group_canvases(num_rows, live, model.pack_rows)
+    return [plan_pack(group, state.cu_tokens, verifies, state.device) for group in groups]
+
+
+def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
+    """One step of every canvas of the plans, in place; returns the rows forwarded."""
+    slots, valid = state.active_slots()
+    blocks = state.active_blocks(slots, valid, model.mask_id)
+    shape = slots.shape
+    main = Statistics.blank(slots.numel(), state.device)
+    verified = torch.ones(shape, device=state.device)
+    keys = stream_keys(state.keys.unsqueeze(1), Purpose.TOKEN, state.num_forwards.unsqueeze(1), slots)
+    flat_index = torch.arange(slots.numel(), device=state.device).view(shape)
+    num_rows = 0
+    for plan in plans:
+        pack = pack_rows(
+            plan,
+            state.tokens,
+            blocks,
+            mask_id=model.mask_id,
+            temperature=state.temperature,
+            keys=keys,
+            needs=state.needs,
+        )
+        found = model.statistics(pack)
+        num_main = len(plan.canvases) * shape[1]
+        main.put(flat_index[plan.canvases].flatten(), found.head(num_main))
+        if plan.verifying:
+            verified[plan.verifying_canvases] = found.given_prob[num_main:].view(-1, shape[1])
+        num_rows += len(pack.ids_T)
+    view = _block_view(state, blocks, main, verified, slots)
+    commit, remask = _decide(state, view)
+    _update(state, slots, blocks, commit, remask, main.proposal.view(shape), view.confidence, model.mask_id)
+    return num_rows
+
+
+def _block_view(
+    state: BurstState, blocks: ActiveBlocks, main: Statistics, verified: Tensor, slots: Tensor
+) -> BlockView:
+    shape = slots.shape
+    confidence = torch.where(
+        state.rank_by_top.unsqueeze(1), main.top_prob.view(shape), main.proposal_prob.view(shape)
+    )
+    committed = blocks.valid & ~blocks.masked
+    order_keys = stream_keys(state.keys.unsqueeze(1), Purpose.ORDER, state.num_forwards.unsqueeze(1), slots)
+    return BlockView(
+        masked=blocks.masked,
+        committed=committed,
+        confidence=torch.where(blocks.masked, confidence, -torch.inf),
+        verified=torch.where(committed, verified, 1.0),
+        margin=main.margin.view(shape),
+        neg_entropy=main.neg_entropy.view(shape),
+        order=uniform_at(order_keys),
+        block_forwards=state.block_forwards,
+    )
+
+
+def _decide(state: BurstState, view: BlockView) -> tuple[Tensor, Tensor]:
+    """Commit and remask sets bool [R, B]; the policies' memory moves on."""
+    commit, remask = torch.zeros_like(view.masked), torch.zeros_like(view.masked)
+    for group in state.unmask:
+        commit[group.canvases] = group.kernel(view.select(group.canvases), group.params_at(state.block))
+    for i, group in enumerate(state.remask, start=len(state.unmask)):
+        own = group.canvases
+        remask[own], state.memory[i] = group.kernel(
+            view.select(own), commit[own], group.params_at(state.block), state.memory[i]
+        )
+    return commit, remask
+
+
+def _update(
+    state: BurstState,
+    slots: Tensor,
+    blocks: ActiveBlocks,
+    commit: Tensor,
+    remask: Tensor,
+    proposal: Tensor,
+    confidence: Tensor,
+    mask_id: int,
+) -> None:
+    """Writes the decisions into the canvases and moves on those whose block is finished."""
+    running = ~state.finished
+    state.num_forwards += running
+    state.block_forwards += running
+    tokens = torch.where(remask, mask_id, torch.where(commit, proposal, blocks.tokens))
+    state.tokens[blocks.rows] = tokens
+    when = state.num_forwards.unsqueeze(1).expand_as(slots)
+    for table, committed_value in ((state.confidences, confidence), (state.commit_steps, when)):
+        value = torch.where(commit, committed_value, table.gather(1, slots))
+        table.scatter_(1, slots, torch.where(remask, torch.zeros_like(value), value))
+    block_done = running & ~(blocks.valid & (tokens == mask_id)).any(1)
+    is_stop = (tokens.unsqueeze(2) == state.stop_ids.unsqueeze(1)).any(2)
+    stopped = (blocks.valid & is_stop).any(1)
+    state.block += block_done
+    state.block_forwards.masked_fill_(block_done, 0)
+    state.finished |= block_done & (stopped | (state.block * state.block_len >= state.canvas_len))
+    for group, memory in zip([*state.unmask, *state.remask], state.memory, strict=True):
+        done = block_done[group.canvases]
+        for name, fresh in group.initial_memory(state.max_block_len).items():
+            memory[name] = torch.where(done.view(-1, *[1] * (fresh.ndim - 1)), fresh, memory[name])

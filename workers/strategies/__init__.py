@@ -1,0 +1,25 @@
+"""The kernels of the decoding policies: one file a policy, one pure function over tensors.
+
+Shapes are fixed and nothing depends on data, so that a kernel can be compiled and captured as it stands. A
+kernel sees the canvases of its own kind only; every canvas is decided by its own numbers. `UNMASK` and
+`REMASK` hold the kernels under the names of their specs in `remask.scheduler.policies`.
+"""
+
+from __future__ import annotations
+
+from remask.workers.strategies.capped_threshold import capped_threshold
+from remask.workers.strategies.factor import factor
+from remask.workers.strategies.schedule import schedule
+from remask.workers.strategies.threshold import threshold
+from remask.workers.strategies.view import BlockView, RemaskKernel, UnmaskKernel
+from remask.workers.strategies.wino import wino
+
+UNMASK: dict[str, UnmaskKernel] = {
+    "schedule": schedule,
+    "threshold": threshold,
+    "factor": factor,
+    "capped_threshold": capped_threshold,
+}
+REMASK: dict[str, RemaskKernel] = {"wino": wino}
+
+__all__ = ["REMASK", "UNMASK", "BlockView"]

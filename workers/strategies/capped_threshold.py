@@ -1,0 +1,13 @@
+"""WINO's draft rule (arXiv 2507.18578): c > t1, at most min(max(floor(0.7 m), 5), 20), at least the best."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from remask.workers.strategies.view import BlockView, Params, best
+
+
+def capped_threshold(view: BlockView, params: Params) -> Tensor:
+    cap = (view.masked.sum(1) * 7 // 10).clamp(min=5, max=20)
+    confident = (view.masked & (view.confidence > params["t1"].unsqueeze(1))).sum(1)
+    return best(view.confidence, view.masked, confident.minimum(cap).clamp(min=1))

@@ -1,0 +1,118 @@
+"""Policies of a burst by kind: which canvases each kernel serves, with their parameters as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+import torch
+from torch import Tensor
+
+from remask.scheduler.policies import MemoryField
+from remask.workers.strategies.view import Memory, Params
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class PolicyGroup(Generic[Kernel]):
+    """The canvases of a burst that share a policy kind.
+
+    Attributes:
+        kernel: the kind's function.
+        canvases: int64 [Rg]: their indices in the burst.
+        fields: the policies' fields, fp32 [Rg] each; of a choice between words, the word's place in the spec.
+        block_fields: fp32 [Rg, blocks] each: fields that differ from block to block.
+        memory_fields: what the kind carries from step to step.
+    """
+
+    kernel: Kernel
+    canvases: Tensor
+    fields: Params
+    block_fields: Params
+    memory_fields: tuple[MemoryField, ...]
+
+    def params_at(self, block_R: Tensor) -> Params:
+        """All fields fp32 [Rg] at the active blocks; `block_R` holds those of all canvases of the burst."""
+        active = block_R[self.canvases].unsqueeze(1)
+        now = {
+            name: table.gather(1, active.clamp(max=table.shape[1] - 1)).squeeze(1)
+            for name, table in self.block_fields.items()
+        }
+        return {**self.fields, **now}
+
+    def initial_memory(self, block_len: int) -> Memory:
+        """Memory at the start of a block, fp32 [Rg] or [Rg, B]."""
+        count, device = len(self.canvases), self.canvases.device
+        return {
+            field.name: torch.full(
+                (count, block_len) if field.per_slot else (count,), field.initial, device=device
+            )
+            for field in self.memory_fields
+        }
+
+
+@cache
+def _choices(policy: type) -> dict[str, tuple[str, ...]]:
+    """The words that a spec's fields choose from, by field."""
+    hints = get_type_hints(policy)
+    return {
+        name: get_args(hints[name]) for name in policy.__struct_fields__ if get_origin(hints[name]) is Literal
+    }
+
+
+def group_policies(
+    policies: Sequence[Any],
+    block_lens: Sequence[Sequence[int]],
+    kernels: dict[str, Kernel],
+    device: torch.device,
+) -> list[PolicyGroup[Kernel]]:
+    """One group for each kind among the policies of a burst's canvases (None: no policy)."""
+    by_kind: dict[type, list[int]] = {}
+    for canvas, policy in enumerate(policies):
+        if policy is not None:
+            by_kind.setdefault(type(policy), []).append(canvas)
+    groups = []
+    for kind, canvases in by_kind.items():
+        members = [policies[canvas] for canvas in canvases]
+        choices = _choices(kind)
+
+        def number(name: str, value: Any, choices: dict[str, tuple[str, ...]] = choices) -> float:
+            return float(choices[name].index(value)) if name in choices else float(value or 0)
+
+        fields = {
+            name: torch.tensor([number(name, getattr(p, name)) for p in members], device=device)
+            for name in kind.__struct_fields__
+        }
+        groups.append(
+            PolicyGroup(
+                kernel=kernels[_kind_name(kind)],
+                canvases=torch.tensor(canvases, device=device),
+                fields=fields,
+                block_fields=_block_tables(
+                    [
+                        members[i].block_params(block_lens[c]) if hasattr(kind, "block_params") else {}
+                        for i, c in enumerate(canvases)
+                    ],
+                    device,
+                ),
+                memory_fields=kind.memory,
+            )
+        )
+    return groups
+
+
+def _kind_name(kind: type) -> str:
+    return msgspec.inspect.type_info(kind).tag  # type: ignore[attr-defined]
+
+
+def _block_tables(rows: list[dict[str, list[float]]], device: torch.device) -> Params:
+    """fp32 [Rg, blocks] for each name, short rows padded with zeros."""
+    width = max((len(values) for row in rows for values in row.values()), default=0)
+    return {
+        name: torch.tensor([row[name] + [0.0] * (width - len(row[name])) for row in rows], device=device)
+        for name in rows[0]
+    }

@@ -1,0 +1,70 @@
+"""What a strategy kernel sees: active blocks as [R, B] tensors, and the tools that all kernels share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class BlockView(NamedTuple):
+    """The active blocks of R canvases, B slots each (shorter blocks are padded with slots that are neither).
+
+    Attributes:
+        masked: bool [R, B]: slots that hold M.
+        committed: bool [R, B]: slots committed before this step.
+        confidence: fp32 [R, B]: of the proposal (see `rank`); -inf where not masked.
+        verified: fp32 [R, B]: leave-one-out probability of the committed token, from the shadow rows; 1
+            elsewhere.
+        margin, neg_entropy: fp32 [R, B]: top-1 minus top-2 probability and -entropy; 0 where nobody needs
+            them.
+        order: fp32 [R, B] in (0, 1): random numbers of the `order` stream.
+        block_forwards: int64 [R]: steps taken in this block before this one.
+    """
+
+    masked: Tensor
+    committed: Tensor
+    confidence: Tensor
+    verified: Tensor
+    margin: Tensor
+    neg_entropy: Tensor
+    order: Tensor
+    block_forwards: Tensor
+
+    def select(self, rows: Tensor) -> BlockView:
+        """The view of some of the canvases (int64 indices)."""
+        return BlockView(*(tensor[rows] for tensor in self))
+
+
+Params = dict[str, Tensor]  # a policy's fields, and its `block_params` at the active block: fp32 [R] each
+Memory = dict[str, Tensor]  # fp32 [R] or [R, B] by name
+
+
+class UnmaskKernel(Protocol):
+    """The commit set bool [R, B], a subset of `view.masked`."""
+
+    def __call__(self, view: BlockView, params: Params) -> Tensor: ...
+
+
+class RemaskKernel(Protocol):
+    """The remask set bool [R, B], within `view.committed`, and the new memory; `commit` is this step's."""
+
+    def __call__(
+        self, view: BlockView, commit: Tensor, params: Params, memory: Memory
+    ) -> tuple[Tensor, Memory]: ...
+
+
+def ranks(score: Tensor, among: Tensor) -> Tensor:
+    """Place of each slot by score (0: largest) within `among`, the others last. Ties: lower slot."""
+    order = torch.where(among, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    # A slot of `among` whose score is itself -inf must still come before the others.
+    order = order.gather(1, (~among).gather(1, order).to(torch.int8).argsort(dim=1, stable=True))
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+
+
+def best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
+    """The `count` [R] slots of `among` with the largest score, bool [R, B]; all where there are fewer."""
+    return among & (ranks(score, among) < count.unsqueeze(1))

@@ -1,0 +1,19 @@
+"""WINO's verification (arXiv 2507.18578): tokens whose leave-one-out probability is below t2 are remasked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from remask.workers.strategies.view import BlockView, Memory, Params, best
+
+
+def wino(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> tuple[Tensor, Memory]:
+    num_commits = commit.sum(1)
+    doubtful = view.committed & (view.verified < params["t2"].unsqueeze(1))
+    # "cur_accept" is the second of the spec's choices.
+    budget = torch.where(params["budget"] > 0, num_commits, memory["prev_accept"].long())
+    num_remasks = doubtful.sum(1).minimum(budget - 1)
+    num_remasks = torch.where(num_commits > 1, num_remasks, 0)
+    remask = best(-view.verified, doubtful, num_remasks)
+    return remask, {"prev_accept": num_commits.float()}
