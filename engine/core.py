@@ -40,6 +40,9 @@ class EngineCore:
         self._executor.submit(batch)
         try:
             result = self._executor.next_result()
+        except KeyboardInterrupt:
+            self._scheduler.requeue(batch.burst_id)
+            raise
         except BaseException as error:
             self.close(f"a burst failed: {error!r}; make a new LLM")
             raise

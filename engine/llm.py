@@ -7,7 +7,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -19,29 +18,10 @@ from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
-from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.executor import InProcessExecutor
-from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.models.loading import load_checkpoint
+from remask.workers.models.denoiser import load_denoiser
 
 DEFAULT_MAX_NUM_ROWS = 4096  # until the knee is measured
-CPU_PACK_ROWS = 512  # a larger pack leaves a core's cache
-
-# Arguments that exist so that callers can rely on their names; other values than these are refused.
-_SUPPORTED: dict[str, tuple[object, ...]] = {
-    "trust_remote_code": (False,),
-    "load_format": ("auto",),
-    "quantization": (None,),
-    "tensor_parallel_size": (1,),
-    "data_parallel_size": (1,),
-    "distributed_executor_backend": ("uni", None),
-    "num_gpus_per_worker": (None,),
-    "num_cpus_per_worker": (1,),
-    "placement_group": (None,),
-    "batch_invariant": (False,),
-    "attention_backend": ("auto", "sdpa"),
-    "gpu_memory_utilization": (0.9,),
-}
 
 
 class LLM:
@@ -59,7 +39,7 @@ class LLM:
         max_num_seqs: canvases of a batch.
         burst: denoising steps between two looks at the queue; None: 1 while others wait, 8 otherwise.
 
-    Other arguments are refused unless they hold their neutral value.
+    The other arguments are names to rely on; values that are not supported yet are refused.
 
     Raises:
         InvalidRequest: an argument or a file of the checkpoint is at fault; it is named.
@@ -74,43 +54,65 @@ class LLM:
         device: str = "auto",
         max_model_len: int | None = None,
         seed: int = 0,
+        trust_remote_code: bool = False,
+        load_format: Literal["auto"] = "auto",
+        quantization: None = None,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        distributed_executor_backend: Literal["uni"] = "uni",
+        num_gpus_per_worker: None = None,
+        num_cpus_per_worker: int = 1,
+        placement_group: None = None,
         max_num_rows: int | None = None,
         max_num_seqs: int = 1024,
         burst: int | None = None,
-        **others: Any,
+        batch_invariant: bool = False,
+        attention_backend: Literal["auto", "sdpa"] = "auto",
+        gpu_memory_utilization: float = 0.9,
     ) -> None:
-        for name, value in others.items():
-            if name not in _SUPPORTED:
-                raise TypeError(f"LLM got an unexpected argument {name!r}")
-            if value not in _SUPPORTED[name]:
-                raise InvalidRequest(name, value, f"is not supported yet; use {_SUPPORTED[name][0]!r}")
+        for name, value, supported in (
+            ("trust_remote_code", trust_remote_code, (False,)),
+            ("load_format", load_format, ("auto",)),
+            ("quantization", quantization, (None,)),
+            ("tensor_parallel_size", tensor_parallel_size, (1,)),
+            ("data_parallel_size", data_parallel_size, (1,)),
+            ("distributed_executor_backend", distributed_executor_backend, ("uni",)),
+            ("num_gpus_per_worker", num_gpus_per_worker, (None,)),
+            ("num_cpus_per_worker", num_cpus_per_worker, (1,)),
+            ("placement_group", placement_group, (None,)),
+            ("batch_invariant", batch_invariant, (False,)),
+            ("attention_backend", attention_backend, ("auto", "sdpa")),
+            ("gpu_memory_utilization", gpu_memory_utilization, (0.9,)),
+        ):
+            if value not in supported:
+                raise InvalidRequest(name, value, f"is not supported yet; use {supported[0]!r}")
         for name, value in (("max_num_rows", max_num_rows), ("max_num_seqs", max_num_seqs), ("burst", burst)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidRequest(name, value, "must be a positive integer")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InvalidRequest("seed", seed, "must be an integer")
-        self._core: EngineCore | None = None
+        if not isinstance(model, str | Path):
+            raise InvalidRequest("model", model, "give a local checkpoint directory, or 'tiny'")
         with as_file(files("remask") / "tiny") as tiny:
             directory = tiny if model == "tiny" else Path(model)
-            weights = load_checkpoint(directory, dtype=dtype, device=_pick_device(device))
+            # The tokenizer first: it is small, and what is wrong with it shows before weights are read.
             self.tokenizer = load_tokenizer(
                 directory if tokenizer is None else Path(tokenizer), tokenizer is not None
             )
-        config = weights.config
+            denoiser = load_denoiser(directory, dtype=dtype, device=device)
+        config = denoiser.config
         max_len = config.max_len if max_model_len is None else max_model_len
-        if not 2 <= max_len <= config.max_len:
+        if not isinstance(max_len, int) or not 2 <= max_len <= config.max_len:
             raise InvalidRequest(
                 "max_model_len", max_model_len, f"must lie between 2 and the model's {config.max_len}"
             )
-        pack_rows = CPU_PACK_ROWS if weights.embedding.device.type == "cpu" else 1 << 30
-        executor = InProcessExecutor(TransformerDenoiser(weights, SdpaAttention(), pack_rows=pack_rows))
         scheduler = Scheduler(
             max_num_rows=DEFAULT_MAX_NUM_ROWS if max_num_rows is None else max_num_rows,
             max_num_seqs=max_num_seqs,
             burst=burst,
         )
         self._intake = Intake(config, self.tokenizer, max_len=max_len, seed=seed)
-        self._core = EngineCore(scheduler, executor)
+        self._core = EngineCore(scheduler, InProcessExecutor(denoiser))
 
     def generate(
         self,
@@ -157,8 +159,7 @@ class LLM:
 
     def close(self) -> None:
         """Frees the model; idempotent. Afterwards `generate` raises EngineDead."""
-        if self._core is not None:
-            self._core.close()
+        self._core.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -167,7 +168,6 @@ class LLM:
         self.close()
 
     def _run(self, requests: list[Request], *, show_progress: bool) -> list[RequestOutput]:
-        assert self._core is not None, "set by the constructor"
         waiting = {request.request_id for request in requests}
         num_tokens = num_forwards = 0
         decode = None if self.tokenizer is None else self._decode
@@ -181,7 +181,7 @@ class LLM:
                     for request in self._core.step():
                         waiting.discard(request.request_id)
                         output = outputs[request.request_id] = request_output(request, decode)
-                        num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                        num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
                         num_forwards += sum(sample.nfe for sample in output.outputs)
                         bar.update(task, advance=1, rate=f"{num_tokens / num_forwards:.1f} tokens/forward")
             finally:
@@ -207,20 +207,6 @@ def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase |
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise InvalidRequest("tokenizer", str(directory), f"cannot be read: {error}") from None
-
-
-def _pick_device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError):
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        raise InvalidRequest("device", device, "use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("device", device, "torch sees no GPU here; use cpu, or install torch with CUDA")
-    return device
 
 
 def _progress_bar(show: bool) -> Progress:

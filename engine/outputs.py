@@ -40,6 +40,11 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     commit_steps: list[int]
     seed: int
 
+    @property
+    def num_visible_tokens(self) -> int:
+        """Tokens of `text`: `token_ids` without the end-of-sequence token."""
+        return len(self.token_ids) - (self.finish_reason == "stop")
+
 
 class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """Times of a request, in monotonic seconds; `latency` is the difference."""

@@ -46,9 +46,6 @@ class UnmaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
         """Parameters that differ from block to block, one value a block, for blocks of these lengths."""
         return {}
 
-    def check(self, canvas_len: int) -> None:
-        """Raises InvalidRequest where the fields cannot work for a canvas of this many slots."""
-
 
 class RemaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
     """Decides which committed positions of the active block turn back into masks in a step."""

@@ -6,11 +6,11 @@ the mask id is excluded from proposals only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from remask.workers.keyed_random import gumbel
 from remask.workers.rows import HeadQuery
@@ -55,20 +55,23 @@ class Statistics:
             getattr(self, field.name)[rows] = getattr(other, field.name)
 
 
-def head_statistics(hidden_ND: Tensor, weight_VD: Tensor, query: HeadQuery, mask_id: int) -> Statistics:
+def head_statistics(
+    hidden_ND: Tensor, logits_of: Callable[[Tensor], Tensor], vocab_size: int, query: HeadQuery, mask_id: int
+) -> Statistics:
     """Statistics [N] of the live rows of a query; the others stay zero.
 
     Args:
-        hidden_ND: final hidden states of the query's rows.
-        weight_VD: the head's matrix.
+        hidden_ND: final hidden states of the candidates.
+        logits_of: final norm and head: logits [rows, V] of hidden states [rows, D].
+        vocab_size: V.
         query: what is asked.
         mask_id: M.
     """
-    out = Statistics.blank(len(query.rows), hidden_ND.device)
+    out = Statistics.blank(len(hidden_ND), hidden_ND.device)
     live = query.live.nonzero().squeeze(1)
-    for rows in live.split(max(1, CHUNK_BYTES // (4 * len(weight_VD)))):
-        logits_NV = F.linear(hidden_ND[rows], weight_VD).float()
-        out.put(rows, logits_statistics(logits_NV, query, rows, mask_id))
+    for part in live.split(max(1, CHUNK_BYTES // (4 * vocab_size))):
+        logits_NV = logits_of(hidden_ND[part]).float()
+        out.put(part, logits_statistics(logits_NV, query, part, mask_id))
     return out
 
 

@@ -3,11 +3,13 @@ at.
 
 A *plan* says which canvases share a pack and holds what does not change while they are together; `pack_rows`
 adds what the current step needs. Main rows (prompt and canvas) of all canvases come first, then one shadow
-row for each block slot of the canvases whose remask policy verifies.
+row for each block slot of the canvases whose remask policy verifies. The *candidates* are the rows that the
+head may be asked about: the slots of the active blocks, then the shadow rows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,19 +20,35 @@ from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
 
 
 @dataclass(frozen=True)
-class HeadQuery:
-    """N rows of a pack that the head is asked about (R x B main slots, then the shadow slots).
+class PackedRows:
+    """What a transformer gets: T rows, which of them see which, and the N candidates among them.
 
     Attributes:
-        rows: int64 [N]: rows of the pack.
-        live: bool [N]: the others are padding; their statistics mean nothing.
+        ids_T, positions_T: int64 [T].
+        layout: all rows as queries.
+        candidates_N: int64 [N]: rows whose final hidden state is wanted, main rows before shadow rows.
+        candidate_layout: the candidates as queries.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    layout: VarlenLayout
+    candidates_N: Tensor
+    candidate_layout: VarlenLayout
+
+
+@dataclass(frozen=True)
+class HeadQuery:
+    """What the head is asked about the N candidates of a pack.
+
+    Attributes:
+        live: bool [N]: nobody reads the statistics of the others.
         given: int64 [N]: the token whose probability is wanted.
         temperature: fp32 [N]: of the proposal; 0: the most probable token.
         keys: int64 [N]: keys of the token stream.
         needs: which of "margin" and "entropy" somebody reads.
     """
 
-    rows: Tensor
     live: Tensor
     given: Tensor
     temperature: Tensor
@@ -39,38 +57,32 @@ class HeadQuery:
 
 
 @dataclass(frozen=True)
-class RowPack:
-    """What a model gets: rows, which of them see which, and what is asked about them."""
-
-    ids_T: Tensor
-    positions_T: Tensor
-    layout: VarlenLayout
-    query: HeadQuery
-
-
-@dataclass(frozen=True)
 class PackPlan:
-    """The canvases of one pack.
+    """The canvases of one pack. Slots are numbered as in the burst's flattened [R, B].
 
     Attributes:
-        canvases: int64 [Rp]: indices in the burst.
-        verifying: the places among them (0..Rp-1) of canvases with shadow rows.
-        verifying_canvases: int64 [Rv]: their indices in the burst.
+        num_rows: rows of a forward, T.
         token_index: int64 [T_main]: where in the burst's flat tokens each main row's token stands.
         positions: int64 [T_main]: position ids.
         cu_seqlens: boundaries of the sequences among the main rows.
-        row_shift: int64 [Rp, 1]: row of a token in the pack minus its place in the flat tokens.
-        starts: int64 [Rp, 1]: first row of each sequence in the pack.
+        slots: int64 [N_main]: the slot behind each main candidate, `block_length` of them for each canvas.
+        slot_shifts: int64 [N_main]: row of its token in the pack minus the token's place in the flat tokens.
+        cu_slots: boundaries of the sequences among the main candidates.
+        shadow_slots: int64 [S]: the slot that each shadow row verifies.
+        shadow_starts: int64 [S]: where in the flat tokens the sequence of each shadow row begins.
+        shadow_owners: the place in the pack of each verifying canvas, with the number of its shadow rows.
     """
 
-    canvases: Tensor
-    verifying: tuple[int, ...]
-    verifying_canvases: Tensor
+    num_rows: int
     token_index: Tensor
     positions: Tensor
     cu_seqlens: tuple[int, ...]
-    row_shift: Tensor
-    starts: Tensor
+    slots: Tensor
+    slot_shifts: Tensor
+    cu_slots: tuple[int, ...]
+    shadow_slots: Tensor
+    shadow_starts: Tensor
+    shadow_owners: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -104,28 +116,47 @@ def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) 
 
 
 def plan_pack(
-    canvases: list[int], cu_tokens: Sequence[int], verifies: Sequence[bool], device: torch.device
+    canvases: list[int],
+    cu_tokens: Sequence[int],
+    block_lens: Sequence[int],
+    num_shadow_rows: Sequence[int],
+    device: torch.device,
 ) -> PackPlan:
-    """The plan for some canvases of a burst whose flat tokens are bounded by `cu_tokens`."""
+    """The plan for some canvases of a burst.
+
+    Args:
+        canvases: indices in the burst.
+        cu_tokens: boundaries of all sequences of the burst in its flat tokens.
+        block_lens: block length of each canvas of the burst.
+        num_shadow_rows: of each canvas of the burst; 0 where its policy does not verify.
+        device: where the tensors go.
+    """
+    width = max(block_lens)
+
+    def joined(ranges: Sequence[range]) -> Tensor:
+        return torch.tensor(list(itertools.chain(*ranges)), dtype=torch.int64, device=device)
+
+    def repeated(values: Sequence[int], counts: Sequence[int]) -> Tensor:
+        numbers, times = (torch.tensor(part, dtype=torch.int64, device=device) for part in (values, counts))
+        return numbers.repeat_interleave(times)
+
+    starts = [cu_tokens[c] for c in canvases]
     lens = [cu_tokens[c + 1] - cu_tokens[c] for c in canvases]
-    cu_seqlens = [0]
-    for length in lens:
-        cu_seqlens.append(cu_seqlens[-1] + length)
-    verifying = tuple(place for place, c in enumerate(canvases) if verifies[c])
-    starts = torch.tensor(cu_seqlens[:-1], device=device).unsqueeze(1)
+    blocks, shadows = [block_lens[c] for c in canvases], [num_shadow_rows[c] for c in canvases]
+    cu_seqlens = (0, *itertools.accumulate(lens))
     return PackPlan(
-        canvases=torch.tensor(canvases, device=device),
-        verifying=verifying,
-        verifying_canvases=torch.tensor(
-            [canvases[place] for place in verifying], dtype=torch.int64, device=device
+        num_rows=sum(lens) + sum(shadows),
+        token_index=joined([range(start, start + n) for start, n in zip(starts, lens, strict=True)]),
+        positions=joined([range(n) for n in lens]),
+        cu_seqlens=cu_seqlens,
+        slots=joined([range(c * width, c * width + n) for c, n in zip(canvases, blocks, strict=True)]),
+        slot_shifts=repeated([row - place for row, place in zip(cu_seqlens, starts, strict=False)], blocks),
+        cu_slots=(0, *itertools.accumulate(blocks)),
+        shadow_slots=joined(
+            [range(c * width, c * width + n) for c, n in zip(canvases, shadows, strict=True)]
         ),
-        token_index=torch.cat(
-            [torch.arange(cu_tokens[c], cu_tokens[c + 1], device=device) for c in canvases]
-        ),
-        positions=torch.cat([torch.arange(length, device=device) for length in lens]),
-        cu_seqlens=tuple(cu_seqlens),
-        row_shift=starts - torch.tensor([cu_tokens[c] for c in canvases], device=device).unsqueeze(1),
-        starts=starts,
+        shadow_starts=repeated(starts, shadows),
+        shadow_owners=tuple((place, n) for place, n in enumerate(shadows) if n),
     )
 
 
@@ -138,8 +169,8 @@ def pack_rows(
     temperature: Tensor,
     keys: Tensor,
     needs: frozenset[str],
-) -> RowPack:
-    """The rows of one forward.
+) -> tuple[PackedRows, HeadQuery]:
+    """The rows of one forward, and what is asked about the candidates among them.
 
     Args:
         plan: the canvases of the pack.
@@ -150,51 +181,41 @@ def pack_rows(
         keys: int64 [R, B]: keys of the token stream.
         needs: statistics beyond the proposal's probability.
     """
-    main = plan.canvases
-    valid, slot_tokens, masked = blocks.valid[main], blocks.tokens[main], blocks.masked[main]
-    slot_rows = torch.where(valid, blocks.rows[main] + plan.row_shift, 0)
-    block_len = valid.shape[1]
-    heat = temperature[main].unsqueeze(1).expand_as(slot_rows)
-    query = [slot_rows, masked, slot_tokens, heat, keys[main]]
-    ids, positions = tokens[plan.token_index], plan.positions
-    shadows: list[ShadowSegment] = []
-    if plan.verifying:
-        which = torch.tensor(plan.verifying, device=tokens.device)
-        num_main = plan.cu_seqlens[-1]
-        shadow_rows = torch.arange(num_main, num_main + len(plan.verifying) * block_len, device=tokens.device)
-        ids = torch.cat([ids, ids.new_full((len(shadow_rows),), mask_id)])
-        shadow_positions = torch.where(valid[which], slot_rows[which] - plan.starts[which], 0)
-        positions = torch.cat([positions, shadow_positions.flatten()])
-        shadows = [
-            _shadow_segment(plan, i, place, shadow_positions[i], valid[place])
-            for i, place in enumerate(plan.verifying)
-        ]
-        zeros = torch.zeros_like(keys[plan.verifying_canvases])
-        shadow_query = [
-            shadow_rows.view(-1, block_len),
-            (valid & ~masked)[which],
-            slot_tokens[which],
-            zeros.to(heat.dtype),
-            zeros,
-        ]
-        query = [torch.cat(pair) for pair in zip(query, shadow_query, strict=True)]
-    rows, live, given, heat, token_keys = (part.flatten() for part in query)
-    return RowPack(
-        ids,
-        positions,
-        VarlenLayout(plan.cu_seqlens, tuple(shadows)),
-        HeadQuery(rows, live, given, heat, token_keys, needs),
+    valid, masked, held, places = (
+        part.flatten() for part in (blocks.valid, blocks.masked, blocks.tokens, blocks.rows)
     )
+    heat = temperature.unsqueeze(1).expand_as(keys).flatten()
+    own, shadow = plan.slots, plan.shadow_slots
+    shadow_positions = torch.where(valid[shadow], places[shadow] - plan.shadow_starts, 0)
+    shadow_rows = torch.arange(plan.num_rows - len(shadow), plan.num_rows, device=tokens.device)
+    shadows = _shadow_segments(plan, shadow_positions, valid[shadow])
+    rows = PackedRows(
+        ids_T=torch.cat([tokens[plan.token_index], torch.full_like(shadow, mask_id)]),
+        positions_T=torch.cat([plan.positions, shadow_positions]),
+        layout=VarlenLayout(plan.cu_seqlens, plan.cu_seqlens, shadows),
+        candidates_N=torch.cat([torch.where(valid[own], places[own] + plan.slot_shifts, 0), shadow_rows]),
+        candidate_layout=VarlenLayout(plan.cu_slots, plan.cu_seqlens, shadows),
+    )
+    query = HeadQuery(
+        live=torch.cat([masked[own], (valid & ~masked)[shadow]]),
+        given=held[torch.cat([own, shadow])],
+        temperature=torch.cat([heat[own], heat.new_zeros(len(shadow))]),  # shadow proposals are not used
+        keys=keys.flatten()[torch.cat([own, shadow])],
+        needs=needs,
+    )
+    return rows, query
 
 
-def _shadow_segment(
-    plan: PackPlan, index: int, place: int, own_positions: Tensor, valid: Tensor
-) -> ShadowSegment:
-    """Shadow row j sees all main rows but the one at its own position, and every shadow row of its block."""
-    start, end = plan.cu_seqlens[place], plan.cu_seqlens[place + 1]
-    block_len = len(valid)
-    main = torch.ones(block_len, end - start, dtype=torch.bool, device=valid.device)
-    main.scatter_(1, own_positions.unsqueeze(1), False)
-    first = plan.cu_seqlens[-1] + index * block_len
-    mask = torch.cat([main, valid.expand(block_len, block_len)], dim=1)
-    return ShadowSegment(start, end, first, first + block_len, mask)
+def _shadow_segments(plan: PackPlan, positions_S: Tensor, valid_S: Tensor) -> tuple[ShadowSegment, ...]:
+    """A shadow row sees all main rows but the one at its own position, and every shadow row of its block."""
+    segments = []
+    first = 0
+    for sequence, count in plan.shadow_owners:
+        own = slice(first, first + count)
+        length = plan.cu_seqlens[sequence + 1] - plan.cu_seqlens[sequence]
+        main = torch.ones(count, length, dtype=torch.bool, device=valid_S.device)
+        main.scatter_(1, positions_S[own].unsqueeze(1), False)
+        mask = torch.cat([main, valid_S[own].expand(count, count)], dim=1)
+        segments.append(ShadowSegment(sequence, own.start, own.stop, mask))
+        first += count
+    return tuple(segments)

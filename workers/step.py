@@ -22,10 +22,10 @@ def plan_packs(state: BurstState, model: Denoiser) -> list[PackPlan]:
     """Cuts the canvases that are not finished into packs of the size that the model is best fed with."""
     live = (~state.finished).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
-    num_rows = [length + spec.num_shadow_rows for length, spec in zip(lens, state.specs, strict=True)]
-    verifies = [spec.num_shadow_rows > 0 for spec in state.specs]
-    groups = group_canvases(num_rows, live, model.pack_rows)
-    return [plan_pack(group, state.cu_tokens, verifies, state.device) for group in groups]
+    shadows = [spec.num_shadow_rows for spec in state.specs]
+    groups = group_canvases([sum(rows) for rows in zip(lens, shadows, strict=True)], live, model.pack_rows)
+    block_lens = [spec.block_length for spec in state.specs]
+    return [plan_pack(group, state.cu_tokens, block_lens, shadows, state.device) for group in groups]
 
 
 def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
@@ -36,10 +36,8 @@ def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
     main = Statistics.blank(slots.numel(), state.device)
     verified = torch.ones(shape, device=state.device)
     keys = stream_keys(state.keys.unsqueeze(1), Purpose.TOKEN, state.num_forwards.unsqueeze(1), slots)
-    flat_index = torch.arange(slots.numel(), device=state.device).view(shape)
-    num_rows = 0
     for plan in plans:
-        pack = pack_rows(
+        rows, query = pack_rows(
             plan,
             state.tokens,
             blocks,
@@ -48,16 +46,14 @@ def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
             keys=keys,
             needs=state.needs,
         )
-        found = model.statistics(pack)
-        num_main = len(plan.canvases) * shape[1]
-        main.put(flat_index[plan.canvases].flatten(), found.head(num_main))
-        if plan.verifying:
-            verified[plan.verifying_canvases] = found.given_prob[num_main:].view(-1, shape[1])
-        num_rows += len(pack.ids_T)
+        found = model.statistics(rows, query)
+        num_main = len(plan.slots)
+        main.put(plan.slots, found.head(num_main))
+        verified.view(-1)[plan.shadow_slots] = found.given_prob[num_main:]
     view = _block_view(state, blocks, main, verified, slots)
     commit, remask = _decide(state, view)
     _update(state, slots, blocks, commit, remask, main.proposal.view(shape), view.confidence, model.mask_id)
-    return num_rows
+    return sum(plan.num_rows for plan in plans)
 
 
 def _block_view(

@@ -105,9 +105,9 @@ def _print_table(outputs: list[RequestOutput], seconds: float) -> None:
         )
     console = Console()
     console.print(table)
-    num_tokens = sum(sample.tokens_per_forward * sample.nfe for _, sample in samples)
+    num_tokens = sum(sample.num_visible_tokens for _, sample in samples)
     num_forwards = sum(sample.nfe for _, sample in samples)
     console.print(
-        f"{len(samples)} samples in {seconds:.2f} s: {num_tokens:.0f} visible tokens "
+        f"{len(samples)} samples in {seconds:.2f} s: {num_tokens} visible tokens "
         f"({num_tokens / seconds:.0f} a second), {num_forwards} forwards"
     )

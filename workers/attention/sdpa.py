@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,21 +16,26 @@ class SdpaAttention(AttentionBackend):
 
     name = "sdpa"
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TKd, v_TKd))  # [1, heads, T, d]
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))  # [1, heads, rows, d]
         grouped = q.shape[1] != k.shape[1]
-        out = []
-        for start, end in zip(layout.cu_seqlens[:-1], layout.cu_seqlens[1:], strict=True):
-            rows = slice(start, end)
-            out.append(
-                scaled_dot_product_attention(q[:, :, rows], k[:, :, rows], v[:, :, rows], enable_gqa=grouped)
-            )
+        queries = [slice(*bounds) for bounds in pairwise(layout.cu_queries)]
+        keys = [slice(*bounds) for bounds in pairwise(layout.cu_keys)]
+        out = [
+            scaled_dot_product_attention(q[:, :, own], k[:, :, seen], v[:, :, seen], enable_gqa=grouped)
+            for own, seen in zip(queries, keys, strict=True)
+        ]
         for shadow in layout.shadows:
-            main, own = slice(shadow.main_start, shadow.main_end), slice(shadow.start, shadow.end)
-            keys, values = (torch.cat([x[:, :, main], x[:, :, own]], dim=2) for x in (k, v))
+            own, shadow_keys = (
+                slice(end + shadow.first, end + shadow.last)
+                for end in (layout.cu_queries[-1], layout.cu_keys[-1])
+            )
+            main = keys[shadow.sequence]
+            seen_k, seen_v = (torch.cat([x[:, :, main], x[:, :, shadow_keys]], dim=2) for x in (k, v))
             out.append(
                 scaled_dot_product_attention(
-                    q[:, :, own], keys, values, attn_mask=shadow.mask, enable_gqa=grouped
+                    q[:, :, own], seen_k, seen_v, attn_mask=shadow.mask, enable_gqa=grouped
                 )
             )
-        return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
+        # SDPA writes its output row by row behind a transposed view; joined in that order it is copied once.
+        return torch.cat([part.transpose(1, 2).squeeze(0) for part in out])

@@ -1,7 +1,8 @@
 """The varlen description of a pack, and what an attention backend is.
 
 Main rows of all sequences come first, then the shadow rows of those that verify: main rows never see shadow
-rows, so a backend serves them with one ordinary variable-length call, whatever the policies are.
+rows, so a backend serves them with one ordinary variable-length call, whatever the policies are. Keys are
+always all rows of a pack; queries are all of them, or in a model's last layer only those that the head reads.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ class ShadowSegment:
     """The shadow rows of one sequence.
 
     Attributes:
-        main_start, main_end: its main rows in the pack.
-        start, end: its shadow rows in the pack.
+        sequence: its place in the pack.
+        first, last: its shadow rows are these (`last` excluded) of all shadow rows.
         mask: bool [B, L + B]: whether a shadow row (query) sees the sequence's main rows, then its shadow
             rows.
     """
 
-    main_start: int
-    main_end: int
-    start: int
-    end: int
+    sequence: int
+    first: int
+    last: int
     mask: Tensor
 
 
@@ -35,11 +35,13 @@ class VarlenLayout:
     """Which rows attend to which.
 
     Attributes:
-        cu_seqlens: boundaries of the sequences in the main rows, one more than there are sequences.
-        shadows: the shadow rows behind the main rows; empty where nobody verifies.
+        cu_queries: boundaries of the sequences in the main queries, one more than there are sequences.
+        cu_keys: boundaries of the sequences in the main keys.
+        shadows: the shadow rows behind the main rows, in queries and keys alike; empty where nobody verifies.
     """
 
-    cu_seqlens: tuple[int, ...]
+    cu_queries: tuple[int, ...]
+    cu_keys: tuple[int, ...]
     shadows: tuple[ShadowSegment, ...]
 
 
@@ -49,5 +51,5 @@ class AttentionBackend(ABC):
     name: str
 
     @abstractmethod
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
-        """Attention output [T, H, d] for queries [T, H, d], keys and values [T, K, d] (H a multiple of K)."""
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
+        """Attention output [Q, H, d] for queries [Q, H, d], keys and values [T, K, d] (H a multiple of K)."""

@@ -1,15 +1,22 @@
-"""The seam to models: segments in, statistics out. Whatever answers a `RowPack` can be denoised with."""
+"""The seam to models: segments in, statistics out. Whatever answers for packed rows can be denoised with."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import torch
 
+from remask.scheduler.errors import InvalidRequest
+from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.head import Statistics, head_statistics
+from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.transformer import Transformer
-from remask.workers.rows import RowPack
+from remask.workers.rows import HeadQuery, PackedRows
+
+CPU_PACK_ROWS = 512  # a larger pack leaves a core's cache
+GPU_PACK_ROWS = 1 << 30  # the row budget alone bounds a forward
 
 
 class Denoiser(ABC):
@@ -27,8 +34,8 @@ class Denoiser(ABC):
     pack_rows: int
 
     @abstractmethod
-    def statistics(self, pack: RowPack) -> Statistics:
-        """Statistics [N] for the N rows of `pack.query`."""
+    def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
+        """Statistics [N] of the candidates of a pack."""
 
 
 class TransformerDenoiser(Denoiser):
@@ -36,10 +43,58 @@ class TransformerDenoiser(Denoiser):
 
     def __init__(self, model: Transformer, attention: AttentionBackend, *, pack_rows: int) -> None:
         self.model, self.attention, self.pack_rows = model, attention, pack_rows
+        self.config = model.config
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
 
-    def statistics(self, pack: RowPack) -> Statistics:
-        hidden_TD = self.model(pack.ids_T, pack.positions_T, pack.layout, self.attention)
-        hidden_ND = self.model.final_hidden(hidden_TD[pack.query.rows])
-        weight_VD = self.model.head[: self.model.config.vocab_size]
-        return head_statistics(hidden_ND, weight_VD, pack.query, self.mask_id)
+    def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
+        hidden_ND = self.model(rows, self.attention)
+        return head_statistics(hidden_ND, self.model.logits, self.config.vocab_size, query, self.mask_id)
+
+
+def load_denoiser(directory: Path, *, dtype: str = "auto", device: str = "auto") -> TransformerDenoiser:
+    """The model in a local checkpoint directory, ready to denoise.
+
+    Args:
+        directory: see `load_checkpoint`.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        InvalidRequest: the device is not here, or the checkpoint is at fault.
+    """
+    model = load_checkpoint(directory, dtype=dtype, device=pick_device(device))
+    on_cpu = model.embedding.device.type == "cpu"
+    if on_cpu:
+        keep_freed_memory()
+    pack_rows = CPU_PACK_ROWS if on_cpu else GPU_PACK_ROWS
+    return TransformerDenoiser(model, SdpaAttention(), pack_rows=pack_rows)
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep up to 64 MB of freed memory instead of returning it layer by layer.
+
+    glibc raises its thresholds to the largest block (of at most 32 MB) that was ever freed; until then every
+    forward faults all its activations in again.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def pick_device(device: str) -> str:
+    """A device that torch has here.
+
+    Raises:
+        InvalidRequest: it is unknown or torch does not see it.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
+        raise InvalidRequest("device", device, "use auto, cpu, cuda or cuda:N")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(
+            "device", device, f"torch sees {torch.cuda.device_count()} GPUs here; use cpu, or one of them"
+        )
+    return device

@@ -1,4 +1,4 @@
-"""The packed bidirectional transformer that all families share: rows in, final hidden states out.
+"""The packed bidirectional transformer that all families share: rows in, hidden states of the candidates out.
 
 Fused qkv and gate/up projections, RMSNorm and RoPE in fp32, positions given with the rows. Inference only.
 Parameters are made on the meta device and filled by `remask.workers.models.loading`.
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.config import ModelConfig
+from remask.workers.rows import PackedRows
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -25,16 +26,19 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, head_dim / 2] in fp32."""
+    """cos and sin [T, 1, head_dim] in fp32, each half of a head's dimensions with the same angles."""
     half = torch.arange(head_dim // 2, device=positions_T.device, dtype=torch.float32) * 2 / head_dim
-    angles = positions_T.float().unsqueeze(1) * (1.0 / theta**half)
-    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    angles = (positions_T.float().unsqueeze(1) * (1.0 / theta**half)).unsqueeze(1)
+    return angles.cos().tile(2), angles.sin().tile(2)
 
 
 def rotate_halves(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each head's first half against its second (NeoX layout), in fp32."""
-    x1, x2 = x_THd.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x_THd.dtype)
+    x32, half = x_THd.float(), x_THd.shape[-1] // 2
+    out = x32 * cos
+    out[..., :half].addcmul_(x32[..., half:], sin[..., half:], value=-1)
+    out[..., half:].addcmul_(x32[..., :half], sin[..., :half])
+    return out.to(x_THd.dtype)
 
 
 class Block(nn.Module):
@@ -60,16 +64,41 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layout: VarlenLayout, attention: AttentionBackend
     ) -> Tensor:
-        qkv = F.linear(rms_norm(x_TD, self.attn_norm, self.eps), self.qkv).unflatten(-1, (-1, self.head_dim))
+        """All rows [T, D] through the layer."""
+        qkv = self._heads(rms_norm(x_TD, self.attn_norm, self.eps), self.qkv)
         q_and_k, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=1)
         q, k = rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
-        x_TD = x_TD + F.linear(attention.attend(q, k, v, layout).flatten(1), self.attn_out)
+        attended = attention.attend(q, k, v, layout).flatten(1)
+        return self._ffn(F.linear(attended, self.attn_out).add_(x_TD))
+
+    def candidates(
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        rows_N: Tensor,
+        layout: VarlenLayout,
+        attention: AttentionBackend,
+    ) -> Tensor:
+        """Only some rows [N, D] through the layer; all rows give keys and values."""
+        normed_TD = rms_norm(x_TD, self.attn_norm, self.eps)
+        q_size = self.sizes[0] * self.head_dim
+        q = self._heads(normed_TD[rows_N], self.qkv[:q_size])
+        k, v = self._heads(normed_TD, self.qkv[q_size:]).split(self.sizes[1:], dim=1)
+        cos, sin = rope
+        q, k = rotate_halves(q, cos[rows_N], sin[rows_N]), rotate_halves(k, cos, sin)
+        attended = attention.attend(q, k, v, layout).flatten(1)
+        return self._ffn(F.linear(attended, self.attn_out).add_(x_TD[rows_N]))
+
+    def _heads(self, x_TD: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x_TD, weight).unflatten(-1, (-1, self.head_dim))
+
+    def _ffn(self, x_TD: Tensor) -> Tensor:
         gate, up = F.linear(rms_norm(x_TD, self.ffn_norm, self.eps), self.gate_up).chunk(2, dim=-1)
-        return x_TD + F.linear(F.silu(gate) * up, self.down)
+        return F.linear(F.silu(gate).mul_(up), self.down).add_(x_TD)
 
 
 class Transformer(nn.Module):
-    """Embedding, layers, final norm, and the head's matrix (which `remask.workers.head` applies)."""
+    """Embedding, layers, final norm and head; `logits` is for the rows that `remask.workers.head` picks."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -81,16 +110,16 @@ class Transformer(nn.Module):
             self.embedding if config.tied_embeddings else _empty(config.embedding_size, config.hidden_size)
         )
 
-    def forward(
-        self, ids_T: Tensor, positions_T: Tensor, layout: VarlenLayout, attention: AttentionBackend
-    ) -> Tensor:
-        """Hidden states [T, D] before the final norm."""
-        rope = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
-        x_TD = self.embedding[ids_T]
-        for block in self.blocks:
-            x_TD = block(x_TD, rope, layout, attention)
-        return x_TD
+    def forward(self, rows: PackedRows, attention: AttentionBackend) -> Tensor:
+        """Hidden states [N, D] of the candidates, not yet normed; the last layer computes only those."""
+        rope = rope_tables(rows.positions_T, self.config.head_dim, self.config.rope_theta)
+        x_TD = self.embedding[rows.ids_T]
+        *blocks, last = self.blocks
+        for block in blocks:
+            x_TD = block(x_TD, rope, rows.layout, attention)
+        return last.candidates(x_TD, rope, rows.candidates_N, rows.candidate_layout, attention)  # type: ignore[operator]
 
-    def final_hidden(self, x_ND: Tensor) -> Tensor:
-        """What the head reads, for the rows that need it."""
-        return rms_norm(x_ND, self.final_norm, self.config.norm_eps)
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Logits [N, V] of the rows that need them."""
+        normed = rms_norm(x_ND, self.final_norm, self.config.norm_eps)
+        return F.linear(normed, self.head[: self.config.vocab_size])

@@ -1,0 +1,144 @@
+"""Speed on the golden Fast-dLLM cases: the engine against the plain loop, at equal tokens and forwards.
+
+    python -m remask.benchmarks.golden --output benchmarks/results/golden.json
+
+Runs interleaved repetitions on one thread: the plain loop in fp32 (one request at a time), the engine in fp32
+and the engine in bf16 (all requests at once). Ratios are taken within a repetition. The engine in fp32 must
+write the reference tokens with the reference's forwards, and so must the plain loop; bf16 rounds differently,
+so its tokens and forwards are reported beside its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from remask import LLM, SamplingParams, Threshold
+from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.plain_loop import Decoded, decode_by_threshold
+from remask.workers.models.denoiser import load_denoiser
+
+Cases = list[dict[str, Any]]
+
+
+def read_cases(directory: Path, policy: str) -> Cases:
+    """The golden cases of one reference decoder."""
+    cases = json.loads((directory / "llada_decoding.json").read_text())["cases"]
+    return [case for case in cases if case["policy"] == policy]
+
+
+def plain_loop(checkpoint: Path, cases: Cases) -> Callable[[], list[Decoded]]:
+    model = load_denoiser(checkpoint, dtype="float32", device="cpu")
+
+    def run() -> list[Decoded]:
+        return [
+            decode_by_threshold(
+                model,
+                case["prompt"],
+                case["params"]["gen_length"],
+                case["params"]["block_length"],
+                case["params"]["threshold"],
+            )
+            for case in cases
+        ]
+
+    return run
+
+
+def engine(
+    checkpoint: Path, cases: Cases, dtype: Literal["float32", "bfloat16"]
+) -> Callable[[], list[Decoded]]:
+    llm = LLM(checkpoint, dtype=dtype, device="cpu")
+    params = [
+        SamplingParams(
+            max_tokens=case["params"]["gen_length"],
+            block_length=case["params"]["block_length"],
+            unmask=Threshold(case["params"]["threshold"]),
+            ignore_eos=True,
+        )
+        for case in cases
+    ]
+
+    def run() -> list[Decoded]:
+        outputs = llm.generate([case["prompt"] for case in cases], params, use_tqdm=False)
+        return [Decoded(output.outputs[0].token_ids, output.outputs[0].nfe) for output in outputs]
+
+    return run
+
+
+def measure(checkpoint: Path, cases: Cases, repetitions: int) -> dict[str, Any]:
+    """Seconds of each contender in every repetition, what it wrote, and the ratios to the plain loop."""
+    contenders = {
+        "plain loop, float32": plain_loop(checkpoint, cases),
+        "engine, float32": engine(checkpoint, cases, "float32"),
+        "engine, bfloat16": engine(checkpoint, cases, "bfloat16"),
+    }
+    expected = [Decoded(case["output"], case["nfe"]) for case in cases]
+    results: dict[str, Any] = {}
+    for name, run in contenders.items():
+        written = run()  # warms up, too
+        results[name] = {
+            "equal_cases": sum(a == b for a, b in zip(written, expected, strict=True)),
+            "nfe": sum(decoded.nfe for decoded in written),
+            "seconds": [],
+        }
+    for _ in range(repetitions):
+        for name, run in contenders.items():
+            started = time.perf_counter()
+            run()
+            results[name]["seconds"].append(round(time.perf_counter() - started, 4))
+    base = results["plain loop, float32"]["seconds"]
+    for result in results.values():
+        ratios = [a / b for a, b in zip(base, result["seconds"], strict=True)]
+        result["times_as_fast"] = {
+            "median": round(statistics.median(ratios), 3),
+            "min": round(min(ratios), 3),
+            "max": round(max(ratios), 3),
+        }
+    return {"cases": len(cases), "repetitions": repetitions, "results": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--golden", type=Path, default=Path("tests/data/golden"))
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cases = read_cases(args.golden, "fastdllm")
+    report = {
+        "environment": environment_stamp(),
+        **measure(args.golden / "llada-tiny", cases, args.repetitions),
+    }
+    table = Table("decoder", "equal cases", "NFE", "median seconds", "times as fast (min to max)")
+    for name, result in report["results"].items():
+        ratio = result["times_as_fast"]
+        table.add_row(
+            name,
+            f"{result['equal_cases']}/{report['cases']}",
+            str(result["nfe"]),
+            f"{statistics.median(result['seconds']):.3f}",
+            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        )
+    Console().print(table)
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    if report["results"]["engine, float32"]["equal_cases"] != len(cases):
+        sys.exit("the engine did not write the reference tokens")
+
+
+if __name__ == "__main__":
+    main()
