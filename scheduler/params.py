@@ -128,11 +128,12 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
 
 def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """The fields of a preset with `overrides` on top; its block length is cut to the canvas."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InvalidRequest("preset", name, f"unknown preset; {did_you_mean(name, PRESETS)}")
-    fields = {**PRESETS[name], **overrides}
-    if "block_length" in fields and "block_length" not in overrides:
-        fields["block_length"] = min(fields["block_length"], fields.get("max_tokens", 128))
+    fields = {"max_tokens": SamplingParams().max_tokens, **PRESETS[name], **overrides}
+    if "block_length" not in overrides and isinstance(fields["max_tokens"], int):
+        block_length = PRESETS[name].get("block_length")
+        fields["block_length"] = None if block_length is None else min(block_length, fields["max_tokens"])
     return fields
 
 
@@ -166,7 +167,9 @@ def resolve(params: SamplingParams | dict[str, Any] | None) -> ResolvedParams:
     unmask = parse_policy("unmask", fields["unmask"]) if fields.get("unmask") is not None else Threshold()
     remask = parse_policy("remask", fields["remask"]) if fields.get("remask") not in (None, "none") else None
     try:
-        checked = msgspec.convert({**fields, "unmask": None, "remask": None}, type=SamplingParams)
+        checked = msgspec.convert(
+            {**fields, "unmask": None, "remask": None}, type=SamplingParams, str_keys=True
+        )
     except msgspec.ValidationError as error:
         raise invalid_field("", fields, error) from None
     for name, neutral in NEUTRAL.items():

@@ -10,6 +10,7 @@ computes is specified by the papers and reference decoders named in the docstrin
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -182,7 +183,7 @@ def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
             parameter, value, f"give a policy object, a dict or text such as {example(registry)!r}"
         )
     name = fields.get("type")
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise InvalidRequest(parameter, name, f"unknown policy; {did_you_mean(name, registry)}")
     unknown = [field for field in fields if field != "type" and field not in registry[name].__struct_fields__]
     if unknown:
@@ -237,7 +238,8 @@ def example(registry: dict[str, Any]) -> str:
 
 def invalid_field(parent: str, fields: dict[str, Any], error: msgspec.ValidationError) -> InvalidRequest:
     """msgspec's message, with the field it names put in front and the value that was given behind."""
-    problem, _, path = str(error).partition(" - at `$.")
-    name = path.rstrip("`").partition("[")[0]
+    problem, _, path = str(error).partition(" - at ")
+    found = re.search(r"\$\.(\w+)", path)
+    name = found.group(1) if found else ""
     value = fields.get(name, fields)
     return InvalidRequest(".".join(filter(None, (parent, name))), value, problem[:1].lower() + problem[1:])

@@ -1,0 +1,48 @@
+"""Shared by all tests: one thread (what CI has), the golden cases, and models loaded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from remask import LLM
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint() -> Path:
+    return GOLDEN / "llada-tiny"
+
+
+@pytest.fixture(scope="session")
+def golden_cases() -> list[dict[str, Any]]:
+    """The cases without guidance and EOS options."""
+    cases = json.loads((GOLDEN / "llada_decoding.json").read_text())["cases"]
+    options = {"cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf"}
+    return [case for case in cases if not options & set(case["params"])]
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_checkpoint: Path) -> TransformerDenoiser:
+    return load_denoiser(golden_checkpoint, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def golden_llm(golden_checkpoint: Path) -> Iterator[LLM]:
+    with LLM(golden_checkpoint, dtype="float32", device="cpu") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def tiny_llm() -> Iterator[LLM]:
+    with LLM("tiny", device="cpu") as llm:
+        yield llm

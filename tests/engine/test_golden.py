@@ -1,0 +1,83 @@
+"""The 92 outputs of the published decoders (tests/data/golden), token by token."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remask import LLM, CappedThreshold, SamplingParams, Schedule, Threshold, Wino
+
+Case = dict[str, Any]
+
+
+def params_of(case: Case, **overrides: Any) -> SamplingParams:
+    params = case["params"]
+    policies: dict[str, Any] = {
+        "llada": lambda: {"unmask": Schedule(params["steps"])},
+        "fastdllm": lambda: {"unmask": Threshold(params["threshold"])},
+        "wino": lambda: {
+            "unmask": CappedThreshold(params["threshold"]),
+            "remask": Wino(params["threshold_back"]),
+        },
+    }[case["policy"]]()
+    fields = {"max_tokens": params["gen_length"], "block_length": params["block_length"], **policies}
+    return SamplingParams(**{"ignore_eos": True, **fields, **overrides})
+
+
+def check(llm: LLM, cases: list[Case]) -> None:
+    outputs = llm.generate([case["prompt"] for case in cases], [params_of(case) for case in cases])
+    for case, output in zip(cases, outputs, strict=True):
+        sample = output.outputs[0]
+        assert (sample.token_ids, sample.nfe) == (case["output"], case["nfe"]), case["params"]
+
+
+def test_there_are_92_cases(golden_cases: list[Case]) -> None:
+    assert len(golden_cases) == 92
+    assert {case["policy"] for case in golden_cases} == {"llada", "fastdllm", "wino"}
+
+
+def test_each_case_alone(golden_llm: LLM, golden_cases: list[Case]) -> None:
+    for case in golden_cases:
+        check(golden_llm, [case])
+
+
+@pytest.mark.parametrize(("max_num_rows", "burst"), [(1 << 20, None), (1 << 20, 1), (300, None), (1, 3)])
+def test_all_cases_in_one_call_in_any_order_under_any_budget(
+    golden_checkpoint: Path, golden_cases: list[Case], max_num_rows: int, burst: int | None
+) -> None:
+    cases = random.Random(max_num_rows + (burst or 0)).sample(golden_cases, len(golden_cases))
+    with LLM(golden_checkpoint, dtype="float32", device="cpu", max_num_rows=max_num_rows, burst=burst) as llm:
+        check(llm, cases)
+
+
+def test_all_cases_packed_into_one_forward(
+    golden_checkpoint: Path, golden_cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("remask.workers.models.denoiser.CPU_PACK_ROWS", 1 << 30)
+    with LLM(golden_checkpoint, dtype="float32", device="cpu", max_num_rows=1 << 20) as llm:
+        check(llm, golden_cases)
+
+
+def test_stopping_at_eos_keeps_the_text_before_it(golden_llm: LLM, golden_cases: list[Case]) -> None:
+    stop_ids = (1, 2)
+    outputs = golden_llm.generate(
+        [case["prompt"] for case in golden_cases],
+        [params_of(case, ignore_eos=False) for case in golden_cases],
+    )
+    num_stopped = num_saved = 0
+    for case, output in zip(golden_cases, outputs, strict=True):
+        sample, reference = output.outputs[0], case["output"]
+        end = next((i for i, token in enumerate(reference) if token in stop_ids), None)
+        if end is None:
+            assert (sample.token_ids, sample.finish_reason) == (reference, "length")
+        else:
+            assert (sample.token_ids, sample.finish_reason) == (reference[: end + 1], "stop")
+            assert sample.num_visible_tokens == end
+            num_stopped += 1
+        assert sample.nfe <= case["nfe"]
+        num_saved += case["nfe"] - sample.nfe
+    assert num_stopped > 0
+    assert num_saved > 0, "blocks behind an EOS are not computed"

@@ -1,0 +1,123 @@
+"""`SamplingParams`: defaults, presets, and everything that is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from remask import CappedThreshold, InvalidRequest, SamplingParams, Schedule, Threshold, Wino
+from remask.scheduler.params import NEUTRAL, resolve
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    params = resolve(None)
+    assert (params.max_tokens, params.block_length, params.unmask, params.remask) == (
+        128,
+        32,
+        Threshold(0.9),
+        None,
+    )
+    assert (params.rank, params.temperature, params.seed, params.n) == ("proposal", 0.0, None, 1)
+
+
+def test_a_small_canvas_is_one_block() -> None:
+    assert resolve({"max_tokens": 20}).block_length == 20
+
+
+def test_an_object_and_its_json_mean_the_same() -> None:
+    params = SamplingParams(max_tokens=64, unmask=CappedThreshold(0.5), remask=Wino(0.8), temperature=0.5)
+    as_json = msgspec.json.decode(msgspec.json.encode(params))
+    assert resolve(as_json) == resolve(params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"max_token": 5}, "max_token"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "many"}, "max_tokens"),
+        ({"max_tokens": 8.5}, "max_tokens"),
+        ({"block_length": 0}, "block_length"),
+        ({"max_tokens": 16, "block_length": 32}, "block_length"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"n": 0, "temperature": 1.0}, "n"),
+        ({"n": 2}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"rank": "best"}, "rank"),
+        ({"ignore_eos": "yes"}, "ignore_eos"),
+        ({"unmask": "threshold:2"}, "unmask.t"),
+        ({"remask": "wino:tile=self"}, "remask.tile"),
+        ({"remask": "wino:ban_old=true"}, "remask.ban_old"),
+        ({"remask": "threshold"}, "remask"),
+        ({"preset": "winno"}, "preset"),
+        ({"preset": ["wino"]}, "preset"),
+        ({"max_tokens": None}, "max_tokens"),
+        ({"preset": "wino", "max_tokens": "many"}, "max_tokens"),
+        ({"preset": "wino", "max_tokens": 0}, "max_tokens"),
+        ({"unmask": {"type": ["threshold"]}}, "unmask"),
+    ],
+)
+def test_bad_fields_are_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(fields)
+    assert caught.value.parameter == named
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"logit_bias": {"1": 2.0}},
+        {"logit_bias": {1: 2.0}},
+        {"allowed_token_ids": [1]},
+        {"bad_token_ids": [1]},
+        {"cfg_scale": 1.0},
+        {"suppress_eos": True},
+        {"suppress_eos_confidence": True},
+        {"stop": "x"},
+        {"stop_token_ids": [3]},
+        {"include_stop_str_in_output": True},
+        {"logprobs": 1},
+        {"trace": True},
+        {"priority": 1},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+    ],
+)
+def test_fields_that_are_not_supported_yet_are_refused_by_name(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(InvalidRequest, match="not supported yet") as caught:
+        resolve(fields)
+    assert caught.value.parameter == name
+
+
+def test_neutral_values_of_unsupported_fields_are_accepted() -> None:
+    for name, values in NEUTRAL.items():
+        for value in values:
+            assert resolve({name: value}) == resolve(None)
+
+
+def test_something_else_than_parameters_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="sampling_params"):
+        resolve(3)  # type: ignore[arg-type]
+
+
+def test_presets_are_published_settings_and_give_way_to_overrides() -> None:
+    assert resolve(SamplingParams.preset("llada")).unmask == Schedule()
+    assert resolve({"preset": "fast-dllm"}).unmask == Threshold(0.9)
+    wino = resolve(SamplingParams.preset("wino"))
+    assert (wino.unmask, wino.remask, wino.block_length) == (CappedThreshold(0.6), Wino(0.9), 128)
+    small = resolve(SamplingParams.preset("wino", max_tokens=64, remask=Wino(0.8)))
+    assert (small.block_length, small.remask) == (64, Wino(0.8))
+
+
+def test_random_order_gives_different_samples_without_a_temperature() -> None:
+    assert resolve({"n": 3, "unmask": "schedule:score=random"}).n == 3
