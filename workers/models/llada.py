@@ -53,6 +53,13 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
             raise InvalidRequest("model", source, f"config key {key!r} must be a positive integer")
         return value
 
+    def positive_number(key: str, default: float) -> float:
+        value = raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise InvalidRequest("model", source, f"config key {key!r} must be a positive number")
+        return float(value)
+
     def token_ids(key: str) -> tuple[int, ...]:
         value = raw.get(key)
         ids: tuple[Any, ...] = tuple(value) if isinstance(value, list) else (value,)
@@ -84,12 +91,12 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=hidden_size // num_heads,
-        ffn_size=positive("mlp_hidden_size", int(raw.get("mlp_ratio") or 4) * hidden_size),
+        ffn_size=positive("mlp_hidden_size", int(positive_number("mlp_ratio", 4) * hidden_size)),
         vocab_size=vocab_size,
         embedding_size=embedding_size,
         tied_embeddings=bool(raw.get("weight_tying", True)),
-        rope_theta=float(raw.get("rope_theta") or 10000.0),
-        norm_eps=float(raw.get("rms_norm_eps") or 1e-5),
+        rope_theta=positive_number("rope_theta", 10000.0),
+        norm_eps=positive_number("rms_norm_eps", 1e-5),
         max_len=positive("max_sequence_length"),
         mask_id=token_ids("mask_token_id")[0],
         eos_ids=token_ids("eos_token_id"),

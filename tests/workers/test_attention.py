@@ -1,0 +1,64 @@
+"""The SDPA backend against dense masked attention in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
+
+LENS, SHADOWS = (7, 1, 12, 5), {0: 3, 2: 4}  # main rows of each sequence; shadow rows by sequence
+
+
+def hole_masks() -> list[tuple[int, Tensor]]:
+    masks = []
+    for sequence, count in SHADOWS.items():
+        main = torch.ones(count, LENS[sequence], dtype=torch.bool)
+        main[range(count), range(count)] = False
+        masks.append((sequence, torch.cat([main, torch.ones(count, count, dtype=torch.bool)], dim=1)))
+    return masks
+
+
+def layout(cu_queries: tuple[int, ...], cu_keys: tuple[int, ...]) -> VarlenLayout:
+    shadows, first = [], 0
+    for sequence, mask in hole_masks():
+        shadows.append(ShadowSegment(sequence, first, first + len(mask), mask))
+        first += len(mask)
+    return VarlenLayout(cu_queries, cu_keys, tuple(shadows))
+
+
+def visible(cu: tuple[int, ...], total: int) -> Tensor:
+    """Dense visibility [T, T] of the whole pack."""
+    seen = torch.zeros(total, total, dtype=torch.bool)
+    for start, end in zip(cu[:-1], cu[1:], strict=True):
+        seen[start:end, start:end] = True
+    row = cu[-1]
+    for sequence, mask in hole_masks():
+        count = len(mask)
+        seen[row : row + count, cu[sequence] : cu[sequence + 1]] = mask[:, : LENS[sequence]]
+        seen[row : row + count, row : row + count] = mask[:, LENS[sequence] :]
+        row += count
+    return seen
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_packed_attention_equals_dense_masked_attention(heads: int, kv_heads: int, pruned: bool) -> None:
+    torch.manual_seed(0)
+    cu = (0, 7, 8, 20, 25)
+    total = cu[-1] + sum(SHADOWS.values())
+    q, k, v = (torch.randn(total, n, 8) for n in (heads, kv_heads, kv_heads))
+    queries = torch.arange(total)
+    cu_queries = cu
+    if pruned:  # two rows of each sequence (one of the shortest), then every shadow row
+        queries = torch.tensor([1, 4, 7, 10, 19, 20, 24, *range(cu[-1], total)])
+        cu_queries = (0, 2, 3, 5, 7)
+    got = SdpaAttention().attend(q[queries], k, v, layout(cu_queries, cu))
+    scores = (
+        torch.einsum("qhd,khd->hqk", q.double(), k.repeat_interleave(heads // kv_heads, 1).double()) / 8**0.5
+    )
+    weights = scores.masked_fill(~visible(cu, total), -torch.inf).softmax(-1)
+    dense = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(heads // kv_heads, 1).double())
+    torch.testing.assert_close(got.double(), dense[queries], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,79 @@
+"""The packed transformer against the trainer's independent one, and packing against no packing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from remask.benchmarks.tiny.model import TrainableLLaDA
+from remask.workers.attention.varlen import VarlenLayout
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.rows import PackedRows
+
+
+@pytest.fixture(scope="module")
+def reference(golden_checkpoint: Path) -> TrainableLLaDA:
+    model = TrainableLLaDA(82, 192, 6, 4, 512, 10000.0)
+    tensors = load_file(golden_checkpoint / "model.safetensors")
+    model.load_state_dict({n.removeprefix("model.transformer."): t.float() for n, t in tensors.items()})
+    return model
+
+
+def pack(sequences: list[Tensor], candidates: list[list[int]] | None = None) -> PackedRows:
+    """Sequences one behind the other; every row is a candidate, or only some of each."""
+    lens = [len(ids) for ids in sequences]
+    cu = tuple(torch.tensor([0, *lens]).cumsum(0).tolist())
+    wanted = [list(range(n)) for n in lens] if candidates is None else candidates
+    cu_wanted = tuple(torch.tensor([0, *map(len, wanted)]).cumsum(0).tolist())
+    return PackedRows(
+        ids_T=torch.cat(sequences),
+        positions_T=torch.cat([torch.arange(n) for n in lens]),
+        layout=VarlenLayout(cu, cu, ()),
+        candidates_N=torch.tensor(
+            [start + row for start, rows in zip(cu, wanted, strict=False) for row in rows]
+        ),
+        candidate_layout=VarlenLayout(cu_wanted, cu, ()),
+    )
+
+
+@torch.inference_mode()
+def logits(model: TransformerDenoiser, rows: PackedRows) -> Tensor:
+    return model.model.logits(model.model(rows, model.attention))
+
+
+def sequences() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(82, (n,), generator=generator) for n in (33, 5, 70, 1)]
+
+
+def test_logits_equal_an_independent_implementation(
+    golden_model: TransformerDenoiser, reference: TrainableLLaDA
+) -> None:
+    for ids in sequences():
+        with torch.inference_mode():
+            expected = reference(ids.unsqueeze(0))[0]
+        torch.testing.assert_close(logits(golden_model, pack([ids])), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pack_gives_what_each_sequence_gives_alone(golden_model: TransformerDenoiser) -> None:
+    alone = torch.cat([logits(golden_model, pack([ids])) for ids in sequences()])
+    torch.testing.assert_close(logits(golden_model, pack(sequences())), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_candidates_get_what_they_get_among_all_rows(golden_model: TransformerDenoiser) -> None:
+    wanted = [[3, 4, 20], [0], [69, 1], [0]]
+    every = logits(golden_model, pack(sequences()))
+    rows = pack(sequences(), wanted)
+    torch.testing.assert_close(logits(golden_model, rows), every[rows.candidates_N], rtol=1e-4, atol=1e-4)
+
+
+def test_attention_is_bidirectional(golden_model: TransformerDenoiser) -> None:
+    ids = sequences()[0]
+    changed = ids.clone()
+    changed[-1] = (changed[-1] + 1) % 82
+    difference = (logits(golden_model, pack([ids])) - logits(golden_model, pack([changed]))).abs()
+    assert float(difference[0].max()) > 1e-3
