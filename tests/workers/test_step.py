@@ -1,0 +1,211 @@
+"""The denoising step on the golden model: bounds, identities, and shadow rows that nobody else sees."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from remask import CappedThreshold, Factor, InvalidRequest, SamplingParams, Schedule, Threshold, Wino
+from remask.scheduler.canvas import REAL, TOKEN, Canvas, CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
+from remask.workers.burst import BurstState
+from remask.workers.executor import run_burst
+from remask.workers.keyed_random import stream_keys
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.rows import HeadQuery, PackedRows, pack_rows
+from remask.workers.step import plan_packs
+
+PROMPT = [33, 11, 12, 14]
+
+
+def canvas(params: SamplingParams, prompt: list[int] = PROMPT, seed: int = 5) -> Canvas:
+    return new_canvas("r", 0, prompt, resolve(params), seed=seed, sample=0, mask_id=0, stop_ids=[])
+
+
+def burst(canvases: list[Canvas], states: list[CanvasState], num_steps: int) -> StepBatch:
+    return StepBatch(burst_id=0, num_steps=num_steps, specs=[c.spec for c in canvases], states=states)
+
+
+def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int = 1000) -> list[CanvasState]:
+    states = [c.state for c in canvases]
+    while not all(state.finished for state in states):
+        live = [i for i, state in enumerate(states) if not state.finished]
+        result = run_burst(burst([canvases[i] for i in live], [states[i] for i in live], num_steps), model)
+        for i, state in zip(live, result.states, strict=True):
+            states[i] = state
+    return states
+
+
+POLICIES = (
+    {"unmask": Schedule()},
+    {"unmask": Schedule(9, "random")},
+    {"unmask": Schedule(12, "margin")},
+    {"unmask": Threshold(0.6)},
+    {"unmask": Factor(1.0)},
+    {"unmask": CappedThreshold(0.5)},
+    {"unmask": CappedThreshold(0.3), "remask": Wino(0.9)},
+    {"unmask": Threshold(0.4), "remask": Wino(0.95, budget="cur_accept")},
+    {"unmask": Schedule(6), "remask": Wino(0.9)},
+)
+
+requests = st.builds(
+    lambda policy, canvas_len, block_len, temperature, rank, prompt_len: canvas(
+        SamplingParams(
+            max_tokens=canvas_len,
+            block_length=min(block_len, canvas_len),
+            temperature=temperature,
+            rank=rank,
+            **policy,
+        ),
+        (PROMPT * 5)[:prompt_len],
+    ),
+    st.sampled_from(POLICIES),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.sampled_from([0.0, 0.8, 2.0]),
+    st.sampled_from(["proposal", "top"]),
+    st.integers(1, 20),
+)
+slow_model = settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@slow_model
+@given(canvases=st.lists(requests, min_size=1, max_size=4))
+def test_every_canvas_fills_up_within_its_forwards_and_never_with_the_mask(
+    golden_model: TransformerDenoiser, canvases: list[Canvas]
+) -> None:
+    for own, state in zip(canvases, finish(golden_model, canvases), strict=True):
+        tokens = state.token_array()
+        assert not (tokens[np.frombuffer(own.spec.slots, TOKEN)] == 0).any()
+        assert (tokens[: own.num_rows - own.spec.num_shadow_rows - own.spec.canvas_len] != 0).all()
+        assert state.num_forwards <= own.spec.canvas_len
+        steps = np.frombuffer(state.commit_steps, TOKEN)
+        assert steps.min() >= 1
+        assert steps.max() == state.num_forwards
+        confidences = np.frombuffer(state.confidences, REAL)
+        assert (confidences > 0).all()
+        assert (confidences <= 1).all()
+
+
+@slow_model
+@given(canvases=st.lists(requests, min_size=2, max_size=4), num_steps=st.integers(1, 5))
+def test_company_and_bursts_change_no_token(
+    golden_model: TransformerDenoiser, canvases: list[Canvas], num_steps: int
+) -> None:
+    together = finish(golden_model, canvases, num_steps)
+    for own, state in zip(canvases, together, strict=True):
+        (alone,) = finish(golden_model, [own])
+        assert state.tokens == alone.tokens
+        assert state.num_forwards == alone.num_forwards
+        assert state.commit_steps == alone.commit_steps
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"unmask": CappedThreshold(0.05), "remask": Wino(0.9)},
+        {"unmask": CappedThreshold(0.05), "remask": Wino(0.95, budget="cur_accept")},
+        {"unmask": Schedule(6), "remask": Wino(0.9)},
+    ],
+    ids=str,
+)
+def test_commits_minus_remasks_equal_the_canvas(golden_model: TransformerDenoiser, policy: dict) -> None:
+    own = canvas(SamplingParams(max_tokens=40, block_length=40, temperature=2.0, rank="top", **policy))
+    state, balance, num_remasks = own.state, 0, 0
+    while not state.finished:
+        before = state.token_array() == 0
+        (state,) = run_burst(burst([own], [state], 1), golden_model).states
+        after = state.token_array() == 0
+        num_remasks += int((after & ~before).sum())
+        balance += int((before & ~after).sum()) - int((after & ~before).sum())
+    assert balance == 40
+    assert num_remasks > 0, "the case is meant to remask"
+
+
+@pytest.mark.parametrize("block_length", [8, 13, 40])
+def test_wino_that_doubts_nothing_is_its_draft_rule(
+    golden_model: TransformerDenoiser, block_length: int
+) -> None:
+    params = {"max_tokens": 40, "block_length": block_length, "unmask": CappedThreshold(0.4)}
+    plain, verified = (canvas(SamplingParams(**params, remask=remask)) for remask in (None, Wino(0.0)))
+    a, b = finish(golden_model, [plain, verified])
+    assert (a.tokens, a.num_forwards, a.commit_steps) == (b.tokens, b.num_forwards, b.commit_steps)
+
+
+def test_ranking_by_top_and_by_proposal_agree_at_temperature_0(golden_model: TransformerDenoiser) -> None:
+    a, b = (canvas(SamplingParams(max_tokens=32, rank=rank)) for rank in ("proposal", "top"))
+    first, second = finish(golden_model, [a, b])
+    assert first.tokens == second.tokens
+
+
+def test_seed_and_sample_decide_what_is_drawn(golden_model: TransformerDenoiser) -> None:
+    params = SamplingParams(max_tokens=32, temperature=1.5, rank="top")
+    a, b, c = finish(golden_model, [canvas(params, seed=1), canvas(params, seed=1), canvas(params, seed=2)])
+    assert a == b
+    assert a.tokens != c.tokens
+
+
+def packed(
+    model: TransformerDenoiser, canvases: list[Canvas], states: list[CanvasState]
+) -> tuple[PackedRows, HeadQuery]:
+    state = BurstState([c.spec for c in canvases], states, model.device)
+    (plan,) = plan_packs(state, model)
+    slots, valid = state.active_slots()
+    return pack_rows(
+        plan,
+        state.tokens,
+        state.active_blocks(slots, valid, model.mask_id),
+        mask_id=model.mask_id,
+        temperature=state.temperature,
+        keys=stream_keys(state.keys.unsqueeze(1), slots),
+        needs=frozenset(),
+    )
+
+
+@torch.inference_mode()
+def test_shadow_rows_change_no_logit_of_a_main_row(golden_model: TransformerDenoiser) -> None:
+    params = {"max_tokens": 24, "block_length": 24, "unmask": CappedThreshold(0.3)}
+    plain, verifying = (canvas(SamplingParams(**params, remask=remask)) for remask in (None, Wino()))
+    (state,) = run_burst(burst([plain], [plain.state], 2), golden_model).states
+    without, _ = packed(golden_model, [plain], [state])
+    with_shadows, _ = packed(
+        golden_model, [verifying], [msgspec.structs.replace(state, memory=verifying.state.memory)]
+    )
+    assert len(with_shadows.ids_T) == len(without.ids_T) + 24
+    a, b = (golden_model.model(rows, golden_model.attention) for rows in (without, with_shadows))
+    torch.testing.assert_close(b[:24], a, rtol=1e-4, atol=1e-4)
+
+
+def test_packs_hold_no_padding_whatever_the_block_lengths(golden_model: TransformerDenoiser) -> None:
+    long = canvas(SamplingParams(max_tokens=64, block_length=64))
+    short = canvas(SamplingParams(max_tokens=20, block_length=8, remask=Wino()))
+    rows, query = packed(golden_model, [long, short], [long.state, short.state])
+    assert len(rows.ids_T) == long.num_rows + short.num_rows == (4 + 64) + (4 + 20 + 8)
+    assert len(query.live) == len(rows.candidates_N) == 64 + 8 + 8
+
+
+def test_a_shadow_row_stands_at_its_slot_and_sees_all_but_it(golden_model: TransformerDenoiser) -> None:
+    own = canvas(SamplingParams(max_tokens=12, block_length=5, unmask=CappedThreshold(0.0), remask=Wino()))
+    state = own.state
+    while state.block < 2:  # the last block is shorter: three of its five shadow rows stand for no slot
+        (state,) = run_burst(burst([own], [state], 1), golden_model).states
+    rows, query = packed(golden_model, [own], [state])
+    assert rows.ids_T[16:].tolist() == [0] * 5
+    assert rows.positions_T[16:18].tolist() == [14, 15]
+    assert query.live[5:].tolist() == [False] * 5, "nothing of the block is committed yet"
+    mask = rows.layout.shadows[0].mask
+    for j, hole in enumerate((14, 15)):
+        assert (~mask[j, :16]).nonzero().squeeze(1).tolist() == [hole]
+        assert mask[j, 16:].tolist() == [True, True, False, False, False]
+
+
+def test_policies_that_cannot_work_together_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"remask\.tile"):
+        resolve(SamplingParams(remask=Wino(tile="self")))
