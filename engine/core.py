@@ -16,6 +16,7 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self._scheduler, self._executor = scheduler, executor
+        self._num_in_flight = 0  # bursts that the executor has and no result was taken of
         self._dead: str | None = None
 
     def add(self, request: Request) -> None:
@@ -33,19 +34,24 @@ class EngineCore:
         self._scheduler.discard(request_ids)
 
     def step(self) -> list[Request]:
-        """Runs one burst; returns the requests that it finished (none where nothing was ready)."""
+        """Runs one burst; returns the requests that it finished (none where nothing was ready).
+
+        An interrupt leaves the burst with the executor; a later step takes its result.
+        """
         batch = self._scheduler.next_batch()
-        if batch is None:
+        if batch is not None:
+            self._executor.submit(batch)
+            self._num_in_flight += 1
+        if self._num_in_flight == 0:
             return []
-        self._executor.submit(batch)
         try:
             result = self._executor.next_result()
         except KeyboardInterrupt:
-            self._scheduler.requeue(batch.burst_id)
             raise
         except BaseException as error:
             self.close(f"a burst failed: {error!r}; make a new LLM")
             raise
+        self._num_in_flight -= 1
         finished = self._scheduler.update(result)
         now = time.monotonic()
         for request in finished:

@@ -74,12 +74,6 @@ class Scheduler:
             states=[canvas.state for canvas in taken],
         )
 
-    def requeue(self, burst_id: int) -> None:
-        """Takes back a burst that will have no result: its canvases stand where they stood before it."""
-        for canvas in self._running.pop(burst_id):
-            if canvas.request_id in self._requests:
-                heapq.heappush(self._ready, (canvas.ordinal, canvas))
-
     def update(self, result: StepResult) -> list[Request]:
         """Applies a burst's result; returns the requests that it finished."""
         finished: list[Request] = []

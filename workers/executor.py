@@ -64,7 +64,9 @@ class InProcessExecutor(Executor):
 
     def next_result(self) -> StepResult:
         assert self._model is not None, "the executor is closed"
-        return run_burst(self._queue.popleft(), self._model)
+        result = run_burst(self._queue[0], self._model)
+        self._queue.popleft()  # only now: an interrupted burst is run again
+        return result
 
     def close(self) -> None:
         self._model = None

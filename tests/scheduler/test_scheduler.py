@@ -103,10 +103,7 @@ def test_budgets_hold_and_every_request_ends_once_whenever_it_joins(
             continue
         assert len(batch.states) <= max_num_seqs
         assert rows_of(batch) <= max_num_rows or len(batch.states) == 1
-        if rng.random() < 0.1:
-            scheduler.requeue(batch.burst_id)
-        else:
-            ended.update(request.request_id for request in scheduler.update(simulator.run(batch)))
+        ended.update(request.request_id for request in scheduler.update(simulator.run(batch)))
     assert set(ended.values()) <= {1}
     assert ended.keys() >= {request.request_id for request in made} - discarded
     for request in made:
@@ -147,7 +144,7 @@ def test_bursts_are_long_only_while_nobody_waits() -> None:
     alone = scheduler.next_batch()
     assert alone is not None
     assert alone.num_steps == IDLE_BURST
-    scheduler.requeue(alone.burst_id)
+    scheduler.update(Simulator().run(msgspec.structs.replace(alone, num_steps=1)))
     scheduler.add(requests.make(10, 30))
     crowded = scheduler.next_batch()
     assert crowded is not None

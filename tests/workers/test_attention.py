@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def layout(cu_queries: tuple[int, ...], cu_keys: tuple[int, ...]) -> VarlenLayou
 def visible(cu: tuple[int, ...], total: int) -> Tensor:
     """Dense visibility [T, T] of the whole pack."""
     seen = torch.zeros(total, total, dtype=torch.bool)
-    for start, end in zip(cu[:-1], cu[1:], strict=True):
+    for start, end in itertools.pairwise(cu):
         seen[start:end, start:end] = True
     row = cu[-1]
     for sequence, mask in hole_masks():

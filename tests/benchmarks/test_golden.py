@@ -1,0 +1,32 @@
+"""The speed comparison: both sides write the reference tokens, and a difference would show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from remask.benchmarks.golden import measure, read_cases
+from remask.benchmarks.plain_loop import decode_by_threshold
+from remask.workers.models.denoiser import TransformerDenoiser
+
+
+def test_the_plain_loop_writes_the_reference_tokens(
+    golden_model: TransformerDenoiser, golden_cases: list[dict[str, Any]]
+) -> None:
+    cases = [case for case in golden_cases if case["policy"] == "fastdllm"]
+    for case in cases[::4]:
+        params = case["params"]
+        decoded = decode_by_threshold(
+            golden_model, case["prompt"], params["gen_length"], params["block_length"], params["threshold"]
+        )
+        assert decoded == (case["output"], case["nfe"])
+
+
+def test_measuring_counts_equal_cases_and_forwards(golden_checkpoint: Path) -> None:
+    cases = read_cases(golden_checkpoint.parent, "fastdllm")[:2]
+    broken = {**cases[1], "output": [5] * 64}
+    report = measure(golden_checkpoint, [cases[0], broken], repetitions=1)
+    for name in ("plain loop, float32", "engine, float32"):
+        assert report["results"][name]["equal_cases"] == 1
+        assert report["results"][name]["nfe"] == cases[0]["nfe"] + cases[1]["nfe"]
+        assert len(report["results"][name]["seconds"]) == 1

@@ -1,0 +1,70 @@
+"""`remask generate` as a process: where prompts come from, what is printed, how errors look."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PUZZLE = "..3.2...21.35.6.1.16.52.6.51.4.1.2.="
+
+
+def remask(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from remask.cli import main; main()", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
+
+
+def texts(run: subprocess.CompletedProcess[str]) -> list[str]:
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line)["outputs"][0]["text"] for line in run.stdout.splitlines()]
+
+
+def test_arguments_a_file_and_stdin_give_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PUZZLE}\n\n1234.=\n")
+    common = ("generate", "--json", "--max-tokens", "40")
+    from_arguments = texts(remask(*common, PUZZLE, "1234.="))
+    assert len(from_arguments) == 2
+    assert texts(remask(*common, "--file", str(file))) == from_arguments
+    assert texts(remask(*common, "--file", "-", stdin=file.read_text())) == from_arguments
+    assert texts(remask(*common, stdin=file.read_text())) == from_arguments
+
+
+def test_the_table_shows_text_and_figures() -> None:
+    run = remask("generate", PUZZLE, "--max-tokens", "40", "--block-length", "40", "--unmask", "schedule")
+    assert run.returncode == 0, run.stderr
+    for expected in ("NFE", "tokens/forward", "seconds", "40", "0.90", "1 samples in", "36 visible tokens"):
+        assert expected in run.stdout
+
+
+def test_a_preset_gives_way_to_options() -> None:
+    run = remask("generate", PUZZLE, "--json", "--preset", "llada", "--max-tokens", "40", "--chat")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["outputs"][0]["nfe"] == 40
+    faster = remask(
+        "generate", PUZZLE, "--json", "--preset", "llada", "--max-tokens", "40", "--unmask", "threshold:0.5"
+    )
+    assert json.loads(faster.stdout)["outputs"][0]["nfe"] < 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--unmask", "treshold:0.9", "x"), "remask: error: prompt 0: unmask: unknown policy; did you mean"),
+        (("--max-tokens", "0", "x"), "remask: error: prompt 0: max_tokens"),
+        (("--preset", "wini", "x"), "did you mean 'wino'"),
+        (("--model", "/nonexistent", "x"), "remask: error: model: is not a directory"),
+        (("--file", "/nonexistent"), "remask: error: --file: cannot be read"),
+        (("--file", "/nonexistent", "x"), "exclude each other"),
+        ((), "remask: error: prompts: give prompts"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(arguments: tuple[str, ...], message: str) -> None:
+    run = remask("generate", *arguments)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert message in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1

@@ -1,0 +1,233 @@
+"""`LLM` as a user meets it: what is refused, what comes back, and what survives."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remask import LLM, EngineDead, InvalidRequest, SamplingParams, Schedule
+from remask.benchmarks.tiny.tasks import SUDOKU_6X6
+from remask.core import EngineCore
+from remask.workers.executor import InProcessExecutor
+
+PUZZLE = "..3.2...21.35.6.1.16.52.6.51.4.1.2.="
+ASK = SamplingParams(max_tokens=40, block_length=40)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named", "fix"),
+    [
+        ([""], "prompt 0: prompt", "at least one token"),
+        ([[]], "prompt 0: prompt", "at least one token"),
+        (["a", ""], "prompt 1: prompt", "at least one token"),
+        ([[5, 259]], "prompt 0: prompt_token_ids", "vocabulary 0..258"),
+        ([[5, -1]], "prompt 0: prompt_token_ids", "vocabulary 0..258"),
+        ([[5, 1.5]], "prompt 0: prompt", "list of token ids"),
+        ([[True]], "prompt 0: prompt", "list of token ids"),
+        ([3.5], "prompt 0: prompt", "list of token ids"),
+        ([{"text": "a"}], "prompt 0: prompt", "{'prompt': text}"),
+        ([{"prompt": 5}], "prompt 0: prompt", "must be text"),
+        ([{"prompt_token_ids": "abc"}], "prompt 0: prompt", "list of token ids"),
+        ([["a", {"hole": 3}]], "prompt 0: prompt", "holes are not supported yet"),
+        (["x" * 400], "prompt 0: max_tokens", "use max_tokens <= 112"),
+        (["x" * 600], "prompt 0: max_tokens", "shorten the prompt"),
+        (7, "prompts", "list of prompts"),
+    ],
+)
+def test_bad_prompts_are_refused_with_their_index_and_the_fix(
+    tiny_llm: LLM, prompts: Any, named: str, fix: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        tiny_llm.generate(prompts)
+    assert caught.value.parameter == named
+    assert fix in str(caught.value)
+
+
+def test_one_bad_request_stops_the_call_before_anything_runs(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("work has started")
+
+    monkeypatch.setattr(EngineCore, "step", never)
+    with pytest.raises(InvalidRequest, match=r"prompt 1: unmask\.t"):
+        tiny_llm.generate([PUZZLE, PUZZLE], [ASK, SamplingParams(unmask="threshold:7")])
+
+
+def test_the_number_of_parameters_must_fit_the_prompts(tiny_llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="one for each of the 2 prompts"):
+        tiny_llm.generate([PUZZLE, PUZZLE], [ASK])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"dtype": "float8"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:99"}, "device"),
+        ({"max_model_len": 513}, "max_model_len"),
+        ({"max_model_len": "long"}, "max_model_len"),
+        ({"max_num_rows": 0}, "max_num_rows"),
+        ({"max_num_seqs": 2.5}, "max_num_seqs"),
+        ({"burst": -1}, "burst"),
+        ({"seed": None}, "seed"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+        ({"load_format": "dummy"}, "load_format"),
+        ({"quantization": "fp8"}, "quantization"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"data_parallel_size": 2}, "data_parallel_size"),
+        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend"),
+        ({"batch_invariant": True}, "batch_invariant"),
+        ({"attention_backend": "flash"}, "attention_backend"),
+        ({"tokenizer": "/nonexistent"}, "tokenizer"),
+        ({"model": "/nonexistent"}, "model"),
+        ({"model": "GSAI-ML/LLaDA-8B-Instruct"}, "model"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_bad_arguments_of_the_engine_are_refused_by_name(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        LLM(**{"model": "tiny", "device": "cpu", **arguments})
+    assert caught.value.parameter == named
+
+
+def test_a_broken_tokenizer_is_refused_by_name(tmp_path: Path, golden_checkpoint: Path) -> None:
+    directory = Path(shutil.copytree(golden_checkpoint, tmp_path / "model"))
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(InvalidRequest, match=r"tokenizer: cannot be read"):
+        LLM(directory, device="cpu")
+
+
+def test_priority_is_refused_until_it_is_honoured(tiny_llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="priority"):
+        tiny_llm.generate([PUZZLE], ASK, priority=[1])
+
+
+def test_a_model_without_tokenizer_takes_ids_and_says_so(golden_llm: LLM) -> None:
+    (output,) = golden_llm.generate([33, 11], SamplingParams(max_tokens=8))
+    assert output.outputs[0].text is None
+    assert len(output.outputs[0].token_ids) > 0
+    with pytest.raises(InvalidRequest, match="has no tokenizer; give token ids"):
+        golden_llm.generate("text")
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        golden_llm.chat([{"role": "user", "content": "text"}])
+
+
+def test_the_ways_to_write_a_prompt_give_the_same_text(tiny_llm: LLM) -> None:
+    ids = tiny_llm.tokenizer.encode(PUZZLE)  # type: ignore[union-attr]
+    prompts = [PUZZLE, ids, {"prompt": PUZZLE}, {"prompt_token_ids": ids}]
+    outputs = tiny_llm.generate(prompts, ASK) + tiny_llm.generate(PUZZLE, ASK) + tiny_llm.generate(ids, ASK)
+    assert len({output.outputs[0].text for output in outputs}) == 1
+    assert [output.prompt for output in outputs[:4]] == [PUZZLE, None, PUZZLE, None]
+
+
+def test_chat_puts_the_message_through_the_template(tiny_llm: LLM) -> None:
+    message = [{"role": "user", "content": PUZZLE.removesuffix("=")}]
+    (chatted,) = tiny_llm.chat(message, ASK)
+    (written,) = tiny_llm.generate(PUZZLE, ASK)
+    assert chatted.prompt == PUZZLE
+    assert chatted.outputs[0].token_ids == written.outputs[0].token_ids
+    assert len(tiny_llm.chat([message, message], ASK)) == 2
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "hello", [[]], [{"role": "user"}], [{"role": "user", "content": 3}]]
+)
+def test_bad_messages_are_refused(tiny_llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidRequest, match="messages"):
+        tiny_llm.chat(messages)
+
+
+def test_an_output_tells_what_happened(tiny_llm: LLM) -> None:
+    (output,) = tiny_llm.generate(PUZZLE, SamplingParams(max_tokens=40, block_length=40, unmask=Schedule()))
+    (sample,) = output.outputs
+    assert output.finished
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", None)
+    assert sample.text is not None
+    assert len(sample.text) == 36 == sample.num_visible_tokens == len(sample.token_ids) - 1
+    assert sample.nfe == 40
+    assert sample.tokens_per_forward == 36 / 40
+    assert len(sample.confidences) == len(sample.commit_steps) == len(sample.token_ids)
+    assert len(set(sample.commit_steps)) == len(sample.commit_steps), "one token a step"
+    assert output.metrics.latency == output.metrics.finish_time - output.metrics.arrival_time > 0
+
+
+def test_samples_differ_and_can_be_repeated_by_their_seed(tiny_llm: LLM) -> None:
+    hot = {"max_tokens": 36, "temperature": 2.0, "rank": "top", "n": 4}
+    (first,) = tiny_llm.generate(PUZZLE, SamplingParams(**hot))
+    assert len({tuple(sample.token_ids) for sample in first.outputs}) == 4
+    assert [sample.index for sample in first.outputs] == [0, 1, 2, 3]
+    (again,) = tiny_llm.generate(PUZZLE, SamplingParams(**hot, seed=first.outputs[0].seed))
+    assert [s.token_ids for s in again.outputs] == [s.token_ids for s in first.outputs]
+    (other,) = tiny_llm.generate(PUZZLE, SamplingParams(**hot))
+    assert other.outputs[0].seed != first.outputs[0].seed, "a request without a seed gets one of its own"
+
+
+def test_results_come_in_the_order_of_the_prompts(tiny_llm: LLM) -> None:
+    prompts = [PUZZLE, "12..=", PUZZLE, "....=", "1=" * 30]
+    params = [{"max_tokens": n} for n in (40, 4, 17, 9, 30)]
+    outputs = tiny_llm.generate(prompts, params)
+    assert [output.prompt for output in outputs] == prompts
+
+
+def test_no_prompts_give_no_outputs(tiny_llm: LLM) -> None:
+    assert tiny_llm.generate([]) == []
+
+
+def test_an_interrupted_call_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM("tiny", device="cpu", burst=1) as llm:
+        (expected,) = llm.generate(PUZZLE, ASK)
+        run: Callable[..., Any] = InProcessExecutor.next_result
+        calls = iter([run, run, KeyboardInterrupt])
+
+        def interrupted(self: InProcessExecutor) -> Any:
+            action = next(calls)
+            if action is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            return action(self)
+
+        monkeypatch.setattr(InProcessExecutor, "next_result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([PUZZLE] * 3, ASK)
+        monkeypatch.undo()
+        (output,) = llm.generate(PUZZLE, ASK)
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_a_failed_engine_says_why_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM("tiny", device="cpu")
+
+    def fail(_: InProcessExecutor) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(InProcessExecutor, "next_result", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        llm.generate(PUZZLE, ASK)
+    monkeypatch.undo()
+    with pytest.raises(EngineDead, match="out of memory"):
+        llm.generate(PUZZLE, ASK)
+
+
+def test_a_closed_engine_refuses_work_and_closes_twice() -> None:
+    llm = LLM("tiny", device="cpu")
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineDead, match="closed"):
+        llm.generate(PUZZLE, ASK)
+
+
+def test_the_embedded_model_solves_sudokus(tiny_llm: LLM) -> None:
+    """The committed evaluation has the exact rates (400 puzzles); this guards against a broken model."""
+    import numpy as np
+
+    prompts, _ = SUDOKU_6X6.sample(np.random.default_rng(5), 24, blanks=18)
+    outputs = tiny_llm.generate(prompts, SamplingParams(max_tokens=40, block_length=40, unmask="schedule"))
+    solved = sum(
+        SUDOKU_6X6.is_correct(prompt, output.outputs[0].text or "")
+        for prompt, output in zip(prompts, outputs, strict=True)
+    )
+    assert solved >= 14
