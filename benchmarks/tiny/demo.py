@@ -72,12 +72,13 @@ def main() -> None:
                 f"{np.mean([s.tokens_per_forward for s in samples]):.2f}",
                 f"{seconds:.2f}",
             )
-    for i in range(min(args.grids, args.count)):
+    texts = {policy: [out.outputs[0].text or "" for out in outputs[policy]] for policy in SHOWN}
+    # Puzzles on which the policies differ come first: there is more to see in them.
+    num_right = [sum(TASK.is_correct(p, texts[policy][i]) for policy in SHOWN) for i, p in enumerate(prompts)]
+    by_interest = sorted(range(len(prompts)), key=lambda i: num_right[i] in (0, len(SHOWN)))
+    for i in by_interest[: args.grids]:
         puzzle = Panel(grid(prompts[i], prompts[i].replace(BLANK, " ")), title="puzzle", expand=False)
-        answers = [
-            Panel(grid(prompts[i], outputs[policy][i].outputs[0].text or ""), title=policy, expand=False)
-            for policy in SHOWN
-        ]
+        answers = [Panel(grid(prompts[i], texts[policy][i]), title=policy, expand=False) for policy in SHOWN]
         console.print(Columns([puzzle, *answers]))
     console.print("Filled-in cells are green where the grid keeps all rules and red where it does not.\n")
     console.print(table)

@@ -1,14 +1,14 @@
 """Trains the embedded tiny model on its tasks, on one CPU thread, resumably.
 
-    python -m remask.benchmarks.tiny.train --steps 4000 --state run/state.pt --log run/log.jsonl --out
-    run/tiny
+    python -m remask.benchmarks.tiny.train --steps 2200 --decay 600 \
+        --state run/state.pt --log run/log.jsonl --out run/tiny
 
 Masked-diffusion training of an instruction model (LLaDA, arXiv 2502.09992, section 2): the prompt stays
 visible, of the L canvas positions k are masked with k uniform on 1..L (stratified over the batch), and the
 cross-entropy over the masked ones is weighted by 1/k. bf16 weights with fp32 masters; Muon on the matrices of
 the blocks, Adam on the rest; constant learning rate with a warm-up and a linear decay over the last steps.
 Every step draws its data from (seed, step), so a run that was interrupted goes on as if it had not been;
-`--steps` may be changed on the way.
+`--steps` may be changed on the way. In the log `seconds` count from the last start.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=4000, help="total number of optimizer steps")
-    parser.add_argument("--decay", type=int, default=800, help="steps of the final linear decay")
+    parser.add_argument("--steps", type=int, default=2200, help="total number of optimizer steps")
+    parser.add_argument("--decay", type=int, default=600, help="steps of the final linear decay")
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--batch", type=int, default=192, help="sequences a step")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's learning rate; Adam's is an eighth")

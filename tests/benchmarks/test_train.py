@@ -1,4 +1,4 @@
-"""The trainer: it learns, goes on after an interruption as if there had been none, and exports for the engine."""
+"""The trainer: it learns, goes on after an interruption as if there had been none, and its export loads."""
 
 from __future__ import annotations
 

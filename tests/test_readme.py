@@ -1,0 +1,90 @@
+"""README.md: its code runs, and its figures are those of the committed measurements."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line
+    for language, block in BLOCKS
+    for line in block.splitlines()
+    if language == "bash" and "remask " in line and "/models/" not in line
+]
+
+
+def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = [block for language, block in BLOCKS if language == "python"]
+    exec(compile(code, "README.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        text, nfe, tokens_per_forward = line.split()
+        assert len(text) == 36
+        assert float(tokens_per_forward) == pytest.approx(36 / int(nfe), abs=0.06)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run(command: str, tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run = subprocess.run(
+        command, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
+
+
+def test_there_are_commands_to_run() -> None:
+    assert len(COMMANDS) >= 3
+
+
+def table(header: str) -> list[list[str]]:
+    """The cells below a table's header line."""
+    lines = README.splitlines()
+    start = lines.index(header) + 2
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_the_evaluation_table_is_the_committed_evaluation() -> None:
+    results = json.loads((ROOT / "benchmarks/tiny/evaluation.json").read_text())["results"]
+    found = {(r["task"], r["policy"]): r for r in results}
+    rows = table("| policy | 6x6 solved | forwards | 4x4 solved | forwards |")
+    assert len(rows) == len(found) // 2
+    for policy, *cells in rows:
+        six, four = found["sudoku6x6", policy], found["sudoku4x4", policy]
+        expected = [
+            f"{six['solved']:.1%}",
+            f"{six['nfe']:.1f}",
+            f"{four['solved']:.1%}",
+            f"{four['nfe']:.1f}",
+        ]
+        assert [cell.replace(" %", "%") for cell in cells] == expected
+    assert found["sudoku6x6", "one token a step"]["solved"] >= 0.6
+
+
+def test_the_speed_table_is_the_committed_measurement() -> None:
+    results = json.loads((ROOT / "benchmarks/results/golden.json").read_text())["results"]
+    rows = table("| decoder | equal cases | NFE | median seconds | times as fast (min to max) |")
+    assert len(rows) == len(results)
+    for decoder, equal, nfe, seconds, ratio in rows:
+        result = results[decoder]
+        times = result["times_as_fast"]
+        assert equal == f"{result['equal_cases']}/32"
+        assert int(nfe) == result["nfe"]
+        assert seconds == f"{statistics.median(result['seconds']):.2f}"
+        assert ratio == f"{times['median']:.2f} ({times['min']:.2f} to {times['max']:.2f})"
