@@ -7,7 +7,7 @@ from remask import SamplingParams
 POLICIES: dict[str, dict[str, str]] = {
     "one token a step": {"unmask": "schedule"},
     "random order": {"unmask": "schedule:score=random"},
-    "8 tokens a step": {"unmask": "schedule:steps=5"},
+    "5 equal steps": {"unmask": "schedule:steps=5"},
     "threshold 0.95": {"unmask": "threshold:0.95"},
     "threshold 0.9": {"unmask": "threshold:0.9"},
     "threshold 0.7": {"unmask": "threshold:0.7"},

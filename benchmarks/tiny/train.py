@@ -1,7 +1,6 @@
 """Trains the embedded tiny model on its tasks, on one CPU thread, resumably.
 
-    python -m remask.benchmarks.tiny.train --steps 2200 --decay 600 \
-        --state run/state.pt --log run/log.jsonl --out run/tiny
+    python -m remask.benchmarks.tiny.train --state run/state.pt --log run/log.jsonl --out run/tiny
 
 Masked-diffusion training of an instruction model (LLaDA, arXiv 2502.09992, section 2): the prompt stays
 visible, of the L canvas positions k are masked with k uniform on 1..L (stratified over the batch), and the
