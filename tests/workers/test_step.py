@@ -209,3 +209,11 @@ def test_a_shadow_row_stands_at_its_slot_and_sees_all_but_it(golden_model: Trans
 def test_policies_that_cannot_work_together_are_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"remask\.tile"):
         resolve(SamplingParams(remask=Wino(tile="self")))
+
+
+def test_a_later_forward_draws_other_tokens_from_the_same_canvas(golden_model: TransformerDenoiser) -> None:
+    own = canvas(SamplingParams(max_tokens=32, temperature=5.0, rank="top", unmask=Schedule(1)))
+    later = msgspec.structs.replace(own.state, num_forwards=1)
+    first, second, again = run_burst(burst([own] * 3, [own.state, later, later], 1), golden_model).states
+    assert first.tokens != second.tokens
+    assert second.tokens == again.tokens
