@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from remask.scheduler.canvas import new_canvas
@@ -77,10 +78,14 @@ class Intake:
         prompts: list[Prompt] = []
         for index, conversation in enumerate(conversations):
             _check_conversation(index, conversation)
-            text = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-            ids = self._tokenizer.encode(str(text), add_special_tokens=False)
+            try:
+                text = self._tokenizer.apply_chat_template(
+                    conversation, tokenize=False, add_generation_prompt=True
+                )
+            except TemplateError as error:
+                problem = f"the chat template refuses it: {error}"
+                raise InvalidRequest(f"messages[{index}]", conversation, problem) from None
+            ids = self._encode(str(text), add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return prompts
 
@@ -100,8 +105,16 @@ class Intake:
                 raise InvalidRequest("prompt", text, "must be text or a list of token ids")
             if self._tokenizer is None:
                 raise InvalidRequest("prompt", text, "the model has no tokenizer; give token ids")
-            ids = self._tokenizer.encode(text) if text else []
+            ids = self._encode(text, add_special_tokens=True) if text else []
         return text if isinstance(text, str) else None, self._check_ids(ids)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert self._tokenizer is not None, "checked by the callers"
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InvalidRequest("prompt", text, "is not valid Unicode; give UTF-8 text") from None
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _check_ids(self, ids: object) -> list[int]:
         if not isinstance(ids, list | tuple) or any(

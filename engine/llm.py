@@ -87,12 +87,16 @@ class LLM:
             if value not in supported:
                 raise InvalidRequest(name, value, f"is not supported yet; use {supported[0]!r}")
         for name, value in (("max_num_rows", max_num_rows), ("max_num_seqs", max_num_seqs), ("burst", burst)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is None and name != "max_num_seqs":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequest(name, value, "must be a positive integer")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InvalidRequest("seed", seed, "must be an integer")
         if not isinstance(model, str | Path):
             raise InvalidRequest("model", model, "give a local checkpoint directory, or 'tiny'")
+        if tokenizer is not None and not isinstance(tokenizer, str | Path):
+            raise InvalidRequest("tokenizer", tokenizer, "give a local directory")
         with as_file(files("remask") / "tiny") as tiny:
             directory = tiny if model == "tiny" else Path(model)
             # The tokenizer first: it is small, and what is wrong with it shows before weights are read.
@@ -140,7 +144,7 @@ class LLM:
             InvalidRequest: naming the prompt's index and the parameter; nothing of the call has run.
             EngineDead: the engine was closed or has failed.
         """
-        if priority is not None and any(priority):
+        if priority is not None:
             raise InvalidRequest("priority", priority, "is not supported yet; leave it out")
         return self._run(self._intake.requests(prompts, sampling_params), show_progress=use_tqdm)
 

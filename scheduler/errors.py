@@ -22,6 +22,9 @@ class InvalidRequest(RemaskError, ValueError):
             f"{parameter}: {problem} (got {shown if len(shown) <= 120 else shown[:117] + '...'})"
         )
 
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
+        return type(self), (self.parameter, self.value, self.problem)
+
     def at(self, place: str) -> InvalidRequest:
         """The same error with the place it came from (a prompt's index) in front of the parameter."""
         return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)

@@ -67,7 +67,7 @@ class Schedule(UnmaskPolicy, frozen=True, tag="schedule"):
         score: what "best" means: the proposal's probability, a random order, p1 - p2, or -entropy.
     """
 
-    steps: Annotated[int, Meta(ge=1)] | None = None
+    steps: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     score: Literal["confidence", "random", "margin", "entropy"] = "confidence"
 
     def head_needs(self) -> frozenset[str]:
@@ -96,7 +96,7 @@ class Factor(UnmaskPolicy, frozen=True, tag="factor"):
             masked position when only that one fails.
     """
 
-    f: Annotated[float, Meta(ge=0.0)] = 1.0
+    f: Annotated[float, Meta(ge=0.0, le=1e6)] = 1.0
     strict: bool = False
 
 
@@ -177,7 +177,7 @@ def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
     elif isinstance(value, dict):
         fields = dict(value)
     elif type(value) in registry.values():
-        fields = msgspec.to_builtins(value)
+        fields = {"type": value.__struct_config__.tag, **msgspec.structs.asdict(value)}  # type: ignore[type-var]
     else:
         raise InvalidRequest(
             parameter, value, f"give a policy object, a dict or text such as {example(registry)!r}"
@@ -205,17 +205,17 @@ def _parse_text(parameter: str, text: str, registry: dict[str, Any]) -> dict[str
         raise InvalidRequest(parameter, text, f"unknown policy; {did_you_mean(name, registry)}")
     positional = list(registry[name].__struct_fields__)
     fields: dict[str, Any] = {"type": name}
-    for i, argument in enumerate(filter(None, arguments.split(","))):
-        key, equals, raw = argument.partition("=")
+    for i, argument in enumerate(arguments.split(",") if arguments else ()):
+        key, equals, raw = (part.strip() for part in argument.partition("="))
         if not equals:
-            if i >= len(positional) or len(fields) != i + 1:
+            if not key or i >= len(positional) or len(fields) != i + 1:
                 raise InvalidRequest(
                     parameter, text, f"cannot place {argument!r}; {name} takes {', '.join(positional)}"
                 )
-            key, raw = positional[i], argument
+            key, raw = positional[i], key
         if key in fields:
             raise InvalidRequest(f"{parameter}.{key}", text, "is given twice")
-        fields[key.strip()] = _parse_value(raw.strip())
+        fields[key] = _parse_value(raw)
     return fields
 
 

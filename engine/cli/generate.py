@@ -92,13 +92,17 @@ def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
 
 
 def _print_table(outputs: list[RequestOutput], seconds: float) -> None:
-    table = Table("prompt", "text", "tokens", "NFE", "tokens/forward", "seconds", show_lines=True)
+    table = Table(show_lines=True)
+    for name in ("prompt", "text"):
+        table.add_column(name, overflow="fold")
+    for name in ("tokens", "NFE", "tokens/forward", "seconds"):
+        table.add_column(name)
     samples = [(output, sample) for output in outputs for sample in output.outputs]
     for output, sample in samples:
         table.add_row(
             Text(output.prompt or str(output.prompt_token_ids)),
             Text(sample.text if sample.text is not None else str(sample.token_ids)),
-            str(len(sample.token_ids)),
+            str(sample.num_visible_tokens),
             str(sample.nfe),
             f"{sample.tokens_per_forward:.2f}",
             f"{output.metrics.latency:.2f}",

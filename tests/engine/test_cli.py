@@ -36,6 +36,8 @@ def test_arguments_a_file_and_stdin_give_the_same(tmp_path: Path) -> None:
 def test_the_table_shows_text_and_figures() -> None:
     run = remask("generate", PUZZLE, "--max-tokens", "40", "--block-length", "40", "--unmask", "schedule")
     assert run.returncode == 0, run.stderr
+    assert all(digit in run.stdout for digit in "123456")
+    assert "…" not in run.stdout, "the text is folded, not cut"
     for expected in ("NFE", "tokens/forward", "seconds", "40", "0.90", "1 samples in", "36 visible tokens"):
         assert expected in run.stdout
 

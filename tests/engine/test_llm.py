@@ -36,6 +36,7 @@ ASK = SamplingParams(max_tokens=40, block_length=40)
         (["x" * 400], "prompt 0: max_tokens", "use max_tokens <= 112"),
         (["x" * 600], "prompt 0: max_tokens", "shorten the prompt"),
         (7, "prompts", "list of prompts"),
+        ("\ud800", "prompt 0: prompt", "not valid Unicode"),
     ],
 )
 def test_bad_prompts_are_refused_with_their_index_and_the_fix(
@@ -74,6 +75,9 @@ def test_the_number_of_parameters_must_fit_the_prompts(tiny_llm: LLM) -> None:
         ({"max_num_rows": 0}, "max_num_rows"),
         ({"max_num_seqs": 2.5}, "max_num_seqs"),
         ({"burst": -1}, "burst"),
+        ({"max_num_seqs": None}, "max_num_seqs"),
+        ({"tokenizer": 5}, "tokenizer"),
+        ({"dtype": []}, "dtype"),
         ({"seed": None}, "seed"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"load_format": "dummy"}, "load_format"),

@@ -59,6 +59,10 @@ def test_an_object_and_its_json_mean_the_same() -> None:
         ({"preset": "wino", "max_tokens": "many"}, "max_tokens"),
         ({"preset": "wino", "max_tokens": 0}, "max_tokens"),
         ({"unmask": {"type": ["threshold"]}}, "unmask"),
+        ({"unmask": Schedule(10**400)}, "unmask.steps"),
+        ({"unmask": "threshold:t=0.9, t=0.8"}, "unmask.t"),
+        ({"unmask": "threshold:,0.5"}, "unmask"),
+        ({"unmask": Threshold(object())}, "unmask.t"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_fields_are_refused_by_name(fields: dict[str, Any], named: str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from remask import InvalidRequest
 from remask.workers.models import llada
 from remask.workers.models.loading import destinations, load_checkpoint, read_config
-from remask.workers.models.transformer import Transformer
+from remask.workers.models.transformer import Transformer, rms_norm
 
 # The values of LLaDA-8B-Instruct's published config.json that describe the model.
 LLADA_8B: dict[str, Any] = {
@@ -153,6 +153,15 @@ def test_eos_ids_come_from_the_generation_config_where_the_config_has_none(check
     assert read_config(checkpoint)[1].eos_ids == (1, 5)
 
 
+def test_tied_embeddings_are_the_head(checkpoint: Path) -> None:
+    edit_config(checkpoint, weight_tying=True)
+    edit_tensors(checkpoint, model__transformer__ff_out__weight=None)
+    model = load_checkpoint(checkpoint)
+    x = torch.randn(2, 192, dtype=torch.bfloat16)
+    normed = rms_norm(x, model.final_norm, 1e-5)
+    assert torch.equal(model.logits(x), normed @ model.embedding.T)
+
+
 def broken(message: str, directory: Path) -> None:
     with pytest.raises(InvalidRequest, match=message):
         load_checkpoint(directory)
@@ -192,6 +201,9 @@ def test_an_unreadable_config_is_refused(checkpoint: Path) -> None:
         ({"embedding_size": 80}, "embedding_size 80 is below vocab_size 82"),
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
         ({"rope_theta": "large"}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"architectures": [["a"]]}, "is not supported; supported"),
     ],
 )
 def test_config_values_that_cannot_be_are_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from remask.scheduler.errors import InvalidRequest
@@ -25,6 +26,8 @@ _EXPECTED: dict[str, tuple[object, ...]] = {
     "layer_norm_with_affine": (True,),
     "scale_logits": (False,),
     "clip_qkv": (None,),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
 }
 
 
@@ -56,7 +59,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     def positive_number(key: str, default: float) -> float:
         value = raw.get(key)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise InvalidRequest("model", source, f"config key {key!r} must be a positive number")
         return float(value)
 

@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest("model", str(path), f"cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise InvalidRequest("model", str(path), "must hold a JSON object")
@@ -83,7 +83,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
         raw["eos_token_id"] = read_json(generation).get("eos_token_id")
     architectures = raw.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InvalidRequest(
             "model", str(path), f"architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
@@ -93,7 +93,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
 def pick_dtype(requested: str, config: ModelConfig, source: str) -> torch.dtype:
     """The weights' dtype; "auto" is the checkpoint's."""
     name = config.dtype if requested == "auto" else requested
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         where = ("model", source) if requested == "auto" else ("dtype", requested)
         raise InvalidRequest(*where, f"dtype {name!r} is not supported; use one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -155,6 +155,8 @@ def find_shards(directory: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InvalidRequest("model", str(index), "has no weight_map; download the file again")
+        if not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
+            raise InvalidRequest("model", str(index), "weight_map must name files beside it")
         shards = [directory / name for name in sorted(set(weight_map.values()))]
     elif single.is_file():
         shards = [single]

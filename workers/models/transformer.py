@@ -106,9 +106,7 @@ class Transformer(nn.Module):
         self.embedding = _empty(config.embedding_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = _empty(config.hidden_size)
-        self.head = (
-            self.embedding if config.tied_embeddings else _empty(config.embedding_size, config.hidden_size)
-        )
+        self.head = None if config.tied_embeddings else _empty(config.embedding_size, config.hidden_size)
 
     def forward(self, rows: PackedRows, attention: AttentionBackend) -> Tensor:
         """Hidden states [N, D] of the candidates, not yet normed; the last layer computes only those."""
@@ -122,4 +120,5 @@ class Transformer(nn.Module):
     def logits(self, x_ND: Tensor) -> Tensor:
         """Logits [N, V] of the rows that need them."""
         normed = rms_norm(x_ND, self.final_norm, self.config.norm_eps)
-        return F.linear(normed, self.head[: self.config.vocab_size])
+        head = self.embedding if self.head is None else self.head
+        return F.linear(normed, head[: self.config.vocab_size])
