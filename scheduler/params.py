@@ -84,9 +84,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """Published settings by name: `llada` (one token a step), `fast-dllm`, `wino`; overrides win.
 
         Raises:
-            InvalidRequest: no such preset.
+            InvalidRequest: no such preset, or an override that is no field.
         """
-        return cls(**with_preset(name, overrides))
+        fields = with_preset(name, overrides)
+        _check_names(fields)
+        return cls(**fields)
 
 
 # The values of unsupported fields that change nothing and are therefore accepted.
@@ -157,13 +159,7 @@ def resolve(params: SamplingParams | dict[str, Any] | None) -> ResolvedParams:
             fields = with_preset(fields.pop("preset"), fields)
     else:
         raise InvalidRequest("sampling_params", params, "give SamplingParams or a dict of its fields")
-    for name in fields:
-        if name not in SamplingParams.__struct_fields__:
-            raise InvalidRequest(
-                str(name),
-                fields[name],
-                f"unknown parameter; {did_you_mean(name, SamplingParams.__struct_fields__)}",
-            )
+    _check_names(fields)
     unmask = parse_policy("unmask", fields["unmask"]) if fields.get("unmask") is not None else Threshold()
     remask = parse_policy("remask", fields["remask"]) if fields.get("remask") not in (None, "none") else None
     try:
@@ -176,6 +172,14 @@ def resolve(params: SamplingParams | dict[str, Any] | None) -> ResolvedParams:
         if getattr(checked, name) not in neutral:
             raise InvalidRequest(name, getattr(checked, name), "is not supported yet; leave it out")
     return _cross_check(checked, unmask, remask)
+
+
+def _check_names(fields: dict[str, Any]) -> None:
+    """Raises InvalidRequest for a field that `SamplingParams` does not have."""
+    for name, value in fields.items():
+        if name not in SamplingParams.__struct_fields__:
+            known = SamplingParams.__struct_fields__
+            raise InvalidRequest(str(name), value, f"unknown parameter; {did_you_mean(name, known)}")
 
 
 def _cross_check(params: SamplingParams, unmask: UnmaskPolicy, remask: RemaskPolicy | None) -> ResolvedParams:

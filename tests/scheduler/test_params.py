@@ -125,3 +125,8 @@ def test_presets_are_published_settings_and_give_way_to_overrides() -> None:
 
 def test_random_order_gives_different_samples_without_a_temperature() -> None:
     assert resolve({"n": 3, "unmask": "schedule:score=random"}).n == 3
+
+
+def test_a_preset_with_an_unknown_override_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="max_token: unknown parameter; did you mean 'max_tokens'"):
+        SamplingParams.preset("wino", max_token=5)
