@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from remask.benchmarks.tiny.tasks import SUDOKU_6X6
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -26,11 +28,13 @@ COMMANDS = [
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = [block for language, block in BLOCKS if language == "python"]
     exec(compile(code, "README.md", "exec"), {})
+    (puzzle,) = re.findall(r'puzzle = "(.*)"', code)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     for line in lines:
         text, nfe, tokens_per_forward = line.split()
         assert len(text) == 36
+        assert SUDOKU_6X6.is_correct(puzzle, text), "the example shows a puzzle that gets solved"
         assert float(tokens_per_forward) == pytest.approx(36 / int(nfe), abs=0.06)
 
 

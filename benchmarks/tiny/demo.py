@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="puzzles")
     parser.add_argument("--grids", type=int, default=2, help="puzzles to draw")
     args = parser.parse_args()
+    if args.count < 1 or args.grids < 0:
+        parser.error("--count must be at least 1 and --grids at least 0")
     console = Console()
     prompts, _ = TASK.sample(np.random.default_rng(DEMO_SEED), args.count, blanks=TASK.max_blanks)
     title = f"{args.count} puzzles of 6x6 cells, half of them blank"

@@ -14,7 +14,7 @@ from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 from remask.core import EngineCore
 from remask.workers.executor import InProcessExecutor
 
-PUZZLE = "..3.2...21.35.6.1.16.52.6.51.4.1.2.="
+PUZZLE = "...543.....2341256..6.3..631.51.5...="
 ASK = SamplingParams(max_tokens=40, block_length=40)
 
 
@@ -176,6 +176,9 @@ def test_results_come_in_the_order_of_the_prompts(tiny_llm: LLM) -> None:
     params = [{"max_tokens": n} for n in (40, 4, 17, 9, 30)]
     outputs = tiny_llm.generate(prompts, params)
     assert [output.prompt for output in outputs] == prompts
+    for prompt, own, output in zip(prompts, params, outputs, strict=True):
+        (alone,) = tiny_llm.generate(prompt, own)
+        assert output.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
 def test_no_prompts_give_no_outputs(tiny_llm: LLM) -> None:
@@ -184,7 +187,8 @@ def test_no_prompts_give_no_outputs(tiny_llm: LLM) -> None:
 
 def test_an_interrupted_call_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM("tiny", device="cpu", burst=1) as llm:
-        (expected,) = llm.generate(PUZZLE, ASK)
+        slow = SamplingParams(max_tokens=40, block_length=40, unmask=Schedule())
+        (expected,) = llm.generate(PUZZLE, slow)
         run: Callable[..., Any] = InProcessExecutor.next_result
         calls = iter([run, run, KeyboardInterrupt])
 
@@ -196,9 +200,9 @@ def test_an_interrupted_call_leaves_the_engine_usable(monkeypatch: pytest.Monkey
 
         monkeypatch.setattr(InProcessExecutor, "next_result", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            llm.generate([PUZZLE] * 3, ASK)
+            llm.generate([PUZZLE] * 3, slow)
         monkeypatch.undo()
-        (output,) = llm.generate(PUZZLE, ASK)
+        (output,) = llm.generate(PUZZLE, slow)
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids
 
 

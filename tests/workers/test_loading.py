@@ -195,6 +195,8 @@ def test_an_unreadable_config_is_refused(checkpoint: Path) -> None:
         ({"d_model": ...}, "'d_model' must be a positive integer"),
         ({"n_layers": "six"}, "'n_layers' must be a positive integer"),
         ({"n_heads": 5}, "do not make even heads"),
+        ({"mask_token_id": 1}, "must be one id that does not end a text"),
+        ({"mask_token_id": [0, 5]}, "must be one id that does not end a text"),
         ({"mask_token_id": 82}, "'mask_token_id' must be an id below 82"),
         ({"eos_token_id": ...}, "'eos_token_id' must be an id below 82"),
         ({"alibi": True, "include_bias": True}, "alibi = True .*include_bias = True"),
@@ -226,6 +228,32 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(checkpoint: Pat
         r"wrong shapes: model\.transformer\.ff_out\.weight is \(3, 192\), not \(82, 192\)",
         checkpoint,
     )
+
+
+def test_tensors_of_another_type_or_in_two_shards_are_listed(checkpoint: Path) -> None:
+    edit_tensors(checkpoint, model__transformer__ln_f__weight=torch.ones(192, dtype=torch.int8))
+    broken(r"other types than F32, BF16, F16: model\.transformer\.ln_f\.weight is I8", checkpoint)
+    edit_tensors(checkpoint, model__transformer__ln_f__weight=torch.ones(192))
+    shard(checkpoint, 2)
+    twice = load_file(checkpoint / "model-00001-of-00002.safetensors")
+    name = next(iter(twice))
+    second = checkpoint / "model-00002-of-00002.safetensors"
+    save_file({**load_file(second), name: twice[name]}, second)
+    broken(f"in more than one shard: {name}", checkpoint)
+
+
+def test_a_config_without_dtype_takes_that_of_the_tensors(checkpoint: Path) -> None:
+    edit_config(checkpoint, torch_dtype=...)
+    assert load_checkpoint(checkpoint).embedding.dtype == torch.bfloat16
+    edit_tensors(
+        checkpoint,
+        **{k.replace(".", "__"): t.float() for k, t in load_file(checkpoint / "model.safetensors").items()},
+    )
+    assert load_checkpoint(checkpoint).embedding.dtype == torch.float32
+
+
+def test_a_name_that_cannot_be_a_directory_is_refused() -> None:
+    broken("is not a directory", Path("x" * 5000))
 
 
 def test_a_long_list_of_missing_tensors_is_cut(checkpoint: Path) -> None:

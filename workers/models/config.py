@@ -31,4 +31,4 @@ class ModelConfig:
     mask_id: int
     eos_ids: tuple[int, ...]
     eot_id: int | None
-    dtype: str  # of the checkpoint: "float32", "bfloat16" or "float16"
+    dtype: str | None  # "float32", "bfloat16" or "float16"; None: not said, the tensors' own

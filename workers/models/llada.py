@@ -88,6 +88,12 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         raise InvalidRequest(
             "model", source, f"embedding_size {embedding_size} is below vocab_size {vocab_size}"
         )
+    mask_ids, eos_ids = token_ids("mask_token_id"), token_ids("eos_token_id")
+    eot_id = token_ids("eot_token_id")[0] if raw.get("eot_token_id") is not None else None
+    if len(mask_ids) != 1 or mask_ids[0] in (*eos_ids, eot_id):
+        raise InvalidRequest(
+            "model", source, f"mask_token_id {raw['mask_token_id']!r} must be one id that does not end a text"
+        )
     return ModelConfig(
         num_layers=positive("n_layers"),
         hidden_size=hidden_size,
@@ -101,10 +107,10 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         rope_theta=positive_number("rope_theta", 10000.0),
         norm_eps=positive_number("rms_norm_eps", 1e-5),
         max_len=positive("max_sequence_length"),
-        mask_id=token_ids("mask_token_id")[0],
-        eos_ids=token_ids("eos_token_id"),
-        eot_id=token_ids("eot_token_id")[0] if raw.get("eot_token_id") is not None else None,
-        dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
+        mask_id=mask_ids[0],
+        eos_ids=eos_ids,
+        eot_id=eot_id,
+        dtype=raw.get("torch_dtype") or raw.get("dtype"),
     )
 
 

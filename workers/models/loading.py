@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 MAX_LISTED = 20  # names listed in an error
 
 
@@ -68,7 +70,11 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
     Raises:
         InvalidRequest: no directory, no config.json, an unknown architecture, or values that cannot be.
     """
-    if not directory.is_dir():
+    try:
+        is_directory = directory.is_dir()
+    except OSError:  # a name that the file system cannot have
+        is_directory = False
+    if not is_directory:
         raise InvalidRequest(
             "model", str(directory), "is not a directory; give a local checkpoint directory, or 'tiny'"
         )
@@ -90,9 +96,9 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
     return FAMILIES[name], FAMILIES[name].parse_config(raw, str(path))
 
 
-def pick_dtype(requested: str, config: ModelConfig, source: str) -> torch.dtype:
+def pick_dtype(requested: str, checkpoints: str, source: str) -> torch.dtype:
     """The weights' dtype; "auto" is the checkpoint's."""
-    name = config.dtype if requested == "auto" else requested
+    name = checkpoints if requested == "auto" else requested
     if not isinstance(name, str) or name not in DTYPES:
         where = ("model", source) if requested == "auto" else ("dtype", requested)
         raise InvalidRequest(*where, f"dtype {name!r} is not supported; use one of auto, {', '.join(DTYPES)}")
@@ -132,12 +138,13 @@ def load_checkpoint(directory: Path, *, dtype: str = "auto", device: str = "cpu"
         listed.
     """
     family, config = read_config(directory)
-    torch_dtype = pick_dtype(dtype, config, str(directory / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
     names = family.tensor_names(config)
     shards = find_shards(directory)
-    check_tensors(directory, shards, {name: tuple(t.shape) for name, t in destinations(model, names).items()})
+    expected = {name: tuple(t.shape) for name, t in destinations(model, names).items()}
+    stored = check_tensors(directory, shards, expected)
+    torch_dtype = pick_dtype(dtype, config.dtype or stored, str(directory / "config.json"))
     model.to(torch_dtype).to_empty(device=device)
     targets = destinations(model, names)
     for shard in shards:
@@ -170,17 +177,25 @@ def find_shards(directory: Path) -> list[Path]:
     return shards
 
 
-def check_tensors(directory: Path, shards: list[Path], expected: dict[str, tuple[int, ...]]) -> None:
-    """Compares names and shapes in the shards' headers with what the model needs.
+def check_tensors(directory: Path, shards: list[Path], expected: dict[str, tuple[int, ...]]) -> str:
+    """Compares names, shapes and types in the shards' headers with what the model needs.
+
+    Returns:
+        The dtype of the largest tensor, under its name in `DTYPES`.
 
     Raises:
-        InvalidRequest: listing missing and unexpected tensors and wrong shapes.
+        InvalidRequest: listing missing, unexpected and repeated tensors, wrong shapes and types.
     """
     found: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, str] = {}
+    repeated: list[str] = []
     for shard in shards:
         with _open(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
-                found[name] = tuple(tensors.get_slice(name).get_shape())
+                header = tensors.get_slice(name)
+                if name in found:
+                    repeated.append(name)
+                found[name], stored[name] = tuple(header.get_shape()), header.get_dtype()
     wrong = [f"{n} is {found[n]}, not {s}" for n, s in expected.items() if n in found and found[n] != s]
     problems = [
         f"{what}: {_listed(names)}"
@@ -188,11 +203,17 @@ def check_tensors(directory: Path, shards: list[Path], expected: dict[str, tuple
             ("missing tensors", [name for name in expected if name not in found]),
             ("unexpected tensors", [name for name in found if name not in expected]),
             ("wrong shapes", wrong),
+            ("tensors in more than one shard", repeated),
+            (
+                f"tensors of other types than {', '.join(STORED_DTYPES)}",
+                [f"{name} is {dtype}" for name, dtype in stored.items() if dtype not in STORED_DTYPES],
+            ),
         )
         if names
     ]
     if problems:
         raise InvalidRequest("model", str(directory), "; ".join(problems))
+    return STORED_DTYPES[stored[max(found, key=lambda name: math.prod(found[name]))]]
 
 
 def _listed(names: list[str]) -> str:
