@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Generator, Iterable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
@@ -172,25 +173,41 @@ class LLM:
         self.close()
 
     def _run(self, requests: list[Request], *, show_progress: bool) -> list[RequestOutput]:
-        waiting = {request.request_id for request in requests}
         num_tokens = num_forwards = 0
-        decode = None if self.tokenizer is None else self._decode
         outputs: dict[str, RequestOutput] = {}
         with _progress_bar(show_progress) as bar:
             task = bar.add_task("generating", total=len(requests), rate="")
-            try:
-                for request in requests:
-                    self._core.add(request)
-                while waiting:
-                    for request in self._core.step():
-                        waiting.discard(request.request_id)
-                        output = outputs[request.request_id] = request_output(request, decode)
-                        num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
-                        num_forwards += sum(sample.nfe for sample in output.outputs)
-                        bar.update(task, advance=1, rate=f"{num_tokens / num_forwards:.1f} tokens/forward")
-            finally:
-                self._core.discard(waiting)
+            for output in self._serve(requests):
+                outputs[output.request_id] = output
+                num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
+                num_forwards += sum(sample.nfe for sample in output.outputs)
+                bar.update(task, advance=1, rate=f"{num_tokens / num_forwards:.1f} tokens/forward")
         return [outputs[request.request_id] for request in requests]
+
+    def _serve(
+        self, requests: Iterable[Request], *, max_live: int | None = None
+    ) -> Generator[RequestOutput, None, None]:
+        """Outputs in the order in which requests finish; at most `max_live` are taken from `requests` ahead.
+
+        Closing the generator, or an error in it, forgets what has not finished.
+        """
+        decode = None if self.tokenizer is None else self._decode
+        source = iter(requests)
+        live: set[str] = set()
+        try:
+            while True:
+                room = None if max_live is None else max_live - len(live)
+                for request in itertools.islice(source, room):
+                    self._core.add(request)
+                    live.add(request.request_id)
+                if not live:
+                    return
+                for request in self._core.step():
+                    if request.request_id in live:
+                        live.discard(request.request_id)
+                        yield request_output(request, decode)
+        finally:
+            self._core.discard(live)
 
     def _decode(self, ids: list[int]) -> str:
         assert self.tokenizer is not None, "only called with a tokenizer"
