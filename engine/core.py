@@ -16,7 +16,7 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self._scheduler, self._executor = scheduler, executor
-        self._num_in_flight = 0  # bursts that the executor has and no result was taken of
+        self._num_in_flight = [0] * executor.num_workers  # bursts whose result was not taken yet
         self._dead: str | None = None
 
     def add(self, request: Request) -> None:
@@ -29,29 +29,33 @@ class EngineCore:
             raise EngineDead(self._dead)
         self._scheduler.add(request)
 
-    def discard(self, request_ids: Iterable[str]) -> None:
+    def abort(self, request_ids: Iterable[str]) -> None:
         """Forgets requests that nobody waits for any more."""
-        self._scheduler.discard(request_ids)
+        self._scheduler.abort(request_ids)
 
     def step(self) -> list[Request]:
-        """Runs one burst; returns the requests that it finished (none where nothing was ready).
+        """Fills the workers' queues and waits for one result; returns the requests that it finished (none
+        where nothing was ready).
 
-        An interrupt leaves the burst with the executor; a later step takes its result.
+        An interrupt leaves the bursts with the executor; a later step takes their results.
         """
-        batch = self._scheduler.next_batch()
-        if batch is not None:
-            self._executor.submit(batch)
-            self._num_in_flight += 1
-        if self._num_in_flight == 0:
+        for worker, num_held in enumerate(self._num_in_flight):
+            for _ in range(num_held, self._executor.queue_depth):
+                batch = self._scheduler.next_batch(worker)
+                if batch is None:
+                    break
+                self._executor.submit(batch, worker)
+                self._num_in_flight[worker] += 1
+        if not any(self._num_in_flight):
             return []
         try:
-            result = self._executor.next_result()
+            worker, result = self._executor.next_result()
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             self.close(f"a burst failed: {error!r}; make a new LLM")
             raise
-        self._num_in_flight -= 1
+        self._num_in_flight[worker] -= 1
         finished = self._scheduler.update(result)
         now = time.monotonic()
         for request in finished:

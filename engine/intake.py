@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,6 +15,7 @@ from remask.scheduler.canvas import new_canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
 from remask.scheduler.request import Request
+from remask.stops import StopStrings
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -29,22 +30,27 @@ class Intake:
         tokenizer: None: prompts must be token ids.
         max_len: largest prompt and canvas together, in tokens.
         seed: with a request's ordinal the seed of requests that give none.
+
+    Attributes:
+        decode: visible ids to text; None without a tokenizer.
     """
 
     def __init__(
         self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_len: int, seed: int
     ) -> None:
         self._config, self._tokenizer, self._max_len, self._seed = config, tokenizer, max_len, seed
+        self.decode = None if tokenizer is None else _decoder(tokenizer)
         self._ordinals, self._canvas_ordinals = itertools.count(), itertools.count()
         eot = config.eot_id
         if eot is None and tokenizer is not None:
             eot = tokenizer.get_vocab().get("<|eot_id|>")
-        self._stop_ids: list[int] = sorted({*config.eos_ids, *(() if eot is None else (eot,))})
+        self._end_ids: list[int] = sorted({*config.eos_ids, *(() if eot is None else (eot,))})
 
     def requests(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | dict[str, Any] | Sequence[SamplingParams | dict[str, Any]] | None,
+        priorities: Sequence[int] | None = None,
     ) -> list[Request]:
         """Requests for one prompt or a list of them, all valid.
 
@@ -52,13 +58,15 @@ class Intake:
             InvalidRequest: naming the index of the first prompt at fault and its parameter.
         """
         every = _as_list(prompts)
-        params = _one_each(sampling_params, len(every))
+        params = _one_each("sampling_params", sampling_params, len(every))
+        own_priorities = _one_each("priority", priorities, len(every))
         checked = []
-        for index, (prompt, own) in enumerate(zip(every, params, strict=True)):
+        for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
             try:
                 text, ids = self._read_prompt(prompt)
-                resolved = resolve(own)
+                resolved = resolve(own, **({} if priority is None else {"priority": priority}))
                 self._check_lengths(ids, resolved)
+                self._check_stops(resolved)
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
             checked.append((text, ids, resolved))
@@ -145,10 +153,23 @@ class Intake:
                 f"prompt of {len(ids)} tokens and canvas exceed the model's length {self._max_len}; {fix}",
             )
 
+    def _check_stops(self, params: ResolvedParams) -> None:
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequest("stop", params.stop, "needs a tokenizer; use stop_token_ids")
+        for stop_id in params.stop_token_ids:
+            if stop_id >= self._config.vocab_size or stop_id == self._config.mask_id:
+                raise InvalidRequest(
+                    "stop_token_ids",
+                    stop_id,
+                    f"must lie in 0..{self._config.vocab_size - 1} and not be the mask id",
+                )
+
     def _request(self, text: str | None, ids: list[int], params: ResolvedParams) -> Request:
         ordinal = next(self._ordinals)
         seed = params.seed if params.seed is not None else _derived_seed(self._seed, ordinal)
         request_id = str(ordinal)
+        end_ids = [] if params.ignore_eos else self._end_ids
+        stop_token_ids = [stop_id for stop_id in params.stop_token_ids if stop_id not in end_ids]
         canvases = [
             new_canvas(
                 request_id,
@@ -158,11 +179,21 @@ class Intake:
                 seed=seed,
                 sample=sample,
                 mask_id=self._config.mask_id,
-                stop_ids=[] if params.ignore_eos else self._stop_ids,
+                stop_ids=end_ids + stop_token_ids,
             )
             for sample in range(params.n)
         ]
-        return Request(request_id, text, ids, canvases, params.ignore_eos, arrival_time=time.monotonic())
+        return Request(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=ids,
+            canvases=canvases,
+            priority=params.priority,
+            stop_token_ids=stop_token_ids,
+            include_stop_in_text=params.include_stop_str_in_output,
+            find_stop=StopStrings(params.stop, self.decode) if params.stop and self.decode else None,
+            arrival_time=time.monotonic(),
+        )
 
 
 def _as_list(prompts: Any) -> list[Any]:
@@ -176,14 +207,12 @@ def _as_list(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def _one_each(params: Any, count: int) -> list[Any]:
-    if not isinstance(params, list | tuple):
-        return [params] * count
-    if len(params) != count:
-        raise InvalidRequest(
-            "sampling_params", len(params), f"give one, or one for each of the {count} prompts"
-        )
-    return list(params)
+def _one_each(name: str, values: Any, count: int) -> list[Any]:
+    if not isinstance(values, list | tuple):
+        return [values] * count
+    if len(values) != count:
+        raise InvalidRequest(name, len(values), f"give one, or one for each of the {count} prompts")
+    return list(values)
 
 
 def _check_conversation(index: int, conversation: object) -> None:
@@ -198,6 +227,10 @@ def _check_conversation(index: int, conversation: object) -> None:
             raise InvalidRequest(
                 f"messages[{index}][{place}]", message, "must have a text `role` and a text `content`"
             )
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:

@@ -136,7 +136,7 @@ class LLM:
             prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list of these.
             sampling_params: one for all prompts, or a list with one for each.
             use_tqdm: show progress on a terminal.
-            priority: not supported yet.
+            priority: one for each prompt, the lower the sooner; overrides that of the parameters.
 
         Returns:
             One output for each prompt, in their order.
@@ -145,9 +145,8 @@ class LLM:
             InvalidRequest: naming the prompt's index and the parameter; nothing of the call has run.
             EngineDead: the engine was closed or has failed.
         """
-        if priority is not None:
-            raise InvalidRequest("priority", priority, "is not supported yet; leave it out")
-        return self._run(self._intake.requests(prompts, sampling_params), show_progress=use_tqdm)
+        requests = self._intake.requests(prompts, sampling_params, priority)
+        return self._run(requests, show_progress=use_tqdm)
 
     def chat(
         self,
@@ -191,7 +190,6 @@ class LLM:
 
         Closing the generator, or an error in it, forgets what has not finished.
         """
-        decode = None if self.tokenizer is None else self._decode
         source = iter(requests)
         live: set[str] = set()
         try:
@@ -205,13 +203,9 @@ class LLM:
                 for request in self._core.step():
                     if request.request_id in live:
                         live.discard(request.request_id)
-                        yield request_output(request, decode)
+                        yield request_output(request, self._intake.decode)
         finally:
-            self._core.discard(live)
-
-    def _decode(self, ids: list[int]) -> str:
-        assert self.tokenizer is not None, "only called with a tokenizer"
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            self._core.abort(live)
 
 
 def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase | None:

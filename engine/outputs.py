@@ -18,12 +18,14 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         index: which of the n samples.
         text: the visible text; None without a tokenizer.
-        token_ids: the visible tokens, with the end-of-sequence token that ended them; with `ignore_eos` the
-            whole canvas.
-        finish_reason: "stop" where an end-of-sequence token ended the text, "length" where the canvas did.
-        stop_reason: reserved for stop strings and ids; None.
+        token_ids: the visible tokens, with the end-of-sequence token or stop id that ended them; with a stop
+            string up to the token that completes it; with `ignore_eos` and no other stop the whole canvas.
+        finish_reason: "stop" where an end-of-sequence token, a stop id or a stop string ended the text,
+            "length" where the canvas did.
+        stop_reason: the stop string, or the id of `stop_token_ids`, that ended the text; None for the model's
+            own end-of-sequence tokens and where nothing did.
         nfe: model forwards that the sample took.
-        tokens_per_forward: visible tokens (before the end-of-sequence token) divided by `nfe`.
+        tokens_per_forward: visible tokens (without an id that ended them) divided by `nfe`.
         confidences: for each token of `token_ids` the confidence that it was committed with.
         commit_steps: for each token of `token_ids` the forward (from 1) that committed it.
         seed: key of the random numbers.
@@ -42,8 +44,8 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_visible_tokens(self) -> int:
-        """Tokens of `text`: `token_ids` without the end-of-sequence token."""
-        return len(self.token_ids) - (self.finish_reason == "stop")
+        """`token_ids` without the id that ended them."""
+        return len(self.token_ids) - (self.finish_reason == "stop" and not isinstance(self.stop_reason, str))
 
 
 class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +74,7 @@ def request_output(request: Request, decode: Callable[[list[int]], str] | None) 
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=request.prompt_token_ids,
-        outputs=[_completion(canvas, request.ignore_eos, decode) for canvas in request.canvases],
+        outputs=[_completion(canvas, request, decode) for canvas in request.canvases],
         finished=True,
         metrics=RequestMetrics(
             arrival_time=request.arrival_time,
@@ -83,20 +85,32 @@ def request_output(request: Request, decode: Callable[[list[int]], str] | None) 
 
 
 def _completion(
-    canvas: Canvas, ignore_eos: bool, decode: Callable[[list[int]], str] | None
+    canvas: Canvas, request: Request, decode: Callable[[list[int]], str] | None
 ) -> CompletionOutput:
     spec, state = canvas.spec, canvas.state
-    tokens = canvas.canvas_tokens()
-    ends = np.isin(tokens, spec.stop_ids).nonzero()[0]
-    stopped = not ignore_eos and len(ends) > 0
-    num_visible = int(ends[0]) if stopped else len(tokens)
-    num_returned = num_visible + stopped
+    tokens = spec.canvas_tokens(state)
+    num_visible = num_returned = num_shown = len(tokens)
+    stop_reason: int | str | None = None
+    if canvas.text_stop is not None:
+        num_visible = num_returned = num_shown = canvas.text_stop.num_tokens
+        stop_reason = canvas.text_stop.string
+    elif len(ends := np.isin(tokens, spec.stop_ids).nonzero()[0]):
+        num_visible = int(ends[0])
+        num_returned = num_visible + 1
+        end_id = int(tokens[num_visible])
+        stop_reason = end_id if end_id in request.stop_token_ids else None
+        num_shown = num_returned if request.include_stop_in_text else num_visible
+    text = decode(tokens[:num_shown].tolist()) if decode is not None else None
+    if text is not None and isinstance(stop_reason, str):
+        end = text.index(stop_reason)
+        text = text[: end + len(stop_reason) if request.include_stop_in_text else end]
+    stopped = num_returned > num_visible or isinstance(stop_reason, str)
     return CompletionOutput(
         index=spec.sample,
-        text=decode(tokens[:num_visible].tolist()) if decode is not None else None,
+        text=text,
         token_ids=tokens[:num_returned].tolist(),
         finish_reason="stop" if stopped else "length",
-        stop_reason=None,
+        stop_reason=stop_reason,
         nfe=state.num_forwards,
         tokens_per_forward=num_visible / state.num_forwards,
         confidences=np.frombuffer(state.confidences, REAL)[:num_returned].tolist(),

@@ -7,7 +7,7 @@ positions, the slots, are to be denoised, block by block; everything else is con
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, Union
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     seed: int  # with `sample`, the key of every random number
     sample: int
     stop_ids: list[int]  # a finished block that holds one ends the canvas
+    pause_at_blocks: bool  # a burst takes it no further than a block's end: its text is looked at
 
     @property
     def canvas_len(self) -> int:
@@ -48,6 +49,10 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def block_lens(self) -> list[int]:
         whole, rest = divmod(self.canvas_len, self.block_length)
         return [self.block_length] * whole + [rest] * (rest > 0)
+
+    def canvas_tokens(self, state: CanvasState) -> NDArray[np.int32]:
+        """Ids [G] in the slots."""
+        return state.token_array()[np.frombuffer(self.slots, TOKEN)]
 
     @property
     def memory_fields(self) -> tuple[MemoryField, ...]:
@@ -78,18 +83,37 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return np.frombuffer(self.tokens, TOKEN)
 
 
-class Canvas:
-    """One sequence of a request as the scheduler holds it: the authoritative copy of its state."""
+class TextStop(NamedTuple):
+    """Where a stop string ended a canvas."""
 
-    __slots__ = ("num_rows", "ordinal", "request_id", "spec", "state")
+    num_tokens: int  # up to the token that completes the string
+    string: str
+
+
+class Canvas:
+    """One sequence of a request as the scheduler holds it.
+
+    Attributes:
+        ordinal: number of the canvas in the engine.
+        state: the authoritative copy.
+        num_rows: rows of one forward.
+        order: its place in the queue.
+        last_burst: the last burst in flight that it is in; None where it is ready or has ended.
+        aborted: nobody waits for it any more.
+        text_stop: the stop string that ended it.
+    """
+
+    __slots__ = (
+        "aborted", "last_burst", "num_rows", "order", "ordinal", "request_id", "spec", "state", "text_stop",
+    )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
         self.request_id, self.ordinal, self.spec, self.state = request_id, ordinal, spec, state
-        self.num_rows = state.sequence_len + spec.num_shadow_rows  # rows of one forward
-
-    def canvas_tokens(self) -> NDArray[np.int32]:
-        """Ids [G] in the slots."""
-        return self.state.token_array()[np.frombuffer(self.spec.slots, TOKEN)]
+        self.num_rows = state.sequence_len + spec.num_shadow_rows
+        self.order: tuple[float, int] = (0.0, ordinal)
+        self.last_burst: int | None = None
+        self.aborted = False
+        self.text_stop: TextStop | None = None
 
 
 def new_canvas(
@@ -115,6 +139,7 @@ def new_canvas(
         seed=seed,
         sample=sample,
         stop_ids=stop_ids,
+        pause_at_blocks=bool(params.stop),
     )
     state = CanvasState(
         tokens=np.array(prompt + [mask_id] * canvas_len, dtype=TOKEN).tobytes(),

@@ -8,12 +8,17 @@ from remask.scheduler.canvas import CanvasSpec, CanvasState
 
 
 class StepBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A burst: up to `num_steps` denoising steps on these canvases."""
+    """A burst: up to `num_steps` denoising steps on these canvases.
+
+    A burst may follow the worker's burst before it: then some canvases are not sent again but go on from
+    where that one leaves them.
+    """
 
     burst_id: int
     num_steps: int  # forwards at most; a canvas that finishes earlier takes no more
+    follows: int | None = None  # the burst that `states` refers to
     specs: list[CanvasSpec]
-    states: list[CanvasState]  # one for each spec
+    states: list[CanvasState | int]  # one for each spec; a number is a place in the burst `follows`
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

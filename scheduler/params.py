@@ -45,7 +45,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         seed: key of the random numbers; None: drawn from `LLM(seed)` and the request's ordinal, and told in
             the output.
         n: samples of the prompt; sample i has random numbers of its own.
-        ignore_eos: go on after an end-of-sequence token and return the whole canvas.
+        ignore_eos: go on after the model's end-of-sequence tokens.
+        stop: strings that end the text where they first appear. The text is looked at when a block is
+            finished; what stands behind the string is dropped.
+        stop_token_ids: ids that end the text like the model's own end-of-sequence tokens.
+        include_stop_str_in_output: leave what ended the text in it.
+        priority: the lower, the sooner; each minute of waiting counts as one.
 
     The other fields are not supported yet and refused unless neutral.
     """
@@ -59,6 +64,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: Int64 | None = None
     n: Annotated[int, Meta(ge=1, le=1024)] = 1
     ignore_eos: bool = False
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Annotated[int, Meta(ge=0, le=2**31 - 1)]] | None = None
+    include_stop_str_in_output: bool = False
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     # Not supported yet (see NEUTRAL).
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: int = 0
@@ -69,12 +78,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cfg_scale: float = 0.0
     suppress_eos: bool = False
     suppress_eos_confidence: bool = False
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool = False
     logprobs: int | None = None
     trace: bool = False
-    priority: int = 0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -102,12 +107,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "cfg_scale": (0.0,),
     "suppress_eos": (False,),
     "suppress_eos_confidence": (False,),
-    "stop": (None, [], ""),
-    "stop_token_ids": (None, []),
-    "include_stop_str_in_output": (False,),
     "logprobs": (None,),
     "trace": (False,),
-    "priority": (0,),
     "repetition_penalty": (1.0,),
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
@@ -126,6 +127,10 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None
     n: int
     ignore_eos: bool
+    stop: list[str]
+    stop_token_ids: list[int]
+    include_stop_str_in_output: bool
+    priority: int
 
 
 def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -139,11 +144,12 @@ def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def resolve(params: SamplingParams | dict[str, Any] | None) -> ResolvedParams:
+def resolve(params: SamplingParams | dict[str, Any] | None, **overrides: Any) -> ResolvedParams:
     """Validates what a user wrote and fills in the defaults.
 
     Args:
         params: an object, or its JSON form as a dict (which may name a `preset`).
+        overrides: fields that win over those of `params`.
 
     Raises:
         InvalidRequest: naming the field, for an unknown field, a wrong type, a value out of range, fields
@@ -159,6 +165,7 @@ def resolve(params: SamplingParams | dict[str, Any] | None) -> ResolvedParams:
             fields = with_preset(fields.pop("preset"), fields)
     else:
         raise InvalidRequest("sampling_params", params, "give SamplingParams or a dict of its fields")
+    fields |= overrides
     _check_names(fields)
     unmask = parse_policy("unmask", fields["unmask"]) if fields.get("unmask") is not None else Threshold()
     remask = parse_policy("remask", fields["remask"]) if fields.get("remask") not in (None, "none") else None
@@ -194,6 +201,9 @@ def _cross_check(params: SamplingParams, unmask: UnmaskPolicy, remask: RemaskPol
         raise InvalidRequest("n", params.n, "gives equal samples at temperature 0; set a temperature, or n=1")
     if remask is not None:
         remask.check(unmask)
+    stop = [params.stop] if isinstance(params.stop, str) else params.stop or []
+    if "" in stop:
+        raise InvalidRequest("stop", params.stop, "holds an empty string; leave it out")
     return ResolvedParams(
         max_tokens=params.max_tokens,
         block_length=block_length,
@@ -204,4 +214,8 @@ def _cross_check(params: SamplingParams, unmask: UnmaskPolicy, remask: RemaskPol
         seed=params.seed,
         n=params.n,
         ignore_eos=params.ignore_eos,
+        stop=stop,
+        stop_token_ids=params.stop_token_ids or [],
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        priority=params.priority,
     )

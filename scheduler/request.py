@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from remask.scheduler.canvas import Canvas
+import msgspec
+
+from remask.scheduler.canvas import Canvas, CanvasState, TextStop
 
 
 @dataclass
@@ -12,18 +15,34 @@ class Request:
     """One prompt with its n canvases, validated and ready to be scheduled.
 
     Attributes:
+        priority: the lower, the sooner.
+        find_stop: looks for a stop string in the finished blocks of a canvas, which pauses at the end of
+            each; None: there are none.
+        stop_token_ids: ids that end a text besides the model's own.
+        include_stop_in_text: whether the text shows what stopped it.
         arrival_time: monotonic seconds at which the engine took it.
         finish_time: monotonic seconds at which its last canvas finished; None before.
+        num_open: canvases that have not finished.
     """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     canvases: list[Canvas]
-    ignore_eos: bool
+    priority: int
+    stop_token_ids: list[int]
+    include_stop_in_text: bool
+    find_stop: Callable[[Canvas, CanvasState], TextStop | None] | None
     arrival_time: float
     finish_time: float | None = field(default=None)
+    num_open: int = field(init=False)
 
-    @property
-    def finished(self) -> bool:
-        return all(canvas.state.finished for canvas in self.canvases)
+    def __post_init__(self) -> None:
+        self.num_open = len(self.canvases)
+
+    def settle(self, canvas: Canvas, state: CanvasState) -> CanvasState:
+        """What a burst made of a canvas, ended where a block has brought a stop string."""
+        if self.find_stop is None or (state.block == canvas.state.block and not state.finished):
+            return state
+        canvas.text_stop = self.find_stop(canvas, state)
+        return state if canvas.text_stop is None else msgspec.structs.replace(state, finished=True)

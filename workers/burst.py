@@ -28,6 +28,8 @@ class BurstState:
         confidences, commit_steps: [R, G + 1].
         block, num_forwards, block_forwards: int64 [R].
         finished: bool [R].
+        paused: bool [R]: takes no more steps in this burst: finished, or at the end of a block whose text is
+            to be looked at.
         memory: for each group of `unmask` and `remask`, its policies' memory.
     """
 
@@ -58,6 +60,8 @@ class BurstState:
         self.num_forwards = ints([state.num_forwards for state in states])
         self.block_forwards = ints([state.num_block_forwards for state in states])
         self.finished = torch.tensor([state.finished for state in states], device=device)
+        self.pauses = torch.tensor([spec.pause_at_blocks for spec in specs], device=device)
+        self.paused = self.finished.clone()
         self.temperature = torch.tensor([spec.temperature for spec in specs], device=device)
         self.rank_by_top = torch.tensor([spec.rank == "top" for spec in specs], device=device)
         self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
@@ -68,6 +72,10 @@ class BurstState:
         self.remask = group_policies([spec.remask for spec in specs], block_lens, REMASK, device)
         self.needs = frozenset[str]().union(*(spec.unmask.head_needs() for spec in specs))
         self.memory = [self._unpack_memory(group, states) for group in self._groups()]
+
+    def resume(self) -> None:
+        """Makes the canvases ready for another burst."""
+        self.paused = self.finished.clone()
 
     def _groups(self) -> list[PolicyGroup[UnmaskKernel] | PolicyGroup[RemaskKernel]]:
         return [*self.unmask, *self.remask]
@@ -83,7 +91,7 @@ class BurstState:
         offset = torch.arange(self.max_block_len, device=self.device)
         slots = (self.block * self.block_len).unsqueeze(1) + offset
         valid = (offset < self.block_len.unsqueeze(1)) & (slots < self.canvas_len.unsqueeze(1))
-        valid &= ~self.finished.unsqueeze(1)
+        valid &= ~self.paused.unsqueeze(1)
         return torch.where(valid, slots, self.num_slots), valid
 
     def active_blocks(self, slots: Tensor, valid: Tensor, mask_id: int) -> ActiveBlocks:

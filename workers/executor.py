@@ -1,51 +1,34 @@
-"""Executors: how bursts get to a worker and results come back. This one runs them in the caller's process."""
+"""Executors: how bursts get to workers and results come back. This one runs them in the caller's process."""
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 
-import torch
-
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.burst import BurstState
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.step import denoise, plan_packs
-
-
-@torch.inference_mode()
-def run_burst(batch: StepBatch, model: Denoiser) -> StepResult:
-    """Takes up to `batch.num_steps` denoising steps; a pure function of the batch and the weights."""
-    started = time.perf_counter()
-    state = BurstState(batch.specs, batch.states, model.device)
-    num_rows = num_finished = 0
-    plans = plan_packs(state, model)
-    for _ in range(batch.num_steps):
-        num_rows += denoise(state, plans, model)
-        now_finished = int(state.finished.sum())
-        if now_finished == len(batch.specs):
-            break
-        if now_finished > num_finished:  # finished canvases give up their rows
-            plans, num_finished = plan_packs(state, model), now_finished
-    return StepResult(
-        burst_id=batch.burst_id,
-        states=state.to_states(),
-        num_rows=num_rows,
-        seconds=time.perf_counter() - started,
-    )
+from remask.workers.worker import Worker
 
 
 class Executor(ABC):
-    """Runs bursts somewhere. Results may come back in another order than the bursts were submitted in."""
+    """Runs bursts somewhere. Results of one worker come in the order of its bursts.
+
+    Attributes:
+        num_workers: workers, numbered from 0.
+        queue_depth: bursts that a worker holds, the running one included; more than one, so that it need not
+            wait for the host.
+    """
+
+    num_workers: int = 1
+    queue_depth: int = 1
 
     @abstractmethod
-    def submit(self, batch: StepBatch) -> None:
-        """Hands a burst over."""
+    def submit(self, batch: StepBatch, worker: int) -> None:
+        """Hands a burst to a worker."""
 
     @abstractmethod
-    def next_result(self) -> StepResult:
-        """Waits for the next result of a submitted burst."""
+    def next_result(self) -> tuple[int, StepResult]:
+        """Waits for the next result of a submitted burst; with the worker it came from."""
 
     @abstractmethod
     def close(self) -> None:
@@ -53,21 +36,28 @@ class Executor(ABC):
 
 
 class InProcessExecutor(Executor):
-    """One worker in the caller's process and thread; never starts Ray."""
+    """One worker in the caller's process and thread; never starts Ray.
 
-    def __init__(self, model: Denoiser) -> None:
-        self._model: Denoiser | None = model
+    Args:
+        model: the model.
+        queue_depth: nothing runs beside the caller, so a deeper queue gains nothing here but a second burst
+            that goes on with the tensors of the first.
+    """
+
+    def __init__(self, model: Denoiser, queue_depth: int = 1) -> None:
+        self.queue_depth = queue_depth
+        self._worker: Worker | None = Worker(model)
         self._queue: deque[StepBatch] = deque()
 
-    def submit(self, batch: StepBatch) -> None:
+    def submit(self, batch: StepBatch, worker: int) -> None:
         self._queue.append(batch)
 
-    def next_result(self) -> StepResult:
-        assert self._model is not None, "the executor is closed"
-        result = run_burst(self._queue[0], self._model)
+    def next_result(self) -> tuple[int, StepResult]:
+        assert self._worker is not None, "the executor is closed"
+        result = self._worker.run(self._queue[0])
         self._queue.popleft()  # only now: an interrupted burst is run again
-        return result
+        return 0, result
 
     def close(self) -> None:
-        self._model = None
+        self._worker = None
         self._queue.clear()

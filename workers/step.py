@@ -19,8 +19,8 @@ from remask.workers.strategies.view import BlockView
 
 
 def plan_packs(state: BurstState, model: Denoiser) -> list[PackPlan]:
-    """Cuts the canvases that are not finished into packs of the size that the model is best fed with."""
-    live = (~state.finished).nonzero().squeeze(1).tolist()
+    """Cuts the canvases that go on into packs of the size that the model is best fed with."""
+    live = (~state.paused).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     shadows = [spec.num_shadow_rows for spec in state.specs]
     groups = group_canvases([sum(rows) for rows in zip(lens, shadows, strict=True)], live, model.pack_rows)
@@ -101,7 +101,7 @@ def _update(
     mask_id: int,
 ) -> None:
     """Writes the decisions into the canvases and moves on those whose block is finished."""
-    running = ~state.finished
+    running = ~state.paused
     state.num_forwards += running
     state.block_forwards += running
     tokens = torch.where(remask, mask_id, torch.where(commit, proposal, blocks.tokens))
@@ -116,6 +116,7 @@ def _update(
     state.block += block_done
     state.block_forwards.masked_fill_(block_done, 0)
     state.finished |= block_done & (stopped | (state.block * state.block_len >= state.canvas_len))
+    state.paused |= state.finished | (block_done & state.pauses)
     for group, memory in zip([*state.unmask, *state.remask], state.memory, strict=True):
         done = block_done[group.canvases]
         for name, fresh in group.initial_memory(state.max_block_len).items():

@@ -106,9 +106,23 @@ def test_a_broken_tokenizer_is_refused_by_name(tmp_path: Path, golden_checkpoint
         LLM(directory, device="cpu")
 
 
-def test_priority_is_refused_until_it_is_honoured(tiny_llm: LLM) -> None:
-    with pytest.raises(InvalidRequest, match="priority"):
-        tiny_llm.generate([PUZZLE], ASK, priority=[1])
+def test_urgent_prompts_are_served_first_and_results_keep_the_order_of_the_prompts() -> None:
+    prompts = [PUZZLE, "12..=", "1=" * 20]
+    with LLM("tiny", device="cpu", max_num_seqs=1) as llm:
+        outputs = llm.generate(prompts, {"max_tokens": 8, "priority": 9}, priority=[2, 3, 1])
+        by_params = llm.generate(prompts, [{"max_tokens": 8, "priority": p} for p in (0, 0, -1)])
+    assert [output.prompt for output in outputs] == prompts
+    finished = [output.metrics.finish_time for output in outputs]
+    assert finished[2] < finished[0] < finished[1]
+    finished = [output.metrics.finish_time for output in by_params]
+    assert finished[2] < finished[0] < finished[1]
+
+
+def test_bad_priorities_are_refused(tiny_llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="priority: give one, or one for each of the 1 prompts"):
+        tiny_llm.generate([PUZZLE], ASK, priority=[1, 2])
+    with pytest.raises(InvalidRequest, match="prompt 0: priority"):
+        tiny_llm.generate([PUZZLE], ASK, priority=[0.5])  # type: ignore[list-item]
 
 
 def test_a_model_without_tokenizer_takes_ids_and_says_so(golden_llm: LLM) -> None:

@@ -63,6 +63,14 @@ def test_an_object_and_its_json_mean_the_same() -> None:
         ({"unmask": "threshold:t=0.9, t=0.8"}, "unmask.t"),
         ({"unmask": "threshold:,0.5"}, "unmask"),
         ({"unmask": Threshold(object())}, "unmask.t"),  # type: ignore[arg-type]
+        ({"stop": ["x", ""]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output"),
+        ({"priority": 2**31}, "priority"),
+        ({"priority": 0.5}, "priority"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields: dict[str, Any], named: str) -> None:
@@ -85,12 +93,8 @@ def test_bad_fields_are_refused_by_name(fields: dict[str, Any], named: str) -> N
         {"cfg_scale": 1.0},
         {"suppress_eos": True},
         {"suppress_eos_confidence": True},
-        {"stop": "x"},
-        {"stop_token_ids": [3]},
-        {"include_stop_str_in_output": True},
         {"logprobs": 1},
         {"trace": True},
-        {"priority": 1},
         {"repetition_penalty": 1.1},
         {"presence_penalty": 0.1},
         {"frequency_penalty": 0.1},

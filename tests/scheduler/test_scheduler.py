@@ -1,9 +1,10 @@
-"""The scheduler against a simulated worker: budgets, order, and every canvas ending once."""
+"""The scheduler against simulated workers: budgets, order, aborts, losses, and every request ending once."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,156 +12,302 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remask.scheduler.canvas import TOKEN, CanvasState, new_canvas
-from remask.scheduler.messages import StepBatch, StepResult
-from remask.scheduler.params import resolve
+from remask.benchmarks.simulation import MASK, TOKEN_ID, Requests, SimulatedWorker
+from remask.scheduler.canvas import TOKEN
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.planning import AGEING_SECONDS, MAX_BURST
 from remask.scheduler.request import Request
-from remask.scheduler.scheduler import IDLE_BURST, Scheduler
-
-MASK = 0
+from remask.scheduler.scheduler import Scheduler
 
 
-class Simulator:
-    """Takes one token a step, so that the number of forwards of a canvas is known."""
+class Cluster:
+    """Simulated workers, each with a queue of bursts; checks every burst that it is given."""
 
-    def __init__(self) -> None:
-        self.batches: list[StepBatch] = []
+    def __init__(self, scheduler: Scheduler, num_workers: int, depth: int, budget: tuple[int, int]) -> None:
+        self.scheduler, self.depth, self.budget = scheduler, depth, budget
+        self.workers = [SimulatedWorker() for _ in range(num_workers)]
+        self.queues: list[deque[StepBatch]] = [deque() for _ in range(num_workers)]
 
-    def run(self, batch: StepBatch) -> StepResult:
-        self.batches.append(batch)
-        states = [self._advance(state, batch.num_steps) for state in batch.states]
-        return StepResult(burst_id=batch.burst_id, states=states, num_rows=0, seconds=0.0)
+    def fill(self, worker: int) -> None:
+        while len(self.queues[worker]) < self.depth:
+            batch = self.scheduler.next_batch(worker)
+            if batch is None:
+                return
+            self.queues[worker].append(batch)
 
-    def _advance(self, state: CanvasState, num_steps: int) -> CanvasState:
-        assert not state.finished, "a finished canvas is never scheduled"
-        tokens = state.token_array().copy()
-        open_slots = np.flatnonzero(tokens == MASK)[:num_steps]
-        tokens[open_slots] = 5
-        return msgspec.structs.replace(
-            state,
-            tokens=tokens.tobytes(),
-            num_forwards=state.num_forwards + len(open_slots),
-            finished=not (tokens == MASK).any(),
-        )
-
-
-class Requests:
-    def __init__(self) -> None:
-        self.num_canvases = self.count = 0
-
-    def make(self, prompt_len: int, canvas_len: int, n: int = 1, remask: str | None = None) -> Request:
-        params = resolve({"max_tokens": canvas_len, "n": n, "temperature": 1.0, "remask": remask})
-        request_id = str(self.count)
-        self.count += 1
-        canvases = [
-            new_canvas(
-                request_id,
-                self.num_canvases + sample,
-                [7] * prompt_len,
-                params,
-                seed=1,
-                sample=sample,
-                mask_id=MASK,
-                stop_ids=[],
-            )
-            for sample in range(n)
+    def finish_one(self, worker: int) -> list[Request]:
+        if not self.queues[worker]:
+            return []
+        batch = self.queues[worker].popleft()
+        states = self.workers[worker].resolve(batch)
+        rows = [
+            state.sequence_len + spec.num_shadow_rows for state, spec in zip(states, batch.specs, strict=True)
         ]
-        self.num_canvases += n
-        return Request(request_id, None, [7] * prompt_len, canvases, False, arrival_time=0.0)
+        assert len(rows) <= self.budget[1]
+        assert sum(rows) <= self.budget[0] or len(rows) == 1, "only a canvas that runs alone may be larger"
+        return self.scheduler.update(self.workers[worker].run(batch))
+
+    def lose(self, worker: int) -> None:
+        self.queues[worker].clear()
+        self.workers[worker] = SimulatedWorker()
+        self.scheduler.lose(worker)
 
 
-def rows_of(batch: StepBatch) -> int:
-    return sum(
-        state.sequence_len + spec.num_shadow_rows
-        for spec, state in zip(batch.specs, batch.states, strict=True)
+def random_request(rng: random.Random, requests: Requests, now: float) -> Request:
+    canvas_len = rng.randint(1, 40)
+    return requests.make(
+        rng.randint(1, 60),
+        canvas_len,
+        n=rng.randint(1, 3),
+        block_length=rng.randint(1, canvas_len),
+        remask=rng.choice([None, "wino"]),
+        priority=rng.randint(-2, 2),
+        stop_after=rng.choice([None, None, rng.randint(1, 45)]),
+        arrival_time=now,
     )
 
 
-@settings(deadline=None)
-@given(seed=st.integers(0, 10**6), max_num_rows=st.integers(1, 300), max_num_seqs=st.integers(1, 9))
-def test_budgets_hold_and_every_request_ends_once_whenever_it_joins(
-    seed: int, max_num_rows: int, max_num_seqs: int
+def check_ended(request: Request) -> None:
+    """Every token was computed once, up to the end of the block that holds a stop string."""
+    for canvas in request.canvases:
+        expected = canvas.spec.canvas_len
+        if canvas.text_stop is not None:
+            blocks = -(-canvas.text_stop.num_tokens // canvas.spec.block_length)
+            expected = min(expected, blocks * canvas.spec.block_length)
+        assert canvas.state.num_forwards == expected
+        tokens = canvas.spec.canvas_tokens(canvas.state)
+        assert (tokens[:expected] == TOKEN_ID).all()
+        assert (tokens[expected:] == MASK).all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 10**6),
+    max_num_rows=st.integers(1, 300),
+    max_num_seqs=st.integers(1, 9),
+    num_workers=st.integers(1, 3),
+    depth=st.integers(1, 3),
+)
+def test_whatever_comes_goes_or_dies_each_request_ends_once(
+    seed: int, max_num_rows: int, max_num_seqs: int, num_workers: int, depth: int
 ) -> None:
     rng = random.Random(seed)
     scheduler = Scheduler(
         max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=rng.choice([None, 1, 3])
     )
-    simulator, requests, made, discarded = Simulator(), Requests(), [], set()
+    cluster = Cluster(scheduler, num_workers, depth, (max_num_rows, max_num_seqs))
+    requests = Requests()
+    made: list[Request] = []
+    aborted: set[str] = set()
     ended: Counter[str] = Counter()
+    now = 0.0
     while len(made) < 12 or scheduler.num_live:
-        if len(made) < 12 and rng.random() < 0.5:
-            made.append(
-                requests.make(
-                    rng.randint(1, 60), rng.randint(1, 40), rng.randint(1, 3), rng.choice([None, "wino"])
-                )
-            )
+        now += rng.random()
+        event = rng.random()
+        worker = rng.randrange(num_workers)
+        if len(made) < 12 and event < 0.3:
+            made.append(random_request(rng, requests, now))
             scheduler.add(made[-1])
-        if made and rng.random() < 0.05:
-            discarded.add(rng.choice(made).request_id)
-            scheduler.discard(discarded)
-        batch = scheduler.next_batch()
-        if batch is None:
-            continue
-        assert len(batch.states) <= max_num_seqs
-        assert rows_of(batch) <= max_num_rows or len(batch.states) == 1
-        ended.update(request.request_id for request in scheduler.update(simulator.run(batch)))
+        elif made and event < 0.34:
+            victim = rng.choice(made).request_id
+            aborted |= {victim} - ended.keys()
+            scheduler.abort([victim, "unknown"])
+        elif event < 0.38:
+            cluster.lose(worker)
+        cluster.fill(worker)
+        ended.update(request.request_id for request in cluster.finish_one(worker))
     assert set(ended.values()) <= {1}
-    assert ended.keys() >= {request.request_id for request in made} - discarded
+    assert ended.keys() == {request.request_id for request in made} - aborted
     for request in made:
         if request.request_id in ended:
-            assert all(c.state.num_forwards == c.spec.canvas_len for c in request.canvases)
-            assert all((c.canvas_tokens() == 5).all() for c in request.canvases)
+            check_ended(request)
+    for worker in range(num_workers):  # bursts that were still in flight bring nothing back to life
+        while cluster.queues[worker]:
+            assert cluster.finish_one(worker) == []
+        assert scheduler.next_batch(worker) is None
+    assert scheduler.num_held == 0
+
+
+@pytest.mark.parametrize("progress", ["waiting", "in flight", "between bursts", "continued", "ended"])
+def test_a_request_aborted_in_any_state_leaves_nothing(progress: str) -> None:
+    scheduler, requests, worker = scheduler_of(100, 8, burst=2), Requests(), SimulatedWorker()
+    request = requests.make(10, 5, n=2)
+    scheduler.add(request)
+    batches: list[StepBatch] = []
+    if progress != "waiting":
+        batches.append(next_of(scheduler))
+    if progress == "continued":
+        batches.append(next_of(scheduler))
+    if progress in ("between bursts", "ended"):
+        scheduler.update(worker.run(batches.pop()))
+    while progress == "ended" and scheduler.num_live:
+        scheduler.update(worker.run(next_of(scheduler)))
+    scheduler.abort([request.request_id])
+    assert scheduler.num_live == 0
+    for batch in batches:
+        assert scheduler.update(worker.run(batch)) == []
     assert scheduler.next_batch() is None
+    assert scheduler.num_held == 0
+
+
+def test_an_id_may_be_used_again_after_an_abort() -> None:
+    scheduler, requests, worker = scheduler_of(100, 1, burst=8), Requests(), SimulatedWorker()
+    first, second, third = (requests.make(10, 5) for _ in range(3))
+    second.request_id = third.request_id = second.canvases[0].request_id = "same"
+    third.canvases[0].request_id = "same"
+    scheduler.add(first)
+    scheduler.add(second)
+    scheduler.abort(["same"])
+    scheduler.add(third)
+    ended = [request for _ in range(2) for request in scheduler.update(worker.run(next_of(scheduler)))]
+    assert ended == [first, third]
+    assert second.canvases[0].state.num_forwards == 0
+
+
+def test_aborting_many_does_not_leave_them_in_the_queue() -> None:
+    scheduler, requests = scheduler_of(100, 1, burst=1), Requests()
+    made = [requests.make(4, 4) for _ in range(200)]
+    for request in made:
+        scheduler.add(request)
+    scheduler.abort(request.request_id for request in made[1:])
+    assert scheduler.num_held == 1
+
+
+def scheduler_of(max_num_rows: int, max_num_seqs: int, burst: int | None = 1) -> Scheduler:
+    return Scheduler(max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=burst)
+
+
+def next_of(scheduler: Scheduler, worker: int = 0) -> StepBatch:
+    batch = scheduler.next_batch(worker)
+    assert batch is not None
+    return batch
+
+
+def lens(batch: StepBatch) -> list[Any]:
+    return [state if isinstance(state, int) else state.sequence_len for state in batch.states]
 
 
 def test_first_come_is_first_served_even_where_a_later_one_would_fit() -> None:
-    scheduler, requests = Scheduler(max_num_rows=100, max_num_seqs=8, burst=1), Requests()
+    scheduler, requests = scheduler_of(100, 8), Requests()
     for prompt_len in (60, 80, 10):
         scheduler.add(requests.make(prompt_len, 10))
-    batch = scheduler.next_batch()
-    assert batch is not None
-    assert [state.sequence_len for state in batch.states] == [70]
+    assert lens(next_of(scheduler)) == [70]
 
 
 def test_running_canvases_keep_their_place() -> None:
-    scheduler, requests, simulator = (
-        Scheduler(max_num_rows=100, max_num_seqs=2, burst=1),
-        Requests(),
-        Simulator(),
-    )
+    scheduler, requests, worker = scheduler_of(100, 2), Requests(), SimulatedWorker()
     for _ in range(4):
         scheduler.add(requests.make(4, 6))
     for _ in range(6):
-        batch = scheduler.next_batch()
-        assert batch is not None
-        scheduler.update(simulator.run(batch))
+        scheduler.update(worker.run(next_of(scheduler)))
     assert scheduler.num_live == 2
-    assert all(len(batch.states) == 2 for batch in simulator.batches)
+    assert all(len(batch.states) == 2 for batch in worker.batches)
 
 
-def test_bursts_are_long_only_while_nobody_waits() -> None:
-    scheduler, requests = Scheduler(max_num_rows=50, max_num_seqs=8, burst=None), Requests()
+def test_an_urgent_request_displaces_the_last_of_the_running_ones_and_they_come_back() -> None:
+    scheduler, requests, worker = scheduler_of(100, 2), Requests(), SimulatedWorker()
+    for prompt_len in (10, 20):
+        scheduler.add(requests.make(prompt_len, 4, priority=1))
+    scheduler.update(worker.run(next_of(scheduler)))
+    scheduler.add(requests.make(30, 2, priority=0, arrival_time=1.0))
+    assert [lens_run(scheduler, worker) for _ in range(3)] == [[34 - 2, 14], [34 - 2, 14], [14, 24]]
+    while scheduler.num_live:
+        scheduler.update(worker.run(next_of(scheduler)))
+
+
+def lens_run(scheduler: Scheduler, worker: SimulatedWorker) -> list[Any]:
+    batch = next_of(scheduler)
+    scheduler.update(worker.run(batch))
+    return lens(batch)
+
+
+def test_waiting_ages_so_that_urgent_arrivals_cannot_starve_anybody() -> None:
+    scheduler, requests, worker = scheduler_of(100, 1, burst=8), Requests(), SimulatedWorker()
+    patient = requests.make(50, 4, priority=2)
+    scheduler.add(patient)
+    for second in range(int(4 * AGEING_SECONDS)):  # one arrives a second, one is served a second
+        scheduler.add(requests.make(10, 4, priority=0, arrival_time=float(second)))
+        if patient in scheduler.update(worker.run(next_of(scheduler))):
+            assert 2 * AGEING_SECONDS <= second <= 2 * AGEING_SECONDS + 1
+            return
+    pytest.fail("the patient request starved")
+
+
+def test_bursts_grow_while_all_is_quiet_and_shrink_when_somebody_comes_or_waits() -> None:
+    scheduler, requests, worker = scheduler_of(50, 8, burst=None), Requests(), SimulatedWorker()
+
+    def steps() -> int:
+        batch = next_of(scheduler)
+        scheduler.update(worker.run(msgspec.structs.replace(batch, num_steps=1)))
+        return batch.num_steps
+
     scheduler.add(requests.make(10, 30))
-    alone = scheduler.next_batch()
-    assert alone is not None
-    assert alone.num_steps == IDLE_BURST
-    scheduler.update(Simulator().run(msgspec.structs.replace(alone, num_steps=1)))
+    assert [steps() for _ in range(5)] == [1, 2, 4, MAX_BURST, MAX_BURST]
+    scheduler.add(requests.make(2, 2))
+    assert [steps() for _ in range(2)] == [1, 2]
     scheduler.add(requests.make(10, 30))
-    crowded = scheduler.next_batch()
-    assert crowded is not None
-    assert (crowded.num_steps, len(crowded.states)) == (1, 1)
+    assert [steps() for _ in range(3)] == [1, 1, 1], "it does not fit and waits"
+
+
+def test_a_second_burst_goes_on_with_the_canvases_of_the_first() -> None:
+    scheduler, requests, worker = scheduler_of(100, 4, burst=2), Requests(), SimulatedWorker()
+    for canvas_len in (2, 6, 6):
+        scheduler.add(requests.make(10, canvas_len))
+    first, second = next_of(scheduler), next_of(scheduler)
+    assert (second.follows, second.states) == (first.burst_id, [0, 1, 2])
+    scheduler.add(requests.make(5, 4))
+    (ended,) = scheduler.update(worker.run(first))
+    third = next_of(scheduler)
+    assert (third.follows, lens(third)) == (second.burst_id, [1, 2, 9]), "the ended one is left out"
+    assert scheduler.update(worker.run(second)) == []
+    assert ended.canvases[0].state.num_forwards == 2, "the burst that followed changed nothing"
+
+
+def test_a_canvas_in_flight_is_not_given_to_another_worker() -> None:
+    scheduler, requests = scheduler_of(100, 4), Requests()
+    scheduler.add(requests.make(10, 4))
+    next_of(scheduler, worker=0)
+    assert scheduler.next_batch(worker=1) is None
+    scheduler.add(requests.make(20, 4))
+    assert lens(next_of(scheduler, worker=1)) == [24]
+
+
+def test_what_a_lost_worker_had_starts_again_from_the_copy_that_was_kept() -> None:
+    scheduler, requests, worker = scheduler_of(100, 4, burst=2), Requests(), SimulatedWorker()
+    request = requests.make(10, 6)
+    scheduler.add(request)
+    first, _ = next_of(scheduler), next_of(scheduler)
+    scheduler.update(worker.run(first))
+    next_of(scheduler)
+    scheduler.lose(0)
+    again = next_of(scheduler, worker=1)
+    assert again.follows is None
+    assert again.states == [request.canvases[0].state]
+    assert request.canvases[0].state.num_forwards == 2
+
+
+def test_a_stop_string_ends_a_canvas_and_frees_its_place() -> None:
+    scheduler, requests, worker = scheduler_of(100, 1, burst=8), Requests(), SimulatedWorker()
+    request = requests.make(10, 12, block_length=4, stop_after=6)
+    scheduler.add(request)
+    assert scheduler.update(worker.run(next_of(scheduler))) == []
+    assert request.canvases[0].state.num_forwards == 4, "a burst pauses at the end of a block"
+    assert scheduler.update(worker.run(next_of(scheduler))) == [request]
+    check_ended(request)
+    assert request.canvases[0].text_stop == (6, "stop")
 
 
 @pytest.mark.parametrize("remask", [None, "wino:t2=0.8"])
 def test_messages_survive_the_wire(remask: str | None) -> None:
-    scheduler, requests = Scheduler(max_num_rows=500, max_num_seqs=8, burst=None), Requests()
+    scheduler, requests = scheduler_of(500, 8, burst=None), Requests()
     scheduler.add(requests.make(5, 40, n=2, remask=remask))
-    batch = scheduler.next_batch()
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=StepBatch) == batch
+    first, following = next_of(scheduler), next_of(scheduler)
+    for message in (first, following, SimulatedWorker().run(first)):
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message)) == message
 
 
 def test_a_canvas_is_cut_into_blocks_of_which_the_last_may_be_shorter() -> None:
     canvas = Requests().make(3, 40).canvases[0]
     assert canvas.spec.block_lens == [32, 8]
     assert np.frombuffer(canvas.spec.slots, TOKEN).tolist() == list(range(3, 43))
-    assert (canvas.canvas_tokens() == MASK).all()
+    assert (canvas.spec.canvas_tokens(canvas.state) == MASK).all()

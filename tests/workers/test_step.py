@@ -14,11 +14,11 @@ from remask.scheduler.canvas import REAL, TOKEN, Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.burst import BurstState
-from remask.workers.executor import run_burst
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.rows import HeadQuery, PackedRows, pack_rows
 from remask.workers.step import plan_packs
+from remask.workers.worker import Worker
 
 PROMPT = [33, 11, 12, 14]
 
@@ -35,7 +35,7 @@ def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int = 
     states = [c.state for c in canvases]
     while not all(state.finished for state in states):
         live = [i for i, state in enumerate(states) if not state.finished]
-        result = run_burst(burst([canvases[i] for i in live], [states[i] for i in live], num_steps), model)
+        result = Worker(model).run(burst([canvases[i] for i in live], [states[i] for i in live], num_steps))
         for i, state in zip(live, result.states, strict=True):
             states[i] = state
     return states
@@ -121,7 +121,7 @@ def test_commits_minus_remasks_equal_the_canvas(golden_model: TransformerDenoise
     state, balance, num_remasks = own.state, 0, 0
     while not state.finished:
         before = state.token_array() == 0
-        (state,) = run_burst(burst([own], [state], 1), golden_model).states
+        (state,) = Worker(golden_model).run(burst([own], [state], 1)).states
         after = state.token_array() == 0
         num_remasks += int((after & ~before).sum())
         balance += int((before & ~after).sum()) - int((after & ~before).sum())
@@ -173,7 +173,7 @@ def packed(
 def test_shadow_rows_change_no_logit_of_a_main_row(golden_model: TransformerDenoiser) -> None:
     params = {"max_tokens": 24, "block_length": 24, "unmask": CappedThreshold(0.3)}
     plain, verifying = (canvas(SamplingParams(**params, remask=remask)) for remask in (None, Wino()))
-    (state,) = run_burst(burst([plain], [plain.state], 2), golden_model).states
+    (state,) = Worker(golden_model).run(burst([plain], [plain.state], 2)).states
     without, _ = packed(golden_model, [plain], [state])
     with_shadows, _ = packed(
         golden_model, [verifying], [msgspec.structs.replace(state, memory=verifying.state.memory)]
@@ -195,7 +195,7 @@ def test_a_shadow_row_stands_at_its_slot_and_sees_all_but_it(golden_model: Trans
     own = canvas(SamplingParams(max_tokens=12, block_length=5, unmask=CappedThreshold(0.0), remask=Wino()))
     state = own.state
     while state.block < 2:  # the last block is shorter: three of its five shadow rows stand for no slot
-        (state,) = run_burst(burst([own], [state], 1), golden_model).states
+        (state,) = Worker(golden_model).run(burst([own], [state], 1)).states
     rows, query = packed(golden_model, [own], [state])
     assert rows.ids_T[16:].tolist() == [0] * 5
     assert rows.positions_T[16:18].tolist() == [14, 15]
@@ -214,6 +214,6 @@ def test_policies_that_cannot_work_together_are_refused() -> None:
 def test_a_later_forward_draws_other_tokens_from_the_same_canvas(golden_model: TransformerDenoiser) -> None:
     own = canvas(SamplingParams(max_tokens=32, temperature=5.0, rank="top", unmask=Schedule(1)))
     later = msgspec.structs.replace(own.state, num_forwards=1)
-    first, second, again = run_burst(burst([own] * 3, [own.state, later, later], 1), golden_model).states
+    first, second, again = Worker(golden_model).run(burst([own] * 3, [own.state, later, later], 1)).states
     assert first.tokens != second.tokens
     assert second.tokens == again.tokens

@@ -1,0 +1,129 @@
+"""Stop strings and stop ids: where a text ends, what is returned, and that nothing is computed behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remask import LLM, InvalidRequest, SamplingParams
+from remask.outputs import CompletionOutput
+from remask.stops import find_stop
+
+PUZZLE = "...543.....2341256..6.3..631.51.5...="
+
+
+def decode(ids: list[int]) -> str:
+    """Tokens of two letters each, so that a stop string may begin and end inside a token."""
+    return "".join("ab"[i % 2] + "abc"[i % 3] for i in ids)
+
+
+@given(
+    ids=st.lists(st.integers(0, 5), max_size=12),
+    strings=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_a_text_ends_at_the_token_that_completes_a_stop_string(ids: list[int], strings: list[str]) -> None:
+    found = find_stop(ids, strings, decode)
+    for num_tokens in range(len(ids) + 1):  # as a decoder that looks at the text after every token
+        present = [string for string in strings if string in decode(ids[:num_tokens])]
+        if present:
+            assert found == (num_tokens, present[0])
+            return
+    assert found is None
+
+
+def ask(llm: LLM, **fields: Any) -> CompletionOutput:
+    params = SamplingParams(**{"max_tokens": 40, "block_length": 10, "unmask": "schedule", "seed": 1, **fields})
+    (output,) = llm.generate(PUZZLE, params)
+    return output.outputs[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llm: LLM) -> CompletionOutput:
+    return ask(tiny_llm)
+
+
+def first_place(sample: CompletionOutput, length: int) -> tuple[int, str]:
+    """A string of the text, from the middle of its second block, and where it first appears."""
+    assert sample.text is not None
+    string = sample.text[15 : 15 + length]
+    return sample.text.index(string), string
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_ends_the_text_and_the_canvas_at_its_block(
+    tiny_llm: LLM, whole: CompletionOutput, include: bool
+) -> None:
+    place, string = first_place(whole, 3)
+    sample = ask(tiny_llm, stop=["nowhere", string], include_stop_str_in_output=include)
+    assert whole.text is not None
+    assert sample.text == whole.text[: place + 3 if include else place]
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", string)
+    assert sample.token_ids == whole.token_ids[: place + 3]
+    assert sample.num_visible_tokens == len(sample.commit_steps) == len(sample.confidences) == place + 3
+    blocks = (place + 3 - 1) // 10 + 1
+    assert blocks < 4
+    assert sample.nfe == 10 * blocks, "forwards past the block of the stop do not happen"
+
+
+def test_a_stop_string_that_does_not_appear_changes_nothing(tiny_llm: LLM, whole: CompletionOutput) -> None:
+    assert ask(tiny_llm, stop="nowhere") == whole
+
+
+def test_stop_strings_end_each_sample_and_request_by_its_own_text(tiny_llm: LLM) -> None:
+    hot = {"max_tokens": 30, "block_length": 5, "temperature": 1.5, "rank": "top", "seed": 3, "n": 6}
+    (free,) = tiny_llm.generate(PUZZLE, SamplingParams(**hot))
+    (stopped, again) = tiny_llm.generate([PUZZLE, PUZZLE], [{**hot, "stop": ["1", "6"]}, hot])
+    assert [sample.text for sample in again.outputs] == [sample.text for sample in free.outputs]
+    for sample, whole_sample in zip(stopped.outputs, free.outputs, strict=True):
+        assert whole_sample.text is not None
+        ends = [whole_sample.text.index(c) for c in "16" if c in whole_sample.text]
+        assert sample.text == whole_sample.text[: min(ends, default=None)]
+        assert sample.nfe <= whole_sample.nfe
+
+
+def test_a_stop_string_is_found_whatever_the_burst(whole: CompletionOutput) -> None:
+    _, string = first_place(whole, 2)
+    found = []
+    for burst in (1, 3, 64):
+        with LLM("tiny", device="cpu", burst=burst) as llm:
+            found.append(ask(llm, stop=string))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_id_ends_the_text_like_an_end_of_sequence_token(
+    tiny_llm: LLM, whole: CompletionOutput, include: bool
+) -> None:
+    stop_id = whole.token_ids[15]
+    place = whole.token_ids.index(stop_id)
+    sample = ask(tiny_llm, stop_token_ids=[stop_id], include_stop_str_in_output=include)
+    assert whole.text is not None
+    assert sample.text == whole.text[: place + include]
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", stop_id)
+    assert sample.token_ids == whole.token_ids[: place + 1]
+    assert sample.num_visible_tokens == place
+    assert sample.nfe == 10 * (place // 10 + 1)
+
+
+def test_an_end_of_sequence_token_ends_the_text_before_a_stop_string_behind_it(tiny_llm: LLM) -> None:
+    short = ask(tiny_llm, block_length=40)
+    assert (short.stop_reason, len(short.token_ids)) == (None, 37)
+    assert tiny_llm.tokenizer is not None
+    eos = tiny_llm.tokenizer.eos_token_id
+    own = ask(tiny_llm, block_length=40, stop_token_ids=[eos])
+    assert own == short, "the model's own end has no stop reason"
+    listed = ask(tiny_llm, block_length=40, ignore_eos=True, stop_token_ids=[eos])
+    assert (listed.token_ids, listed.stop_reason) == (short.token_ids, eos)
+    ignored = ask(tiny_llm, block_length=40, ignore_eos=True)
+    assert (len(ignored.token_ids), ignored.finish_reason) == (40, "length")
+
+
+def test_stops_that_cannot_be_looked_for_are_refused(tiny_llm: LLM, golden_llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt 0: stop: needs a tokenizer; use stop_token_ids"):
+        golden_llm.generate([33, 11], SamplingParams(max_tokens=8, stop="x"))
+    for stop_id in (259, 0):  # outside the vocabulary; the mask
+        with pytest.raises(InvalidRequest, match="prompt 0: stop_token_ids"):
+            tiny_llm.generate(PUZZLE, SamplingParams(stop_token_ids=[stop_id]))

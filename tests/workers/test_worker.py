@@ -1,0 +1,110 @@
+"""A worker that goes on with the canvases of its last burst computes what it would from their bytes."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from remask import SamplingParams
+from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.worker import Worker
+
+POLICIES = [
+    {"unmask": "threshold:0.4"},
+    {"unmask": "schedule:score=random", "temperature": 1.0},
+    {"unmask": "capped_threshold:0.3", "remask": "wino:t2=0.95"},
+]
+
+
+def make(policy: int, canvas_len: int, stop: str | None = None) -> Canvas:
+    params = resolve(SamplingParams(max_tokens=canvas_len, block_length=4, stop=stop, **POLICIES[policy]))
+    return new_canvas("r", 0, [33, 11, 12], params, seed=policy, sample=0, mask_id=0, stop_ids=[])
+
+
+def first_burst(canvases: list[Canvas], num_steps: int) -> StepBatch:
+    return StepBatch(
+        burst_id=0,
+        num_steps=num_steps,
+        specs=[canvas.spec for canvas in canvases],
+        states=[canvas.state for canvas in canvases],
+    )
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lens=st.lists(st.integers(4, 14), min_size=2, max_size=3),
+    first_steps=st.integers(1, 6),
+    then=st.integers(1, 6),
+    kept=st.permutations([0, 1]),
+    joins=st.booleans(),
+)
+def test_following_a_burst_equals_sending_the_canvases(
+    golden_model: TransformerDenoiser,
+    lens: list[int],
+    first_steps: int,
+    then: int,
+    kept: list[int],
+    joins: bool,
+) -> None:
+    canvases = [make(i % 3, n) for i, n in enumerate(lens)]
+    worker = Worker(golden_model)
+    result = worker.run(first_burst(canvases, first_steps))
+    places: list[CanvasState | int] = [*kept] if joins else [*range(len(lens))]
+    specs = [canvases[place].spec for place in places if isinstance(place, int)]
+    new = make(2, 9)
+    following = StepBatch(
+        burst_id=1,
+        num_steps=then,
+        follows=0,
+        specs=specs + [new.spec] * joins,
+        states=places + [new.state] * joins,
+    )
+    sent = msgspec.structs.replace(
+        following,
+        follows=None,
+        states=[result.states[state] if isinstance(state, int) else state for state in following.states],
+    )
+    assert worker.run(following).states == Worker(golden_model).run(sent).states
+
+
+def test_an_interrupted_burst_that_follows_another_can_be_run_again(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    canvases = [make(0, 12), make(2, 12)]
+    worker, other = Worker(golden_model), Worker(golden_model)
+    following = StepBatch(burst_id=1, num_steps=3, follows=0, specs=[c.spec for c in canvases], states=[0, 1])
+    for each in (worker, other):
+        each.run(first_burst(canvases, 1))
+    expected = other.run(following).states
+    answers = TransformerDenoiser.statistics
+    calls = iter([True, False])
+
+    def interrupted(self: TransformerDenoiser, *args: object) -> object:
+        if next(calls):
+            return answers(self, *args)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TransformerDenoiser, "statistics", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        worker.run(following)
+    monkeypatch.undo()
+    assert worker.run(following).states == expected
+
+
+def test_a_burst_pauses_a_canvas_with_stop_strings_at_the_end_of_each_block(
+    golden_model: TransformerDenoiser,
+) -> None:
+    canvases = [make(1, 12, stop="x"), make(1, 12)]
+    worker = Worker(golden_model)
+    paused, other = worker.run(first_burst(canvases, 100)).states
+    assert (paused.block, paused.num_forwards, paused.finished) == (1, 4, False)
+    assert (other.block, other.num_forwards, other.finished) == (3, 12, True)
+    following = StepBatch(burst_id=1, num_steps=3, follows=0, specs=[c.spec for c in canvases], states=[0, 1])
+    paused, other = worker.run(following).states
+    assert (paused.block, paused.num_forwards) == (1, 7)
+    assert other.num_forwards == 12
