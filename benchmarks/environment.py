@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from remask.workers.device import device_name
+
 
 def environment_stamp() -> dict[str, Any]:
     """CPU, GPU, versions, threads and commit (None outside a checkout)."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
-        "cpu": _cpu_model(),
+        "cpu": device_name(torch.device("cpu")),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
@@ -41,11 +43,3 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

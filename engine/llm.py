@@ -20,9 +20,8 @@ from remask.scheduler.params import SamplingParams
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
 from remask.workers.executor import InProcessExecutor
+from remask.workers.knee import knee
 from remask.workers.models.denoiser import load_denoiser
-
-DEFAULT_MAX_NUM_ROWS = 4096  # until the knee is measured
 
 
 class LLM:
@@ -36,9 +35,10 @@ class LLM:
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
         max_model_len: largest prompt and canvas together in tokens; None: the model's.
         seed: seeds requests that give none, with their ordinal.
-        max_num_rows: rows of a batch; a larger canvas runs alone. None: 4096.
+        max_num_rows: rows of a batch; a larger canvas runs alone. None: the knee, from which on more rows
+            only take longer; it is measured once (some seconds) and kept under `~/.cache/remask`.
         max_num_seqs: canvases of a batch.
-        burst: denoising steps between two looks at the queue; None: 1 while others wait, 8 otherwise.
+        burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
 
     The other arguments are names to rely on; values that are not supported yet are refused.
 
@@ -112,7 +112,7 @@ class LLM:
                 "max_model_len", max_model_len, f"must lie between 2 and the model's {config.max_len}"
             )
         scheduler = Scheduler(
-            max_num_rows=DEFAULT_MAX_NUM_ROWS if max_num_rows is None else max_num_rows,
+            max_num_rows=knee(denoiser) if max_num_rows is None else max_num_rows,
             max_num_seqs=max_num_seqs,
             burst=burst,
         )

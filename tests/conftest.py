@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is measured here (the knee) is neither read from the user's cache nor left there."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +45,11 @@ def golden_model(golden_checkpoint: Path) -> TransformerDenoiser:
 
 @pytest.fixture(scope="session")
 def golden_llm(golden_checkpoint: Path) -> Iterator[LLM]:
-    with LLM(golden_checkpoint, dtype="float32", device="cpu") as llm:
+    with LLM(golden_checkpoint, dtype="float32", device="cpu", max_num_rows=4096) as llm:
         yield llm
 
 
 @pytest.fixture(scope="session")
 def tiny_llm() -> Iterator[LLM]:
-    with LLM("tiny", device="cpu") as llm:
+    with LLM("tiny", device="cpu", max_num_rows=4096) as llm:
         yield llm

@@ -35,7 +35,9 @@ def test_a_text_ends_at_the_token_that_completes_a_stop_string(ids: list[int], s
 
 
 def ask(llm: LLM, **fields: Any) -> CompletionOutput:
-    params = SamplingParams(**{"max_tokens": 40, "block_length": 10, "unmask": "schedule", "seed": 1, **fields})
+    params = SamplingParams(
+        **{"max_tokens": 40, "block_length": 10, "unmask": "schedule", "seed": 1, **fields}
+    )
     (output,) = llm.generate(PUZZLE, params)
     return output.outputs[0]
 
@@ -119,6 +121,25 @@ def test_an_end_of_sequence_token_ends_the_text_before_a_stop_string_behind_it(t
     assert (listed.token_ids, listed.stop_reason) == (short.token_ids, eos)
     ignored = ask(tiny_llm, block_length=40, ignore_eos=True)
     assert (len(ignored.token_ids), ignored.finish_reason) == (40, "length")
+
+
+def test_what_comes_first_ends_the_text(tiny_llm: LLM, whole: CompletionOutput) -> None:
+    assert whole.text is not None
+    stop_id, string = whole.token_ids[3], whole.text[6:9]
+    place = whole.token_ids.index(stop_id)
+    by_id = ask(tiny_llm, stop_token_ids=[stop_id], stop=string)
+    assert (by_id.stop_reason, len(by_id.token_ids)) == (stop_id, place + 1)
+    later_id = whole.token_ids[8]
+    assert whole.token_ids.index(later_id) > 1
+    by_string = ask(tiny_llm, stop_token_ids=[later_id], stop=whole.text[:2])
+    assert (by_string.stop_reason, by_string.text) == (whole.text[:2], "")
+
+
+def test_a_stop_string_in_the_last_block_is_found(tiny_llm: LLM, whole: CompletionOutput) -> None:
+    assert whole.text is not None
+    string = whole.text[-4:]
+    sample = ask(tiny_llm, stop=string)
+    assert (sample.text, sample.stop_reason) == (whole.text[: whole.text.index(string)], string)
 
 
 def test_stops_that_cannot_be_looked_for_are_refused(tiny_llm: LLM, golden_llm: LLM) -> None:

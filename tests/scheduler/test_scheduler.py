@@ -263,6 +263,19 @@ def test_a_second_burst_goes_on_with_the_canvases_of_the_first() -> None:
     assert ended.canvases[0].state.num_forwards == 2, "the burst that followed changed nothing"
 
 
+def test_an_urgent_request_goes_before_the_canvases_that_a_burst_would_go_on_with() -> None:
+    scheduler, requests, worker = scheduler_of(100, 2), Requests(), SimulatedWorker()
+    for prompt_len in (10, 20):
+        scheduler.add(requests.make(prompt_len, 4, priority=1))
+    first = next_of(scheduler)
+    scheduler.add(requests.make(30, 4, priority=0))
+    following = next_of(scheduler)
+    assert lens(following) == [34, 0]
+    scheduler.update(worker.run(first))
+    scheduler.update(worker.run(following))
+    assert lens(next_of(scheduler)) == [34, 14]
+
+
 def test_a_canvas_in_flight_is_not_given_to_another_worker() -> None:
     scheduler, requests = scheduler_of(100, 4), Requests()
     scheduler.add(requests.make(10, 4))

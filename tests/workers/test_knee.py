@@ -1,0 +1,126 @@
+"""The knee: how it is read off rates, and that it is measured once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remask import LLM
+from remask.workers import knee as module
+from remask.workers.knee import find_knee, knee, measure, num_flat
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([10, 20, 40, 80], 1024),  # still growing: the largest that was looked at
+        ([10, 20, 20.5, 20.2], 256),  # flat from 256 on, but for what is within the tolerance
+        ([10, 20, 23, 18], 512),
+        ([20, 20, 19, 12], 128),
+        ([7], 128),
+    ],
+)
+def test_the_knee_is_the_fewest_rows_with_nearly_the_best_rate(rates: list[float], expected: int) -> None:
+    assert find_knee([(128 << i, rate) for i, rate in enumerate(rates)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"), [([], 0), ([1], 0), ([10, 10.2], 1), ([10, 10.2, 10.4], 2), ([10, 10.2, 11], 0)]
+)
+def test_a_point_is_flat_that_gains_nothing_over_the_best(rates: list[float], expected: int) -> None:
+    assert num_flat([(i, rate) for i, rate in enumerate(rates)]) == expected
+
+
+def simulated(monkeypatch: pytest.MonkeyPatch, times: Iterator[float] | None = None) -> list[int]:
+    """Replaces the clock: a forward takes as long as 700 rows at least; returns the rows asked for."""
+    asked: list[int] = []
+
+    def seconds(_: object, batch: Any, __: object) -> float:
+        rows = sum(state.sequence_len for state in batch.states)
+        asked.append(rows)
+        return max(rows, 700) * (next(times) if times is not None else 1.0)
+
+    monkeypatch.setattr(module, "_seconds", seconds)
+    return asked
+
+
+def test_measuring_stops_where_nothing_is_gained(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = simulated(monkeypatch)
+    points = measure(golden_model)
+    rows = min(128, golden_model.config.max_len)
+    assert [point[0] for point in points] == [rows << i for i in range(len(points))]
+    assert find_knee(points) == next(point[0] for point in points if point[0] >= 700 * 0.95)
+    assert 2048 <= points[-1][0] <= 4096
+    assert len(asked) == 3 * len(points)
+
+
+def test_a_slow_moment_does_not_move_the_knee(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulated(monkeypatch)
+    expected = find_knee(measure(golden_model))
+    slow = iter(3.0 if i in (1, 2, 9) else 1.0 for i in range(100))
+    simulated(monkeypatch, slow)
+    assert find_knee(measure(golden_model)) == expected
+
+
+def test_the_knee_is_measured_once_for_a_model_device_and_dtype(
+    golden_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = simulated(monkeypatch)
+    model = load_denoiser(golden_checkpoint, dtype="float32", device="cpu")
+    first, num_asked = knee(model), len(asked)
+    assert num_asked > 0
+    assert knee(model) == first
+    assert len(asked) == num_asked
+    knee(load_denoiser(golden_checkpoint, dtype="bfloat16", device="cpu"))
+    assert len(asked) == 2 * num_asked
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "remask" / "knee").iterdir()]
+    assert [entry["knee"] for entry in kept] == [first, first]
+    assert {entry["of"]["dtype"] for entry in kept} == {"torch.float32", "torch.bfloat16"}
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"knee": "many"}'])
+def test_a_broken_cache_is_measured_over(
+    golden_model: TransformerDenoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    simulated(monkeypatch)
+    expected = knee(golden_model)
+    (path,) = (tmp_path / "remask" / "knee").iterdir()
+    path.write_text(content)
+    assert knee(golden_model) == expected
+    assert json.loads(path.read_text())["knee"] == expected
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    golden_model: TransformerDenoiser,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    simulated(monkeypatch)
+    assert knee(golden_model) > 0
+    assert "cannot be kept" in caplog.text
+
+
+def test_an_engine_takes_the_knee_unless_told(
+    golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(_: object) -> int:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("remask.llm.knee", never)
+    LLM(golden_checkpoint, device="cpu", max_num_rows=100).close()
+    with pytest.raises(AssertionError, match="measured"):
+        LLM(golden_checkpoint, device="cpu")

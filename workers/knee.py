@@ -1,0 +1,152 @@
+"""The knee: the rows of a forward from which on more rows only take longer.
+
+A forward of few rows waits for weights and for the host; past some hundreds or thousands of rows arithmetic
+decides, and a larger batch adds latency and no throughput. Where that is depends on model, device and dtype,
+so it is measured with real bursts when an engine first starts and kept in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remask.scheduler.canvas import Canvas, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import SamplingParams, resolve
+from remask.workers.device import device_name
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 0.05  # of the best rate that a smaller batch may fall short of, and that counts as a gain
+MAX_CANVAS_ROWS = 128  # prompt and canvas of the requests it is measured with
+MIN_ROWS = 2048  # looked at in any case where time allows: a slow moment must not look like a knee
+MAX_DOUBLINGS = 10
+REPETITIONS = 3
+SECONDS = 10.0  # a measurement ends after that long, with the forward that it is at
+
+
+def knee(model: TransformerDenoiser) -> int:
+    """Rows of the knee: from the cache, or measured and put there.
+
+    A cache that cannot be read or written is no error: then each start measures.
+    """
+    key = _key(model)
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
+    path = _cache_directory() / f"{digest}.json"
+    try:
+        return int(json.loads(path.read_text())["knee"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    points = measure(model)
+    rows = find_knee(points)
+    logger.info("the knee of this model on %s is at %d rows", key["device"], rows)
+    _write(path, {"knee": rows, "rows_and_rows_per_second": points, "of": key})
+    return rows
+
+
+def find_knee(points: Sequence[tuple[int, float]]) -> int:
+    """The fewest rows whose rate is nearly the best; `points` are rows, growing, and rows per second."""
+    best = max(rate for _, rate in points)
+    return next(rows for rows, rate in points if rate >= (1 - TOLERANCE) * best)
+
+
+def num_flat(points: Sequence[tuple[int, float]]) -> int:
+    """How many of the last points gain nothing over the best before them."""
+    best, count = 0.0, 0
+    for _, rate in points:
+        count = 0 if rate > (1 + TOLERANCE) * best else count + 1
+        best = max(best, rate)
+    return count
+
+
+def measure(model: TransformerDenoiser) -> list[tuple[int, float]]:
+    """Rows and rows per second of one-step bursts of 1, 2, 4, ... equal canvases.
+
+    The number doubles until two doublings in a row have gained nothing. Then all sizes are measured again in
+    turn and the best of each counts, because other work on the machine only ever slows one down.
+    """
+    canvas_rows = min(MAX_CANVAS_ROWS, model.config.max_len)
+    canvas = _example(canvas_rows, model.config.mask_id)
+    worker = Worker(model)
+    worker.run(_burst(canvas, 1))  # the first forward also allocates
+    deadline = time.perf_counter() + SECONDS
+
+    def rate(num_rows: int) -> float:
+        return num_rows / _seconds(worker, _burst(canvas, num_rows // canvas_rows), model)
+
+    points: list[tuple[int, float]] = []
+    for num_rows in (canvas_rows << i for i in range(MAX_DOUBLINGS)):
+        points.append((num_rows, rate(num_rows)))
+        if time.perf_counter() > deadline or (num_rows >= MIN_ROWS and num_flat(points) >= 2):
+            break
+    for _ in range(REPETITIONS - 1):
+        for i, (num_rows, best) in enumerate(points):
+            if time.perf_counter() > deadline:
+                return points
+            points[i] = (num_rows, max(best, rate(num_rows)))
+    return points
+
+
+def _seconds(worker: Worker, batch: StepBatch, model: TransformerDenoiser) -> float:
+    started = time.perf_counter()
+    worker.run(batch)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - started
+
+
+def _example(num_rows: int, mask_id: int) -> Canvas:
+    canvas_len = max(1, num_rows // 2)
+    prompt = [(mask_id + 1 + i) % (mask_id + 2) for i in range(num_rows - canvas_len)]
+    params = resolve(SamplingParams(max_tokens=canvas_len))
+    return new_canvas("knee", 0, prompt, params, seed=0, sample=0, mask_id=mask_id, stop_ids=[])
+
+
+def _burst(canvas: Canvas, num_canvases: int) -> StepBatch:
+    return StepBatch(
+        burst_id=0,
+        num_steps=1,
+        specs=[canvas.spec] * num_canvases,
+        states=[canvas.state] * num_canvases,
+    )
+
+
+def _key(model: TransformerDenoiser) -> dict[str, Any]:
+    """All that the knee depends on."""
+    return {
+        "model": asdict(model.config),
+        "device": device_name(model.device),
+        "dtype": str(model.model.embedding.dtype),
+        "attention": model.attention.name,
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+        "torch": torch.__version__,
+        "remask": version("remask"),
+    }
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "remask" / "knee"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(content, file, indent=1)
+        os.replace(file.name, path)  # whole or not at all: several engines may start at once
+    except OSError as error:
+        logger.warning("the measured knee cannot be kept in %s: %s", path.parent, error)
