@@ -81,6 +81,30 @@ def test_the_evaluation_table_is_the_committed_evaluation() -> None:
     assert found["sudoku6x6", "one token a step"]["solved"] >= 0.6
 
 
+def test_the_scheduling_table_is_the_committed_measurement_and_within_its_bounds() -> None:
+    results = json.loads((ROOT / "benchmarks/results/scheduling.json").read_text())["results"]
+    rows = table(
+        "| live canvases | 64 scheduled: us a canvas and step | all scheduled: us a canvas and step "
+        "| us a waiting one and step | us a request |"
+    )
+    expected = []
+    for r in results:
+        waiting = r["us_per_waiting"]
+        assert r["us_per_scheduled"] <= 25 >= r["us_per_scheduled_all"]
+        assert waiting is None or waiting <= 1
+        expected.append(
+            [
+                str(r["live"]),
+                f"{r['us_per_scheduled']:.1f}",
+                f"{r['us_per_scheduled_all']:.1f}",
+                "" if waiting is None else f"{waiting:.3f}",
+                f"{r['us_per_request']:.1f}",
+            ]
+        )
+    assert rows == expected
+    assert [r["live"] for r in results] == [64, 256, 1024, 4096, 16384]
+
+
 def test_the_speed_table_is_the_committed_measurement() -> None:
     results = json.loads((ROOT / "benchmarks/results/golden.json").read_text())["results"]
     rows = table("| decoder | equal cases | NFE | median seconds | times as fast (min to max) |")

@@ -35,7 +35,14 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Key of the random numbers.")] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Samples of each prompt.")] = 1,
-    ignore_eos: Annotated[bool, typer.Option(help="Fill the whole canvas.")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends the text; may be repeated.")
+    ] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="An id that does; may be repeated.")] = None,
+    include_stop_str_in_output: Annotated[
+        bool, typer.Option("--include-stop-str-in-output", help="Leave in the text what ended it.")
+    ] = False,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on after the model's own end of text.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     json: Annotated[
@@ -52,6 +59,9 @@ def generate(
         "temperature": temperature,
         "seed": seed,
         "n": n,
+        "stop": stop,
+        "stop_token_ids": stop_token_id,
+        "include_stop_str_in_output": include_stop_str_in_output,
         "ignore_eos": ignore_eos,
     }
     if preset is not None:

@@ -46,6 +46,19 @@ def test_the_table_shows_text_and_figures() -> None:
         assert expected in run.stdout
 
 
+def test_stops_end_the_text() -> None:
+    common = ("generate", "--json", "--max-tokens", "40", PUZZLE)
+    (whole,) = texts(remask(*common))
+    assert texts(remask(*common, "--stop", "nowhere", "--stop", whole[4:7])) == [
+        whole[: whole.index(whole[4:7])]
+    ]
+    including = remask(*common, "--stop", whole[4:7], "--include-stop-str-in-output")
+    assert texts(including) == [whole[: whole.index(whole[4:7]) + 3]]
+    line = json.loads(remask(*common).stdout)["outputs"][0]
+    by_id = remask(*common, "--stop-token-id", str(line["token_ids"][2]))
+    assert texts(by_id) == [whole[: whole.index(whole[2])]]
+
+
 def test_a_preset_gives_way_to_options() -> None:
     run = remask("generate", PUZZLE, "--json", "--preset", "llada", "--max-tokens", "40", "--chat")
     assert run.returncode == 0, run.stderr
