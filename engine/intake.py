@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,14 @@ from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
 Message = dict[str, Any]
+
+
+class CheckedPrompt(NamedTuple):
+    """A prompt and its parameters, of which nothing is left to refuse."""
+
+    text: str | None
+    ids: list[int]
+    params: ResolvedParams
 
 
 class Intake:
@@ -56,13 +64,50 @@ class Intake:
         checked = []
         for index, (prompt, own) in enumerate(zip(every, params, strict=True)):
             try:
-                text, ids = self._read_prompt(prompt)
-                resolved = resolve(own)
-                self._check_lengths(ids, resolved)
+                checked.append(self.check(prompt, own))
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
-            checked.append((text, ids, resolved))
-        return [self._request(*entry) for entry in checked]
+        return [self.request(entry) for entry in checked]
+
+    def check(self, prompt: Prompt, params: SamplingParams | dict[str, Any] | None) -> CheckedPrompt:
+        """One prompt and its parameters, validated; makes no request yet.
+
+        Raises:
+            InvalidRequest: naming the parameter at fault.
+        """
+        text, ids = self._read_prompt(prompt)
+        resolved = resolve(params)
+        self._check_lengths(ids, resolved)
+        return CheckedPrompt(text, ids, resolved)
+
+    def request(self, checked: CheckedPrompt, *, place: int | None = None) -> Request:
+        """A request of its own id.
+
+        Args:
+            checked: what `check` returned.
+            place: what a request without a seed derives its seed from, with `LLM(seed)`. None: how many were
+                made before it. A caller that may leave requests out (a resumed batch file) says their places.
+        """
+        text, ids, params = checked
+        ordinal = next(self._ordinals)
+        seed = params.seed
+        if seed is None:
+            seed = _derived_seed(self._seed, ordinal if place is None else place)
+        request_id = str(ordinal)
+        canvases = [
+            new_canvas(
+                request_id,
+                next(self._canvas_ordinals),
+                ids,
+                params,
+                seed=seed,
+                sample=sample,
+                mask_id=self._config.mask_id,
+                stop_ids=[] if params.ignore_eos else self._stop_ids,
+            )
+            for sample in range(params.n)
+        ]
+        return Request(request_id, text, ids, canvases, params.ignore_eos, arrival_time=time.monotonic())
 
     def chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:
         """Conversations (or one) through the tokenizer's chat template, ready for the assistant's turn.
@@ -70,24 +115,33 @@ class Intake:
         Raises:
             InvalidRequest: no tokenizer, no chat template, or a message without role and content.
         """
-        if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
-            raise InvalidRequest("messages", None, "the model's tokenizer has no chat template; use generate")
+        self._check_template()
         if not isinstance(messages, list | tuple) or not messages:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
         conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
-        prompts: list[Prompt] = []
-        for index, conversation in enumerate(conversations):
-            _check_conversation(index, conversation)
-            try:
-                text = self._tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=True
-                )
-            except TemplateError as error:
-                problem = f"the chat template refuses it: {error}"
-                raise InvalidRequest(f"messages[{index}]", conversation, problem) from None
-            ids = self._encode(str(text), add_special_tokens=False)
-            prompts.append({"prompt": text, "prompt_token_ids": ids})
-        return prompts
+        return [
+            self.chat_prompt(conversation, name=f"messages[{index}]")
+            for index, conversation in enumerate(conversations)
+        ]
+
+    def chat_prompt(self, conversation: Sequence[Message], *, name: str = "messages") -> Prompt:
+        """One conversation, as `chat_prompts`; `name` is what errors call it."""
+        self._check_template()
+        assert self._tokenizer is not None, "checked with the template"
+        _check_conversation(name, conversation)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(conversation), tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            problem = f"the chat template refuses it: {error}"
+            raise InvalidRequest(name, conversation, problem) from None
+        ids = self._encode(str(text), add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def _check_template(self) -> None:
+        if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidRequest("messages", None, "the model's tokenizer has no chat template; use generate")
 
     def _read_prompt(self, prompt: object) -> tuple[str | None, list[int]]:
         text: object = None
@@ -145,25 +199,6 @@ class Intake:
                 f"prompt of {len(ids)} tokens and canvas exceed the model's length {self._max_len}; {fix}",
             )
 
-    def _request(self, text: str | None, ids: list[int], params: ResolvedParams) -> Request:
-        ordinal = next(self._ordinals)
-        seed = params.seed if params.seed is not None else _derived_seed(self._seed, ordinal)
-        request_id = str(ordinal)
-        canvases = [
-            new_canvas(
-                request_id,
-                next(self._canvas_ordinals),
-                ids,
-                params,
-                seed=seed,
-                sample=sample,
-                mask_id=self._config.mask_id,
-                stop_ids=[] if params.ignore_eos else self._stop_ids,
-            )
-            for sample in range(params.n)
-        ]
-        return Request(request_id, text, ids, canvases, params.ignore_eos, arrival_time=time.monotonic())
-
 
 def _as_list(prompts: Any) -> list[Any]:
     """One prompt (text, a dict, or a list of ids) or a list of prompts, as a list of prompts."""
@@ -186,18 +221,16 @@ def _one_each(params: Any, count: int) -> list[Any]:
     return list(params)
 
 
-def _check_conversation(index: int, conversation: object) -> None:
+def _check_conversation(name: str, conversation: object) -> None:
     if not isinstance(conversation, list | tuple) or not conversation:
-        raise InvalidRequest(f"messages[{index}]", conversation, "must be a list of at least one message")
+        raise InvalidRequest(name, conversation, "must be a list of at least one message")
     for place, message in enumerate(conversation):
         if (
             not isinstance(message, Mapping)
             or not isinstance(message.get("role"), str)
             or not isinstance(message.get("content"), str)
         ):
-            raise InvalidRequest(
-                f"messages[{index}][{place}]", message, "must have a text `role` and a text `content`"
-            )
+            raise InvalidRequest(f"{name}[{place}]", message, "must have a text `role` and a text `content`")
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:
