@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,14 @@ from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
 Message = dict[str, Any]
+
+
+class CheckedPrompt(NamedTuple):
+    """A prompt and its parameters, of which nothing is left to refuse."""
+
+    text: str | None
+    ids: list[int]
+    params: ResolvedParams
 
 
 class Intake:
@@ -63,14 +71,70 @@ class Intake:
         checked = []
         for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
             try:
-                text, ids = self._read_prompt(prompt)
-                resolved = resolve(own, **({} if priority is None else {"priority": priority}))
-                self._check_lengths(ids, resolved)
-                self._check_stops(resolved)
+                checked.append(self.check(prompt, own, priority))
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
-            checked.append((text, ids, resolved))
-        return [self._request(*entry) for entry in checked]
+        return [self.request(entry) for entry in checked]
+
+    def check(
+        self, prompt: Prompt, params: SamplingParams | dict[str, Any] | None, priority: int | None = None
+    ) -> CheckedPrompt:
+        """One prompt and its parameters, validated; makes no request yet.
+
+        Args:
+            prompt: in any of its forms.
+            params: as a user writes them.
+            priority: overrides that of `params`.
+
+        Raises:
+            InvalidRequest: naming the parameter at fault.
+        """
+        text, ids = self._read_prompt(prompt)
+        resolved = resolve(params, **({} if priority is None else {"priority": priority}))
+        self._check_lengths(ids, resolved)
+        self._check_stops(resolved)
+        return CheckedPrompt(text, ids, resolved)
+
+    def request(self, checked: CheckedPrompt, *, place: int | None = None) -> Request:
+        """A request of its own id.
+
+        Args:
+            checked: what `check` returned.
+            place: what a request without a seed derives its seed from, with `LLM(seed)`. None: how many were
+                made before it. A caller that may leave requests out (a resumed batch file) says their places.
+        """
+        text, ids, params = checked
+        ordinal = next(self._ordinals)
+        seed = params.seed
+        if seed is None:
+            seed = _derived_seed(self._seed, ordinal if place is None else place)
+        request_id = str(ordinal)
+        end_ids = [] if params.ignore_eos else self._end_ids
+        stop_token_ids = [stop_id for stop_id in params.stop_token_ids if stop_id not in end_ids]
+        canvases = [
+            new_canvas(
+                request_id,
+                next(self._canvas_ordinals),
+                ids,
+                params,
+                seed=seed,
+                sample=sample,
+                mask_id=self._config.mask_id,
+                stop_ids=end_ids + stop_token_ids,
+            )
+            for sample in range(params.n)
+        ]
+        return Request(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=ids,
+            canvases=canvases,
+            priority=params.priority,
+            stop_token_ids=stop_token_ids,
+            include_stop_in_text=params.include_stop_str_in_output,
+            find_stop=StopStrings(params.stop, self.decode) if params.stop and self.decode else None,
+            arrival_time=time.monotonic(),
+        )
 
     def chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:
         """Conversations (or one) through the tokenizer's chat template, ready for the assistant's turn.
@@ -78,24 +142,33 @@ class Intake:
         Raises:
             InvalidRequest: no tokenizer, no chat template, or a message without role and content.
         """
-        if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
-            raise InvalidRequest("messages", None, "the model's tokenizer has no chat template; use generate")
+        self._check_template()
         if not isinstance(messages, list | tuple) or not messages:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
         conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
-        prompts: list[Prompt] = []
-        for index, conversation in enumerate(conversations):
-            _check_conversation(index, conversation)
-            try:
-                text = self._tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=True
-                )
-            except TemplateError as error:
-                problem = f"the chat template refuses it: {error}"
-                raise InvalidRequest(f"messages[{index}]", conversation, problem) from None
-            ids = self._encode(str(text), add_special_tokens=False)
-            prompts.append({"prompt": text, "prompt_token_ids": ids})
-        return prompts
+        return [
+            self.chat_prompt(conversation, name=f"messages[{index}]")
+            for index, conversation in enumerate(conversations)
+        ]
+
+    def chat_prompt(self, conversation: Sequence[Message], *, name: str = "messages") -> Prompt:
+        """One conversation, as `chat_prompts`; `name` is what errors call it."""
+        self._check_template()
+        assert self._tokenizer is not None, "checked with the template"
+        _check_conversation(name, conversation)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(conversation), tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            problem = f"the chat template refuses it: {error}"
+            raise InvalidRequest(name, conversation, problem) from None
+        ids = self._encode(str(text), add_special_tokens=False)
+        return {"prompt": text, "prompt_token_ids": ids}
+
+    def _check_template(self) -> None:
+        if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidRequest("messages", None, "the model's tokenizer has no chat template; use generate")
 
     def _read_prompt(self, prompt: object) -> tuple[str | None, list[int]]:
         text: object = None
@@ -164,37 +237,6 @@ class Intake:
                     f"must lie in 0..{self._config.vocab_size - 1} and not be the mask id",
                 )
 
-    def _request(self, text: str | None, ids: list[int], params: ResolvedParams) -> Request:
-        ordinal = next(self._ordinals)
-        seed = params.seed if params.seed is not None else _derived_seed(self._seed, ordinal)
-        request_id = str(ordinal)
-        end_ids = [] if params.ignore_eos else self._end_ids
-        stop_token_ids = [stop_id for stop_id in params.stop_token_ids if stop_id not in end_ids]
-        canvases = [
-            new_canvas(
-                request_id,
-                next(self._canvas_ordinals),
-                ids,
-                params,
-                seed=seed,
-                sample=sample,
-                mask_id=self._config.mask_id,
-                stop_ids=end_ids + stop_token_ids,
-            )
-            for sample in range(params.n)
-        ]
-        return Request(
-            request_id=request_id,
-            prompt=text,
-            prompt_token_ids=ids,
-            canvases=canvases,
-            priority=params.priority,
-            stop_token_ids=stop_token_ids,
-            include_stop_in_text=params.include_stop_str_in_output,
-            find_stop=StopStrings(params.stop, self.decode) if params.stop and self.decode else None,
-            arrival_time=time.monotonic(),
-        )
-
 
 def _as_list(prompts: Any) -> list[Any]:
     """One prompt (text, a dict, or a list of ids) or a list of prompts, as a list of prompts."""
@@ -215,18 +257,16 @@ def _one_each(name: str, values: Any, count: int) -> list[Any]:
     return list(values)
 
 
-def _check_conversation(index: int, conversation: object) -> None:
+def _check_conversation(name: str, conversation: object) -> None:
     if not isinstance(conversation, list | tuple) or not conversation:
-        raise InvalidRequest(f"messages[{index}]", conversation, "must be a list of at least one message")
+        raise InvalidRequest(name, conversation, "must be a list of at least one message")
     for place, message in enumerate(conversation):
         if (
             not isinstance(message, Mapping)
             or not isinstance(message.get("role"), str)
             or not isinstance(message.get("content"), str)
         ):
-            raise InvalidRequest(
-                f"messages[{index}][{place}]", message, "must have a text `role` and a text `content`"
-            )
+            raise InvalidRequest(f"{name}[{place}]", message, "must have a text `role` and a text `content`")
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

@@ -7,17 +7,14 @@ import sys
 import typer
 
 from remask.cli.generate import generate
+from remask.cli.run_batch import run_batch
 from remask.scheduler.errors import RemaskError
 
 app = typer.Typer(
     help="Serve masked diffusion language models.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 app.command()(generate)
-
-
-@app.callback()
-def _root() -> None:
-    """A callback keeps `generate` a subcommand while it is the only one."""
+app.command()(run_batch)
 
 
 def main() -> None:

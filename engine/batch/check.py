@@ -1,0 +1,125 @@
+"""The first pass: every line is read and checked wholly before any of them runs.
+
+What stays of a line is a 16-byte digest of its custom_id, so a million lines take 16 MB; the digests find
+duplicates and tell, after an interruption, whether a result belongs to its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from remask.batch.lines import LineReader
+from remask.batch.source import Source
+from remask.scheduler.errors import InvalidRequest, RemaskError
+
+MAX_SHOWN = 20  # faults told in an error
+DIGEST_BYTES = 16
+
+Report = Callable[[str, int, int | None], None]  # what is done to the lines, how many have been, of how many
+
+
+class InvalidBatch(RemaskError, ValueError):
+    """Lines of the input are at fault; nothing was run.
+
+    Attributes:
+        faults: number of the line and what is wrong with it, for the first 20.
+        num_faults: how many there are.
+    """
+
+    def __init__(self, path: Path, unit: str, faults: list[tuple[int, str]], num_faults: int) -> None:
+        self.faults, self.num_faults = faults, num_faults
+        told = [f"{path}: {unit} {number:,}: {problem}" for number, problem in faults]
+        if num_faults > len(faults):
+            told.append(f"and {num_faults - len(faults):,} more")
+        told.append(f"{num_faults:,} at fault; nothing was run")
+        super().__init__("\n".join(told))
+
+
+class CustomIds:
+    """The custom_ids of a file by their place, as digests."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._digests) // DIGEST_BYTES
+
+    def append(self, custom_id: str) -> None:
+        self._digests += _digest(custom_id)
+
+    def matches(self, index: int, custom_id: str) -> bool:
+        """Whether the line at this place has this custom_id."""
+        start = index * DIGEST_BYTES
+        return 0 <= index < len(self) and self._digests[start : start + DIGEST_BYTES] == _digest(custom_id)
+
+    def duplicates(self) -> list[tuple[int, int]]:
+        """Places (first, later) with the same custom_id, in the order of the later ones."""
+        halves = np.frombuffer(self._digests, "<u8").reshape(-1, 2)
+        order = np.lexsort((halves[:, 0], halves[:, 1]))  # stable: equal ones stay in the order of the file
+        ordered = halves[order]
+        same = (ordered[1:] == ordered[:-1]).all(axis=1)
+        first = np.arange(len(order))
+        first[1:][same] = 0
+        first = order[np.maximum.accumulate(first)]
+        later = np.flatnonzero(same) + 1
+        return sorted(((int(first[i]), int(order[i])) for i in later), key=lambda pair: pair[1])
+
+
+def check_lines(source: Source, reader: LineReader, *, record_invalid: bool, report: Report) -> CustomIds:
+    """Reads the whole input.
+
+    Args:
+        record_invalid: lines at fault will be told in the output; duplicates are refused all the same.
+
+    Raises:
+        InvalidBatch: lines are at fault.
+        InvalidRequest: there are no lines, or the file cannot be read.
+    """
+    ids = CustomIds()
+    faults: list[tuple[int, str]] = []
+    num_faults = 0
+    for number, content in source:
+        line = reader.read(number, content)
+        ids.append(line.custom_id)
+        if line.fault is not None and not record_invalid:
+            num_faults += 1
+            if len(faults) < MAX_SHOWN:
+                faults.append((number, str(line.fault)))
+        report("checking", len(ids), None)
+    if not len(ids):
+        raise InvalidRequest("--input-file", str(source.path), "holds no requests")
+    duplicates = ids.duplicates()
+    faults += _tell_duplicates(source, reader, duplicates[: MAX_SHOWN - len(faults)])
+    num_faults += len(duplicates)
+    if num_faults:
+        raise InvalidBatch(source.path, source.unit, sorted(faults), num_faults)
+    return ids
+
+
+def _tell_duplicates(
+    source: Source, reader: LineReader, duplicates: list[tuple[int, int]]
+) -> list[tuple[int, str]]:
+    """Faults of duplicates; reads the file once more, for the numbers of their lines."""
+    if not duplicates:
+        return []
+    wanted = {place for pair in duplicates for place in pair}
+    lines = {
+        place: (number, reader.read(number, content).custom_id)
+        for place, (number, content) in enumerate(source)
+        if place in wanted
+    }
+    return [
+        (
+            lines[later][0],
+            f"custom_id: {lines[later][1]!r} stands already in {source.unit} {lines[first][0]:,}",
+        )
+        for first, later in duplicates
+    ]
+
+
+def _digest(custom_id: str) -> bytes:
+    return hashlib.blake2b(custom_id.encode(), digest_size=DIGEST_BYTES).digest()

@@ -1,0 +1,295 @@
+"""The output while it grows, so that no interruption loses or repeats a result.
+
+Results are appended to `<output>.partial`, one write a line, and synchronized to the disk every second or
+so. When all are there, the file takes its name with `link`, which never replaces anything. Whatever happens,
+the partial file is therefore a row of whole lines and at most one torn end: a killed process tears the last
+write, a full disk is rolled back to the last whole line, and after a power loss what was not synchronized yet
+may be missing or zeros. `recover` keeps the whole lines, cuts off the rest, and the run goes on with what is
+missing. A lock on the file keeps a second process out.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from remask.batch.check import CustomIds
+from remask.batch.identity import RunName, parse_id
+from remask.batch.parquet import is_parquet, read_ids
+from remask.scheduler.errors import InvalidRequest, RemaskError
+
+logger = logging.getLogger(__name__)
+
+SYNC_SECONDS = 1.0
+MAX_SYNC_SHARE = 0.01  # of the time; a slow disk is synchronized less often
+NO_OUTPUT = "is no output of a batch; choose another name"
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
+
+
+class BatchStopped(RemaskError):
+    """The run could not go on; what is done is safe, and `--resume` continues."""
+
+
+class _Head(msgspec.Struct):
+    id: str
+    custom_id: str
+
+
+class Journal:
+    """The partial output of one run, locked while it is open; a context manager.
+
+    Args:
+        output: the file that the run makes.
+        resume: go on with what is there. Else anything there is refused.
+
+    Attributes:
+        finished: the output exists already (only with `resume`).
+
+    Raises:
+        InvalidRequest: the output or a partial one exists, another process writes it, or the directory cannot
+            be written to.
+    """
+
+    def __init__(self, output: Path, *, resume: bool) -> None:
+        self.output, self.partial = output, output.with_name(output.name + ".partial")
+        self._converting = output.with_name(output.name + ".converting")
+        self._file = _open_locked(self.partial)
+        try:
+            self.finished = os.path.lexists(output)
+            self._end = os.fstat(self._file).st_size
+            if self.finished and not resume:
+                raise InvalidRequest(
+                    "--output-file", str(output), "exists already; nothing is ever overwritten"
+                )
+            if self._end and not self.finished and not resume:
+                problem = f"an interrupted run left {self.partial.name}; use --resume, or remove it"
+                raise InvalidRequest("--output-file", str(output), problem)
+            _sync_directory(output.parent)
+        except BaseException:
+            self.close()
+            raise
+        self._synced, self._sync_seconds = time.monotonic(), 0.0
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unlocks; an empty partial file goes away. Idempotent."""
+        if self._file >= 0:
+            if os.fstat(self._file).st_size == 0 and _is_same(self.partial, self._file):
+                self.partial.unlink()
+            os.close(self._file)
+            self._file = -1
+
+    def recover(self, run: RunName, ids: CustomIds) -> NDArray[np.bool_]:
+        """Which results are there; a torn end is cut off.
+
+        Raises:
+            InvalidRequest: the file belongs to another run, or holds what no run writes.
+        """
+        done = np.zeros(len(ids), np.bool_)
+        end = 0
+        with self.partial.open("rb") as file:
+            for line in file:
+                head = _read_head(line)
+                if head is None:
+                    break
+                self._mark(done, run, head, ids)
+                end += len(line)
+            else:
+                return done
+        if end == 0 and not _may_be_torn(line, run):
+            raise InvalidRequest("--output-file", str(self.partial), NO_OUTPUT)
+        logger.warning("%s: cut off %d bytes of a torn end", self.partial, self._end - end)
+        os.ftruncate(self._file, end)
+        os.fsync(self._file)
+        self._end = end
+        return done
+
+    def check_finished(self, run: RunName, num_lines: int) -> None:
+        """Raises InvalidRequest unless the output holds all results of this run; removes left-over files."""
+        done = np.zeros(num_lines, np.bool_)
+        for id, custom_id in _finished_ids(self.output):
+            self._mark(done, run, _Head(id, custom_id), None, repeats=is_parquet(self.output))
+        if not done.all():
+            problem = f"was changed: it holds {done.sum():,} of the {num_lines:,} results of this run"
+            raise InvalidRequest("--output-file", str(self.output), problem)
+        if self._end:  # killed between the steps of `finish`
+            self._converting.unlink(missing_ok=True)
+            self.partial.unlink()
+
+    def append(self, line: bytes) -> None:
+        """Adds a result, whole or not at all.
+
+        Raises:
+            BatchStopped: the disk is full or has failed.
+        """
+        try:
+            written = os.pwrite(self._file, line, self._end)
+            while written < len(line):  # a disk that is nearly full takes a part
+                written += os.pwrite(self._file, line[written:], self._end + written)
+            self._end += len(line)
+            pause = max(SYNC_SECONDS, self._sync_seconds / MAX_SYNC_SHARE)
+            if time.monotonic() - self._synced > pause:
+                self.sync()
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise BatchStopped(f"{self.partial}: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Brings everything to the disk."""
+        started = time.monotonic()
+        os.fsync(self._file)
+        self._synced = time.monotonic()
+        self._sync_seconds = self._synced - started
+
+    def finish(self, convert: Callable[[Iterable[bytes], Path], None] | None) -> None:
+        """Gives the complete output its name, as it is or converted.
+
+        Raises:
+            BatchStopped: the disk is full or has failed, or a file of that name has appeared meanwhile.
+        """
+        whole = self.partial
+        try:
+            self.sync()
+            if convert is not None:
+                whole = self._converting
+                with self.partial.open("rb") as journal:
+                    convert(journal, whole)
+                _sync_file(whole)
+            _rename_without_replacing(whole, self.output)
+            self.partial.unlink(missing_ok=True)
+            _sync_directory(self.output.parent)
+        except OSError as error:
+            if convert is not None:
+                whole.unlink(missing_ok=True)
+            raise BatchStopped(f"{self.output}: {error.strerror or error}") from error
+
+    def _mark(
+        self,
+        done: NDArray[np.bool_],
+        run: RunName,
+        head: _Head,
+        ids: CustomIds | None,
+        *,
+        repeats: bool = False,
+    ) -> None:
+        found = parse_id(head.id)
+        name = str(self.output)
+        if found is None:
+            raise InvalidRequest("--output-file", name, NO_OUTPUT)
+        its_run, index = found
+        if its_run != run:
+            problem = f"holds results of another run, with {run.difference(its_run)}; choose another file"
+            raise InvalidRequest("--output-file", name, problem)
+        known = index < len(done) and (ids is None or ids.matches(index, head.custom_id))
+        if not known or (done[index] and not repeats):
+            problem = f"was changed: the result of {head.custom_id!r} is unknown or there twice"
+            raise InvalidRequest("--output-file", name, problem)
+        done[index] = True
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise InvalidRequest("--output-file", str(path), f"cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise InvalidRequest("--output-file", str(path), "is being written by another process") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(file)
+                raise InvalidRequest(
+                    "--output-file", str(path), f"cannot be locked: {error.strerror}"
+                ) from None
+            logger.warning("%s: this file system has no locks; do not run two processes on it", path)
+        if _is_same(path, file):
+            return file
+        os.close(file)  # its last owner finished and renamed it between our opening and our lock
+
+
+def _is_same(path: Path, file: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _read_head(line: bytes) -> _Head | None:
+    """Id and custom_id of a whole line; None: it is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return msgspec.json.decode(line, type=_Head)
+    except (msgspec.DecodeError, ValueError):
+        return None
+
+
+def _may_be_torn(line: bytes, run: RunName) -> bool:
+    """Whether the first line of a file may be what is left of this run's first line."""
+    head = b'{"id":"' + run.id(0)[:-1].encode()
+    start = line[: len(head)].rstrip(b"\0")
+    return head.startswith(start)
+
+
+def _finished_ids(path: Path) -> Iterator[tuple[str, str]]:
+    if is_parquet(path):
+        yield from read_ids(path)
+        return
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                head = _read_head(line)
+                if head is None:
+                    raise InvalidRequest("--output-file", str(path), NO_OUTPUT)
+                yield head.id, head.custom_id
+    except OSError as error:
+        raise InvalidRequest("--output-file", str(path), f"cannot be read: {error.strerror}") from None
+
+
+def _rename_without_replacing(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.rename(source, target)  # a file system without links
+    else:
+        os.unlink(source)
+
+
+def _sync_file(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_directory(path: Path) -> None:
+    try:
+        _sync_file(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):  # cannot be done here
+            raise

@@ -1,0 +1,115 @@
+"""From a line of a batch file to a checked request, or to what is wrong with it.
+
+Two kinds of lines may stand in one file. A line of OpenAI's batch format has `custom_id`, `method`, `url` and
+`body`. A plain line is the body itself: `prompt` (or `prompt_token_ids`) or `messages`, beside the parameters
+and an optional `custom_id`; without one it is named after its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, NamedTuple
+
+from remask.batch.source import Content, decode
+from remask.intake import CheckedPrompt, Intake
+from remask.openai.bodies import CHAT_URL, COMPLETION_URL, Asked, read_body
+from remask.scheduler.errors import InvalidRequest
+
+KINDS: dict[str, Literal["chat", "completion"]] = {CHAT_URL: "chat", COMPLETION_URL: "completion"}
+ENVELOPE = ("custom_id", "method", "url", "body")
+
+
+class Line(NamedTuple):
+    """A line that was read: a request, or a fault."""
+
+    number: int
+    custom_id: str
+    kind: Literal["chat", "completion"]
+    checked: CheckedPrompt | None  # None: at fault
+    fault: InvalidRequest | None
+
+
+class LineReader:
+    """Reads the lines of one file for one model.
+
+    Args:
+        intake: the model's.
+        unit: what a line is called ("line" or "row"), also in the names of lines without a custom_id.
+        model_names: what the model may be called in a body.
+        defaults: parameters of lines that do not give them.
+        chat: put plain text prompts through the chat template, as a user's message.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        *,
+        unit: str,
+        model_names: Collection[str],
+        defaults: Mapping[str, Any],
+        chat: bool,
+    ) -> None:
+        self._intake, self._unit, self._chat = intake, unit, chat
+        self._model_names, self._defaults = model_names, defaults
+
+    def read(self, number: int, content: Content) -> Line:
+        """The line of that number; what is wrong with it stands in `fault`."""
+        custom_id, kind = f"{self._unit}-{number}", "completion"
+        try:
+            fields = decode(content)
+            enveloped = not fields.keys().isdisjoint(ENVELOPE[1:])
+            custom_id = _custom_id(fields, custom_id, required=enveloped)
+            if enveloped:
+                kind = _kind_of(fields)
+                body = fields["body"]
+            else:
+                body = {name: value for name, value in fields.items() if name != "custom_id"}
+                kind = self._plain_kind(body)
+            asked = read_body(kind, body, model_names=self._model_names, defaults=self._defaults)
+            return Line(number, custom_id, kind, self._check(asked), None)
+        except InvalidRequest as error:
+            return Line(number, custom_id, kind, None, error)
+
+    def _plain_kind(self, body: dict[str, Any]) -> Literal["chat", "completion"]:
+        """Which kind of request a plain line is; gives `prompt_token_ids` and `--chat` their usual form."""
+        forms = ("prompt", "prompt_token_ids", "messages")
+        given = [name for name in forms if body.get(name) is not None]
+        if len(given) != 1:
+            problem = "give one of prompt, prompt_token_ids and messages"
+            raise InvalidRequest(given[1] if given else "prompt", body, problem)
+        content = [body.pop(name, None) for name in forms][forms.index(given[0])]
+        if given == ["prompt_token_ids"] and not isinstance(content, list):
+            raise InvalidRequest("prompt_token_ids", content, "must be a list of token ids")
+        if self._chat and isinstance(content, str):
+            content, given = [{"role": "user", "content": content}], ["messages"]
+        kind = "chat" if given == ["messages"] else "completion"
+        body["messages" if kind == "chat" else "prompt"] = content
+        return kind
+
+    def _check(self, asked: Asked) -> CheckedPrompt:
+        prompt = self._intake.chat_prompt(asked.content) if asked.kind == "chat" else asked.content
+        return self._intake.check(prompt, asked.params)
+
+
+def _custom_id(fields: dict[str, Any], derived: str, *, required: bool) -> str:
+    custom_id = fields.get("custom_id")
+    if custom_id is None and not required:
+        return derived
+    if not isinstance(custom_id, str) or not custom_id:
+        raise InvalidRequest("custom_id", custom_id, "must be text that names the line")
+    return custom_id
+
+
+def _kind_of(fields: dict[str, Any]) -> Literal["chat", "completion"]:
+    for name in fields:
+        if name not in ENVELOPE:
+            raise InvalidRequest(name, fields[name], f"unknown key; a line has {', '.join(ENVELOPE)}")
+    for name in ENVELOPE:
+        if fields.get(name) is None:
+            raise InvalidRequest(name, None, f"is missing; a line has {', '.join(ENVELOPE)}")
+    if fields["method"] != "POST":
+        raise InvalidRequest("method", fields["method"], "must be POST")
+    url = fields["url"]
+    if not isinstance(url, str) or url not in KINDS:
+        raise InvalidRequest("url", url, f"is not supported; use {' or '.join(KINDS)}")
+    return KINDS[url]

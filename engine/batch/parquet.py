@@ -1,0 +1,120 @@
+"""Parquet in and out, by record batches; the only file that touches pyarrow, and only when it is needed.
+
+A row of the input is a plain line: columns are its fields, and null means "not given". The output has a row
+a sample. It is made from the finished journal: a Parquet file cannot be continued after an interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from remask.scheduler.errors import InvalidRequest
+
+ROWS = 1024  # rows in memory at a time
+
+
+def is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def require_pyarrow(option: str, path: Path) -> None:
+    """Raises InvalidRequest where pyarrow is not installed."""
+    if find_spec("pyarrow") is None:
+        raise InvalidRequest(option, str(path), "needs pyarrow; run `pip install pyarrow`")
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number (from 1) and fields of every row.
+
+    Raises:
+        InvalidRequest: it is no Parquet file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, {name: value for name, value in row.items() if value is not None}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InvalidRequest("--input-file", str(path), f"cannot be read as Parquet: {error}") from None
+
+
+def read_ids(path: Path) -> Iterator[tuple[str, str]]:
+    """`id` and `custom_id` of every row of an output.
+
+    Raises:
+        InvalidRequest: it is no Parquet file with these columns.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=ROWS, columns=["id", "custom_id"]):
+                yield from zip(batch["id"].to_pylist(), batch["custom_id"].to_pylist(), strict=True)
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise InvalidRequest("--output-file", str(path), f"is no output of a batch: {error}") from None
+
+
+def write_rows(records: Iterable[bytes], target: Path) -> None:
+    """Writes the lines of a journal as Parquet, a row a sample (of a refused request one without text)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema(
+        {
+            "id": pyarrow.string(),
+            "custom_id": pyarrow.string(),
+            "status_code": pyarrow.int32(),
+            "sample": pyarrow.int32(),
+            "text": pyarrow.string(),
+            "token_ids": pyarrow.list_(pyarrow.int32()),
+            "finish_reason": pyarrow.string(),
+            "nfe": pyarrow.int32(),
+            "tokens_per_forward": pyarrow.float64(),
+            "seed": pyarrow.int64(),
+            "prompt_tokens": pyarrow.int32(),
+            "completion_tokens": pyarrow.int32(),
+            "error": pyarrow.string(),
+        }
+    )
+    rows: list[dict[str, Any]] = []
+    with pyarrow.parquet.ParquetWriter(target, schema) as writer:
+        for record in records:
+            rows.extend(_rows(msgspec.json.decode(record)))
+            if len(rows) >= ROWS:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+                rows.clear()
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+
+
+def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    response = record["response"]
+    common = {
+        "id": record["id"],
+        "custom_id": record["custom_id"],
+        "status_code": response["status_code"],
+    }
+    body = response["body"]
+    if "error" in body:
+        yield {**common, "error": body["error"]["message"]}
+        return
+    for choice in body["choices"]:
+        yield {
+            **common,
+            "sample": choice["index"],
+            "text": choice["message"]["content"] if "message" in choice else choice["text"],
+            "token_ids": choice.get("token_ids"),
+            **{name: choice[name] for name in ("finish_reason", "nfe", "tokens_per_forward", "seed")},
+            "prompt_tokens": body["usage"]["prompt_tokens"],
+            "completion_tokens": round(choice["nfe"] * choice["tokens_per_forward"]),
+        }

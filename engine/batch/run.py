@@ -1,0 +1,201 @@
+"""One run of a batch file: check everything, find out what is done, do the rest, name the result.
+
+Memory does not grow with the file beyond 17 bytes a line: at most `max_live` requests are in the engine, and
+each result leaves for the disk when it is finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from remask.batch.check import Report, check_lines
+from remask.batch.identity import RunName, model_digest, parameters_digest
+from remask.batch.journal import BatchStopped, Journal
+from remask.batch.lines import Line, LineReader
+from remask.batch.parquet import is_parquet, require_pyarrow, write_rows
+from remask.batch.source import Source
+from remask.openai.responses import Completion, completion, error_body
+from remask.outputs import RequestOutput
+from remask.scheduler.request import Request
+
+if TYPE_CHECKING:
+    from remask.llm import LLM
+
+OK, REFUSED = 200, 400  # HTTP
+
+
+class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run is asked to do beside its files. The first four decide the results and name the run."""
+
+    model: str  # as given to LLM
+    dtype: str = "auto"  # as given to LLM
+    seed: int = 0  # as given to LLM; with its place in the file the seed of a line without one
+    defaults: Mapping[str, Any] = {}  # parameters of lines that do not give them
+    chat: bool = False  # text prompts go through the chat template
+    model_names: Sequence[str] = ()  # what else lines may call the model; the first stands in results
+    resume: bool = False
+    record_invalid: bool = False  # lines at fault become results instead of refusing the file
+    max_live: int = 2048  # requests in the engine
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run did.
+
+    Attributes:
+        num_lines: requests of the input.
+        num_done_before: results that were there already.
+        num_refused: of this run's results, those of lines at fault.
+        num_tokens, num_forwards, seconds: of this run, without checking.
+    """
+
+    num_lines: int
+    num_done_before: int
+    num_refused: int = 0
+    num_tokens: int = 0
+    num_forwards: int = 0
+    seconds: float = 0.0
+
+
+class _Response(msgspec.Struct, frozen=True):
+    status_code: int
+    request_id: str
+    body: Completion | dict[str, Any]
+
+
+class _Result(msgspec.Struct, frozen=True):
+    id: str  # first, so that the start of a file names its run
+    custom_id: str
+    response: _Response
+    error: None = None
+
+
+def run_batch(
+    source: Path,
+    output: Path,
+    make_llm: Callable[[], AbstractContextManager[LLM]],
+    options: BatchOptions,
+    report: Report = lambda *_: None,
+) -> Summary:
+    """Runs the requests of a file, or those that an interrupted run left.
+
+    Args:
+        source: the input file.
+        output: the file to make; it gets this name when it is complete and is `<output>.partial` until then.
+        make_llm: loads the model; called when the files have been found to be in order.
+        options: see there.
+        report: told about progress, after every line.
+
+    Raises:
+        InvalidRequest: a file or an option is at fault; nothing was run.
+        InvalidBatch: lines are at fault; nothing was run.
+        BatchStopped: the disk is full or has failed. What is done is safe.
+    """
+    lines = Source(source)
+    if is_parquet(output):
+        require_pyarrow("--output-file", output)
+    with Journal(output, resume=options.resume) as journal:
+        run = RunName(
+            lines.digest()[:8],
+            model_digest(options.model),
+            parameters_digest(
+                {
+                    "dtype": options.dtype,
+                    "seed": options.seed,
+                    "defaults": options.defaults,
+                    "chat": options.chat,
+                }
+            ),
+        )
+        if journal.finished:
+            num_lines = sum(1 for _ in lines)
+            journal.check_finished(run, num_lines)
+            return Summary(num_lines=num_lines, num_done_before=num_lines)
+        with make_llm() as llm:
+            return _Run(lines, journal, run, llm, options, report).work()
+
+
+class _Run:
+    """The second pass, and what it needs to remember of each request in the engine."""
+
+    def __init__(
+        self, source: Source, journal: Journal, run: RunName, llm: LLM, options: BatchOptions, report: Report
+    ) -> None:
+        self._source, self._journal, self._run, self._llm = source, journal, run, llm
+        self._options, self._report = options, report
+        self._names = (*options.model_names, options.model, Path(options.model).name)
+        self._reader = LineReader(
+            llm._intake,
+            unit=source.unit,
+            model_names=tuple(dict.fromkeys(self._names)),
+            defaults=options.defaults,
+            chat=options.chat,
+        )
+        self._encoder = msgspec.json.Encoder()
+        self._live: dict[str, tuple[int, Line]] = {}  # request id -> place and line
+        self._num_refused = self._num_tokens = self._num_forwards = 0
+
+    def work(self) -> Summary:
+        ids = check_lines(
+            self._source, self._reader, record_invalid=self._options.record_invalid, report=self._report
+        )
+        done = self._journal.recover(self._run, ids)
+        num_before = self._num_done = int(done.sum())
+        self._num_lines = len(ids)
+        self._report("running", self._num_done, self._num_lines)
+        started = time.monotonic()
+        try:
+            for output in self._llm._serve(self._requests(done), max_live=self._options.max_live):
+                index, line = self._live.pop(output.request_id)
+                self._write_output(index, line, output)
+            self._journal.finish(write_rows if is_parquet(self._journal.output) else None)
+        except BatchStopped as error:
+            safe = f"{self._num_done:,} of {self._num_lines:,} results are safe; --resume goes on"
+            raise BatchStopped(f"{error}: {safe}") from error
+        return Summary(
+            num_lines=self._num_lines,
+            num_done_before=num_before,
+            num_refused=self._num_refused,
+            num_tokens=self._num_tokens,
+            num_forwards=self._num_forwards,
+            seconds=time.monotonic() - started,
+        )
+
+    def _requests(self, done: Any) -> Iterator[Request]:
+        """The requests that are not done; those at fault become results at once."""
+        for index, (number, content) in enumerate(self._source):
+            if done[index]:
+                continue
+            line = self._reader.read(number, content)
+            if line.checked is None:
+                assert line.fault is not None, "a line is a request or at fault"
+                self._num_refused += 1
+                self._write(index, line, REFUSED, error_body(line.fault))
+                continue
+            request = self._llm._intake.request(line.checked, place=index)
+            self._live[request.request_id] = (index, line._replace(checked=None))
+            yield request
+
+    def _write_output(self, index: int, line: Line, output: RequestOutput) -> None:
+        self._num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
+        self._num_forwards += sum(sample.nfe for sample in output.outputs)
+        body = completion(
+            line.kind,
+            output,
+            id=f"{'chatcmpl' if line.kind == 'chat' else 'cmpl'}-{''.join(self._run)}-{index}",
+            created=int(time.time()),
+            model=self._names[0],
+        )
+        self._write(index, line, OK, body)
+
+    def _write(self, index: int, line: Line, status: int, body: Completion | dict[str, Any]) -> None:
+        response = _Response(status, f"{''.join(self._run)}-{index}", body)
+        result = _Result(self._run.id(index), line.custom_id, response)
+        self._journal.append(self._encoder.encode(result) + b"\n")
+        self._num_done += 1
+        self._report("running", self._num_done, self._num_lines)

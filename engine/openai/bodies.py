@@ -1,0 +1,185 @@
+"""From the body of a chat or text completion to a prompt and parameters.
+
+Nothing a client sends is ignored silently. A field is a parameter of `SamplingParams` (checked at intake), a
+field of OpenAI's that this file honours, one whose value asks for nothing (`stream: false`, a `user` label),
+or it is refused by name. `null` is what OpenAI's clients write for "not given" and means that everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.params import SamplingParams
+from remask.scheduler.policies import PRESETS, did_you_mean
+
+CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
+ROLES = ("system", "developer", "user", "assistant")
+LABELS = ("user", "safety_identifier", "prompt_cache_key")  # they ask for nothing, whatever they say
+
+# The values of OpenAI's fields that ask for nothing; null always does.
+ASKS_NOTHING: dict[str, tuple[object, ...]] = {
+    "stream": (False,),
+    "stream_options": (),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
+CHAT_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
+    **ASKS_NOTHING,
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+COMPLETION_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
+    **ASKS_NOTHING,
+    "echo": (False,),
+    "suffix": ("",),
+    "best_of": (1,),
+}
+
+
+class Asked(NamedTuple):
+    """What a body asks for: a prompt or a conversation, and the fields of `SamplingParams`."""
+
+    kind: Literal["chat", "completion"]
+    content: Any  # messages of a chat, the prompt of a completion; the intake checks it further
+    params: dict[str, Any]
+
+
+def read_body(
+    kind: Literal["chat", "completion"],
+    body: object,
+    *,
+    model_names: Collection[str],
+    defaults: Mapping[str, Any],
+) -> Asked:
+    """Reads a request's body.
+
+    Args:
+        kind: which endpoint it is for.
+        body: the decoded JSON.
+        model_names: what the served model may be called.
+        defaults: parameters of bodies that do not give them; what a body's preset sets wins over them.
+
+    Raises:
+        InvalidRequest: naming the field that is unknown, not supported or missing. Values of parameters are
+            left to the intake.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("body", body, "must be a JSON object")
+    known = _known_names(kind)
+    fields = {name: value for name, value in body.items() if value is not None or name not in known}
+    _check_model(fields.pop("model", None), model_names)
+    _drop_what_asks_nothing(fields, kind)
+    place = "messages" if kind == "chat" else "prompt"
+    if place not in fields:
+        raise InvalidRequest(place, None, f"is missing; a {kind} needs it")
+    content = fields.pop(place)
+    content = _plain_messages(content) if kind == "chat" else _one_prompt(content)
+    return Asked(kind, content, with_defaults(_own_names(fields), defaults))
+
+
+def with_defaults(fields: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` over `defaults`; a preset that `fields` names wins over the defaults, too."""
+    preset = fields.get("preset")
+    if isinstance(preset, str) and preset in PRESETS:
+        hidden = {"preset", *PRESETS[preset]}
+        defaults = {name: value for name, value in defaults.items() if name not in hidden}
+    return {**defaults, **fields}
+
+
+@cache
+def _known_names(kind: str) -> dict[str, None]:
+    own = ("messages", "max_completion_tokens") if kind == "chat" else ("prompt",)
+    neutral = CHAT_ASKS_NOTHING if kind == "chat" else COMPLETION_ASKS_NOTHING
+    return dict.fromkeys(("model", *own, "preset", *SamplingParams.__struct_fields__, *neutral, *LABELS))
+
+
+def _check_model(model: object, names: Collection[str]) -> None:
+    if model is not None and model not in names:
+        served = " or ".join(repr(name) for name in names)
+        raise InvalidRequest("model", model, f"is not the model of this run; it is called {served}")
+
+
+def _drop_what_asks_nothing(fields: dict[str, Any], kind: str) -> None:
+    neutral = CHAT_ASKS_NOTHING if kind == "chat" else COMPLETION_ASKS_NOTHING
+    for name in list(fields):
+        value = fields[name]
+        if name in LABELS:
+            if not isinstance(value, str):
+                raise InvalidRequest(name, value, "must be text")
+            del fields[name]
+        elif name in neutral:
+            if not any(type(value) is type(other) and value == other for other in neutral[name]):
+                raise InvalidRequest(name, value, "is not supported; leave it out")
+            del fields[name]
+        elif name not in _known_names(kind):
+            close = did_you_mean(name, list(_known_names(kind)))
+            raise InvalidRequest(name, value, f"unknown field of a {kind}; {close}")
+
+
+def _own_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's newer name for max_tokens as ours."""
+    if "max_completion_tokens" in fields:
+        newer = fields.pop("max_completion_tokens")
+        if fields.setdefault("max_tokens", newer) != newer:
+            problem = f"and max_tokens {fields['max_tokens']!r} contradict each other; give one"
+            raise InvalidRequest("max_completion_tokens", newer, problem)
+    return fields
+
+
+def _one_prompt(prompt: object) -> object:
+    """Text or one list of token ids, never several prompts."""
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        raise InvalidRequest("prompt", prompt, "give one prompt a request: text, or a list of token ids")
+    if not isinstance(prompt, str | list):
+        raise InvalidRequest("prompt", prompt, "must be text or a list of token ids")
+    return prompt
+
+
+def _plain_messages(messages: object) -> object:
+    """Messages with text content; what a message may hold besides role and content is refused."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages", messages, "must be a list of at least one message")
+    return [_plain_message(f"messages[{place}]", message) for place, message in enumerate(messages)]
+
+
+def _plain_message(place: str, message: object) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise InvalidRequest(place, message, "must be an object with `role` and `content`")
+    for name, value in message.items():
+        if name not in ("role", "content") and value not in (None, []):
+            raise InvalidRequest(f"{place}.{name}", value, "is not supported; give role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise InvalidRequest(f"{place}.role", role, f"must be one of {', '.join(ROLES)}")
+    if isinstance(content, list):
+        content = "\n".join(_text_part(f"{place}.content[{i}]", part) for i, part in enumerate(content))
+    if not isinstance(content, str):
+        raise InvalidRequest(f"{place}.content", content, "must be text")
+    return {"role": role, "content": content}
+
+
+def _text_part(place: str, part: object) -> str:
+    if (
+        not isinstance(part, dict)
+        or part.keys() != {"type", "text"}
+        or part["type"] != "text"
+        or not isinstance(part["text"], str)
+    ):
+        raise InvalidRequest(place, part, 'must be {"type": "text", "text": ...}; the model reads text alone')
+    return part["text"]

@@ -1,0 +1,123 @@
+"""From a finished request to OpenAI's response objects.
+
+Beside OpenAI's fields every choice tells what a diffusion model's user needs: `nfe`, `tokens_per_forward` and
+the `seed` to repeat it with. Usage counts visible tokens, without the end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from remask.outputs import CompletionOutput, RequestOutput
+from remask.scheduler.errors import InvalidRequest
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of a response; those of all choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The assistant's turn; no content where the model has no tokenizer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample of a chat."""
+
+    index: int
+    message: ChatMessage
+    logprobs: None = None
+    finish_reason: str
+    stop_reason: int | str | None  # as vLLM: the stop string or id
+    nfe: int
+    tokens_per_forward: float
+    seed: int
+
+
+class TextChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample of a text completion."""
+
+    index: int
+    text: str | None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET  # only where there is no text
+    logprobs: None = None
+    finish_reason: str
+    stop_reason: int | str | None  # as vLLM: the stop string or id
+    nfe: int
+    tokens_per_forward: float
+    seed: int
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A `chat.completion` or a `text_completion`."""
+
+    id: str
+    object: Literal["chat.completion", "text_completion"]
+    created: int  # Unix seconds
+    model: str
+    choices: list[ChatChoice] | list[TextChoice]
+    usage: Usage
+
+
+def completion(
+    kind: Literal["chat", "completion"], output: RequestOutput, *, id: str, created: int, model: str
+) -> Completion:
+    """The response to a request that has finished."""
+    num_prompt = len(output.prompt_token_ids)
+    num_visible = sum(sample.num_visible_tokens for sample in output.outputs)
+    chat = kind == "chat"
+    return Completion(
+        id=id,
+        object="chat.completion" if chat else "text_completion",
+        created=created,
+        model=model,
+        choices=[(_chat_choice if chat else _text_choice)(sample) for sample in output.outputs],  # type: ignore[arg-type]
+        usage=Usage(
+            prompt_tokens=num_prompt, completion_tokens=num_visible, total_tokens=num_prompt + num_visible
+        ),
+    )
+
+
+def error_body(error: InvalidRequest) -> dict[str, Any]:
+    """OpenAI's error object for a request that was refused."""
+    return {
+        "error": {
+            "message": str(error),
+            "type": "invalid_request_error",
+            "param": error.parameter,
+            "code": None,
+        }
+    }
+
+
+def _chat_choice(sample: CompletionOutput) -> ChatChoice:
+    return ChatChoice(
+        index=sample.index,
+        message=ChatMessage(content=sample.text),
+        finish_reason=sample.finish_reason,
+        stop_reason=sample.stop_reason,
+        nfe=sample.nfe,
+        tokens_per_forward=sample.tokens_per_forward,
+        seed=sample.seed,
+    )
+
+
+def _text_choice(sample: CompletionOutput) -> TextChoice:
+    return TextChoice(
+        index=sample.index,
+        text=sample.text,
+        token_ids=msgspec.UNSET if sample.text is not None else sample.token_ids,
+        finish_reason=sample.finish_reason,
+        stop_reason=sample.stop_reason,
+        nfe=sample.nfe,
+        tokens_per_forward=sample.tokens_per_forward,
+        seed=sample.seed,
+    )

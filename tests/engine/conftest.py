@@ -1,0 +1,48 @@
+"""Batch files for the tests of `remask.batch`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remask import LLM
+from remask.batch.run import BatchOptions, Summary, run_batch
+
+Run = Callable[..., Summary]
+
+
+@pytest.fixture
+def run(tiny_llm: LLM) -> Run:
+    """`run(source, output, **options)` on the embedded model, loaded once."""
+
+    def run(source: Path, output: Path, **options: Any) -> Summary:
+        return run_batch(source, output, lambda: nullcontext(tiny_llm), BatchOptions(model="tiny", **options))
+
+    return run
+
+
+@pytest.fixture
+def batch_file(tmp_path: Path) -> Callable[[int], Path]:
+    """Makes a file of so many sampled completions of four tokens, without seeds."""
+
+    def make(count: int) -> Path:
+        path = tmp_path / f"{count}.jsonl"
+        body = {"max_tokens": 4, "temperature": 1.0, "model": "tiny"}
+        lines = [
+            {
+                "custom_id": f"request {i}",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": {"prompt": f"{i % 4 + 1}.{i % 3 + 1}.=", **body},
+            }
+            for i in range(count)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    return make

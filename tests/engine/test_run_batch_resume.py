@@ -1,0 +1,450 @@
+"""Interrupted batch files: wherever a run ends, `--resume` completes it; nothing is lost or there twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remask import InvalidRequest
+from remask.batch import journal as journal_module
+from remask.batch.check import CustomIds
+from remask.batch.identity import RunName, model_digest, parse_id
+from remask.batch.journal import BatchStopped, Journal
+from remask.batch.run import Summary
+from remask.cli import main
+from remask.core import EngineCore
+
+Run = Callable[..., Summary]
+MakeFile = Callable[[int], Path]
+CRASHED = -signal.SIGKILL
+
+
+def results(path: Path) -> dict[str, Any]:
+    """By custom_id, each there once, without the time."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        found = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        for result in found:
+            del result["response"]["body"]["created"]
+    by_id = {result["custom_id"]: result for result in found}
+    assert len(by_id) == len(found), "a result is there twice"
+    return by_id
+
+
+def in_child(work: Callable[[], object], kill_after: float | None = None) -> int:
+    """Exit status of `work` in a forked process, killed after so many seconds; negative: the signal."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            work()
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
+        finally:
+            os._exit(status)
+    deadline = None if kill_after is None else time.monotonic() + kill_after
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if deadline is not None and time.monotonic() >= deadline:
+            os.kill(child, signal.SIGKILL)
+            deadline = None
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def never(*_: object) -> None:
+        raise AssertionError("work has started")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EngineCore, "step", never)
+        yield
+
+
+@pytest.fixture
+def partial_of(run: Run, batch_file: MakeFile, tmp_path: Path) -> Callable[[int], tuple[Path, Path, Path]]:
+    """Source, output and partial output of a run that was killed just before it named its output."""
+
+    def make(count: int) -> tuple[Path, Path, Path]:
+        source, output = batch_file(count), tmp_path / "out.jsonl"
+        run(source, output)
+        partial = tmp_path / "out.jsonl.partial"
+        output.rename(partial)
+        return source, output, partial
+
+    return make
+
+
+def crash_at(count: int) -> None:
+    """Kills this process at the count-th call that touches a file; a write is torn in the middle."""
+    calls = 0
+
+    def crashing(name: str) -> Callable[..., Any]:
+        call = getattr(os, name)
+
+        def crash_or_call(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                if name == "pwrite":
+                    file, data, offset = arguments
+                    call(file, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return crash_or_call
+
+    for name in ("open", "pwrite", "fsync", "ftruncate", "link", "unlink", "close"):
+        setattr(os, name, crashing(name))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_crash_at_every_call_that_touches_a_file(
+    run: Run, batch_file: MakeFile, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(journal_module, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(journal_module, "MAX_SYNC_SHARE", 1e9)
+    source = batch_file(6)
+    run(source, tmp_path / f"undisturbed.{suffix}")
+    expected = results(tmp_path / f"undisturbed.{suffix}")
+    output = tmp_path / f"out.{suffix}"
+
+    def crashed_run(count: int) -> None:
+        crash_at(count)
+        run(source, output, resume=True)
+
+    for count in range(1, 200):
+        status = in_child(lambda count=count: crashed_run(count))
+        if status == 0:
+            break
+        assert status == CRASHED
+        run(source, output, resume=True)
+        assert results(output) == expected, f"after a crash at call {count}"
+        left = {"out.jsonl", "out.parquet", "undisturbed.jsonl", "undisturbed.parquet", source.name}
+        assert set(os.listdir(tmp_path)) <= left
+        output.unlink()
+    assert count > 20, "the calls were counted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_fifty_kills_at_random_moments(
+    run: Run, batch_file: MakeFile, tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command itself, from parsing its arguments to naming its output, killed as by `kill -9`."""
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow.parquet")
+    source = batch_file(60)
+    run(source, tmp_path / f"undisturbed.{suffix}")
+    expected = results(tmp_path / f"undisturbed.{suffix}")
+    output = tmp_path / f"out.{suffix}"
+    rng = random.Random(suffix)
+
+    # Few canvases at a time, so that results come one after another.
+    arguments = ["-i", str(source), "-o", str(output), "--resume", "--device", "cpu", "--max-num-seqs", "4"]
+
+    def command() -> None:
+        sys.argv = ["remask", "run-batch", *arguments]
+        main()
+
+    started = time.monotonic()
+    assert in_child(command) == 0
+    whole = time.monotonic() - started
+    assert results(output) == expected
+    num_kills = num_finished = 0
+    sizes = set()
+    while num_kills < 25:
+        if output.exists():
+            assert results(output) == expected
+            output.unlink()
+            num_finished += 1
+        status = in_child(command, kill_after=rng.uniform(0, whole))
+        assert status in (CRASHED, 0)
+        num_kills += status == CRASHED
+        partial = output.with_name(output.name + ".partial")
+        sizes.add(partial.stat().st_size if partial.exists() else None)
+    assert in_child(command) == 0
+    assert results(output) == expected
+    assert len(sizes) > 3, "the kills came at different moments"
+    capfd.readouterr()
+
+
+def test_a_resumed_run_writes_what_an_undisturbed_one_writes(
+    run: Run, partial_of: Callable[[int], tuple[Path, Path, Path]]
+) -> None:
+    """At temperature 1 without seeds, whichever results are there already and in whatever order."""
+    source, output, partial = partial_of(30)
+    lines = partial.read_bytes().splitlines(keepends=True)
+    expected = results(partial)
+    rng = random.Random(0)
+    for _ in range(5):
+        partial.write_bytes(b"".join(rng.sample(lines, rng.randrange(30))))
+        summary = run(source, output, resume=True)
+        assert results(output) == expected
+        assert summary.num_lines == 30
+        output.unlink()
+
+
+def test_an_output_torn_at_every_byte_of_its_ends(
+    run: Run, partial_of: Callable[[int], tuple[Path, Path, Path]]
+) -> None:
+    source, output, partial = partial_of(8)
+    whole = partial.read_bytes()
+    expected = results(partial)
+    lines = whole.splitlines(keepends=True)
+    found = parse_id(json.loads(lines[0])["id"])
+    assert found is not None
+    ids = CustomIds()
+    for i in range(8):
+        ids.append(f"request {i}")
+    places = [*range(len(lines[0]) + 1), *range(len(whole) - len(lines[-1]) - len(lines[-2]), len(whole) + 1)]
+    for place in places:
+        partial.write_bytes(whole[:place])
+        num_whole = whole[:place].count(b"\n")
+        with Journal(output, resume=True) as journal:
+            done = journal.recover(found[0], ids)
+            assert done.sum() == num_whole
+            assert partial.read_bytes() == b"".join(lines[:num_whole])
+            journal.append(lines[num_whole] if num_whole < 8 else b"")
+        assert partial.read_bytes() == b"".join(lines[: num_whole + 1])
+        if place % 41 == 0 or place == len(whole):
+            partial.write_bytes(whole[:place])
+            run(source, output, resume=True)
+            assert results(output) == expected
+            output.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole + b"\0" * 5000,
+        lambda whole: whole[:-100] + b"\0" * 100,
+        lambda whole: whole[:700] + b"\0" * 1000 + whole[1700:],
+        lambda whole: b"\0" * len(whole),
+        lambda whole: b"\0" * 300 + whole[300:],
+    ],
+)
+def test_zeros_of_a_power_loss_are_cut_off(
+    run: Run, partial_of: Callable[[int], tuple[Path, Path, Path]], damage: Callable[[bytes], bytes]
+) -> None:
+    source, output, partial = partial_of(8)
+    expected = results(partial)
+    partial.write_bytes(damage(partial.read_bytes()))
+    run(source, output, resume=True)
+    assert results(output) == expected
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(run: Run, batch_file: MakeFile, tmp_path: Path) -> None:
+    source, output = batch_file(20), tmp_path / "out.jsonl"
+    run(source, tmp_path / "undisturbed.jsonl")
+    told = tmp_path / "told"
+
+    def limited() -> None:
+        limit = 5000  # in the middle of a line
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            run(source, output, resume=True)
+        except BatchStopped as error:
+            told.write_text(str(error))
+            sys.exit(3)
+
+    assert in_child(limited) == 3
+    assert "results are safe; --resume goes on" in told.read_text()
+    partial = tmp_path / "out.jsonl.partial"
+    assert 4000 < partial.stat().st_size <= 5000
+    assert partial.read_bytes().endswith(b"\n"), "rolled back to whole lines"
+    assert in_child(limited) == 3, "still full"
+    run(source, output, resume=True)
+    assert results(output) == results(tmp_path / "undisturbed.jsonl")
+
+
+def test_a_really_full_file_system(run: Run, batch_file: MakeFile, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount here")
+    try:
+        with pytest.raises(BatchStopped, match=r"No space left on device: [0-9]+ of 40 results are safe"):
+            run(batch_file(40), disk / "out.jsonl")
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        summary = run(batch_file(40), disk / "out.jsonl", resume=True)
+        assert summary.num_done_before > 0
+        assert len(results(disk / "out.jsonl")) == 40
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_resume_starts_a_run_that_has_no_output_and_does_nothing_on_a_finished_one(
+    run: Run, batch_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = batch_file(5), tmp_path / "out.jsonl"
+    assert run(source, output, resume=True).num_done_before == 0
+    before = (output.read_bytes(), output.stat().st_mtime_ns)
+    monkeypatch.setattr(EngineCore, "step", None)
+    summary = run(source, output, resume=True)
+    assert summary == Summary(num_lines=5, num_done_before=5)
+    assert (output.read_bytes(), output.stat().st_mtime_ns) == before
+    assert sorted(os.listdir(tmp_path)) == ["5.jsonl", "out.jsonl"]
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
+def test_an_existing_output_is_refused_without_resume(
+    run: Run, batch_file: MakeFile, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(InvalidRequest, match=r"--output-file: (exists already|an interrupted run)"):
+        run(batch_file(3), tmp_path / "out.jsonl")
+    assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
+@pytest.mark.parametrize("content", ["precious", "precious\n", '{"id": "x", "custom_id": "y"}\n', '{"id":\n'])
+def test_a_file_that_is_no_output_is_refused_with_resume(
+    run: Run, batch_file: MakeFile, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidRequest, match="is no output of a batch"):
+        run(batch_file(3), tmp_path / "out.jsonl", resume=True)
+    assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_output_of_another_run_is_refused(
+    run: Run,
+    partial_of: Callable[[int], tuple[Path, Path, Path]],
+    batch_file: MakeFile,
+    no_work_now: Callable[[], None],
+    finished: bool,
+) -> None:
+    source, output, partial = partial_of(4)
+    if finished:
+        partial.rename(output)
+    there = output if finished else partial
+    content = there.read_bytes()
+    no_work_now()
+    for options, what in (
+        ({"defaults": {"max_tokens": 5}}, "other parameters"),
+        ({"seed": 1}, "other parameters"),
+        ({"chat": True}, "other parameters"),
+    ):
+        with pytest.raises(InvalidRequest, match=f"another run, with {what}; choose another file"):
+            run(source, output, resume=True, **options)
+    with pytest.raises(InvalidRequest, match="another run, with another input; choose"):
+        run(batch_file(5), output, resume=True)
+    assert there.read_bytes() == content
+
+
+@pytest.fixture
+def no_work_now(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setattr(EngineCore, "step", None)
+
+
+def test_results_that_were_tampered_with_are_refused(
+    run: Run, partial_of: Callable[[int], tuple[Path, Path, Path]]
+) -> None:
+    source, output, partial = partial_of(4)
+    lines = sorted(partial.read_bytes().splitlines(keepends=True))  # they come in the order of completion
+    assert b'"request 0"' in lines[0]
+    for changed in (
+        [*lines, lines[0]],
+        [lines[0].replace(b'"request 0"', b'"request 1"')],
+        [lines[0].replace(b'_0"', b'_9"')],
+    ):
+        partial.write_bytes(b"".join(changed))
+        with pytest.raises(InvalidRequest, match="was changed: the result of 'request"):
+            run(source, output, resume=True)
+    partial.write_bytes(b"".join(lines[:3]))
+    partial.rename(output)
+    with pytest.raises(InvalidRequest, match="was changed: it holds 3 of the 4 results"):
+        run(source, output, resume=True)
+
+
+def test_two_processes_cannot_write_one_output(run: Run, batch_file: MakeFile, tmp_path: Path) -> None:
+    source, output = batch_file(3), tmp_path / "out.jsonl"
+    with Journal(output, resume=False), pytest.raises(InvalidRequest, match="written by another process"):
+        run(source, output, resume=True)
+    run(source, output)
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    run: Run, batch_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = batch_file(3), tmp_path / "out.jsonl"
+    sync = Journal.sync
+
+    def appear(journal: Journal) -> None:
+        output.write_text("precious")
+        sync(journal)
+
+    monkeypatch.setattr(Journal, "sync", appear)
+    with pytest.raises(BatchStopped, match="File exists: 3 of 3 results are safe"):
+        run(source, output)
+    assert output.read_text() == "precious"
+
+
+def test_a_file_system_without_links_is_renamed_on(
+    run: Run, batch_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    run(batch_file(3), tmp_path / "out.jsonl")
+    assert sorted(os.listdir(tmp_path)) == ["3.jsonl", "out.jsonl"]
+
+
+def test_faults_that_were_recorded_are_not_recorded_again(run: Run, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"prompt": "1=", "max_tokens": 2}\n{"prompt": ""}\n{"prompt": "2=", "max_tokens": 2}\n'
+    )
+    run(source, output, record_invalid=True)
+    partial = tmp_path / "out.jsonl.partial"
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.unlink()
+    for kept in range(3):
+        partial.write_bytes(b"".join(lines[:kept]))
+        run(source, output, resume=True, record_invalid=True)
+        assert len(output.read_bytes().splitlines()) == len({*output.read_bytes().splitlines()}) == 3
+        output.unlink()
+
+
+def test_a_run_is_named_by_input_model_and_parameters(tmp_path: Path, golden_checkpoint: Path) -> None:
+    tiny = model_digest("tiny")
+    assert tiny == model_digest("tiny") != model_digest(golden_checkpoint)
+    name = RunName("0" * 8, tiny, "f" * 8)
+    assert parse_id(name.id(12)) == (name, 12)
+    for wrong in ("", "batch_req_", name.id(1)[:-1], name.id(1) + "\n", name.id(1) + "x", "x" + name.id(1)):
+        assert parse_id(wrong) is None
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in golden_checkpoint.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert model_digest(copy) == model_digest(golden_checkpoint), "wherever it lies"
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert model_digest(copy) != model_digest(golden_checkpoint)
