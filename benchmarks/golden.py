@@ -25,7 +25,8 @@ from rich.table import Table
 
 from remask import LLM, SamplingParams, Threshold
 from remask.benchmarks.environment import environment_stamp
-from remask.benchmarks.plain_loop import Decoded, decode_by_threshold
+from remask.benchmarks.plain_canvas import Decoded
+from remask.benchmarks.plain_loop import decode
 from remask.workers.models.denoiser import load_denoiser
 
 Cases = list[dict[str, Any]]
@@ -37,40 +38,29 @@ def read_cases(directory: Path, policy: str) -> Cases:
     return [case for case in cases if case["policy"] == policy]
 
 
+def params_of(case: dict[str, Any]) -> SamplingParams:
+    params = case["params"]
+    return SamplingParams(
+        max_tokens=params["gen_length"],
+        block_length=params["block_length"],
+        unmask=Threshold(params["threshold"]),
+        ignore_eos=True,
+    )
+
+
 def plain_loop(checkpoint: Path, cases: Cases) -> Callable[[], list[Decoded]]:
     model = load_denoiser(checkpoint, dtype="float32", device="cpu")
-
-    def run() -> list[Decoded]:
-        return [
-            decode_by_threshold(
-                model,
-                case["prompt"],
-                case["params"]["gen_length"],
-                case["params"]["block_length"],
-                case["params"]["threshold"],
-            )
-            for case in cases
-        ]
-
-    return run
+    return lambda: [decode(model, case["prompt"], params_of(case)) for case in cases]
 
 
 def engine(
     checkpoint: Path, cases: Cases, dtype: Literal["float32", "bfloat16"]
 ) -> Callable[[], list[Decoded]]:
     llm = LLM(checkpoint, dtype=dtype, device="cpu")
-    params = [
-        SamplingParams(
-            max_tokens=case["params"]["gen_length"],
-            block_length=case["params"]["block_length"],
-            unmask=Threshold(case["params"]["threshold"]),
-            ignore_eos=True,
-        )
-        for case in cases
-    ]
+    prompts, params = [case["prompt"] for case in cases], [params_of(case) for case in cases]
 
     def run() -> list[Decoded]:
-        outputs = llm.generate([case["prompt"] for case in cases], params, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
         return [Decoded(output.outputs[0].token_ids, output.outputs[0].nfe) for output in outputs]
 
     return run

@@ -1,51 +1,62 @@
 """The baseline: decoding as the published code does it, one request at a time over the engine's own weights.
 
-A step is one forward of one sequence, logits of every row, a softmax in fp64 over the vocabulary, then
-Fast-dLLM's threshold rule without a cache (arXiv 2505.22618). The transformer is the engine's, with its fused
+A step is one forward of one sequence, logits of every row and a softmax in fp64 over the vocabulary; WINO
+appends its shadow block to the sequence in every step. The transformer is the engine's, with its fused
 projections and SDPA, so that only the way of decoding is compared.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+import numpy as np
 import torch
+from torch import Tensor
 
-from remask.workers.attention.varlen import VarlenLayout
+from remask.benchmarks.plain_canvas import Decoded, PlainCanvas
+from remask.scheduler.params import SamplingParams
+from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.rows import PackedRows
 
 
-class Decoded(NamedTuple):
-    """A filled canvas and the forwards that it took."""
-
-    token_ids: list[int]
-    nfe: int
-
-
 @torch.inference_mode()
-def decode_by_threshold(
-    model: TransformerDenoiser, prompt: list[int], canvas_len: int, block_len: int, threshold: float
-) -> Decoded:
-    """Fills a canvas: per step the best masked position of the block and all at or above `threshold`."""
-    ids = torch.tensor(prompt + [model.mask_id] * canvas_len, device=model.device)
-    positions = torch.arange(len(ids), device=model.device)
-    layout = VarlenLayout((0, len(ids)), (0, len(ids)), ())
-    nfe = 0
-    for start in range(len(prompt), len(ids), block_len):
-        end = min(start + block_len, len(ids))
-        while bool((ids[start:end] == model.mask_id).any()):
-            rows = PackedRows(ids, positions, layout, positions, layout)  # every row is a candidate
-            logits = model.model.logits(model.model(rows, model.attention))
-            probabilities = logits.double().softmax(-1)
-            logits[:, model.mask_id] = -torch.inf
-            proposal = logits.argmax(-1)
-            confidence = probabilities.gather(1, proposal.unsqueeze(1)).squeeze(1)
-            open_slots = torch.zeros_like(ids, dtype=torch.bool)
-            open_slots[start:end] = ids[start:end] == model.mask_id
-            confidence = torch.where(open_slots, confidence, -torch.inf)
-            commit = confidence >= threshold
-            commit[confidence.argmax()] = True
-            ids = torch.where(commit, proposal, ids)
-            nfe += 1
-    return Decoded(ids[len(prompt) :].tolist(), nfe)
+def decode(model: TransformerDenoiser, prompt: list[int], params: SamplingParams) -> Decoded:
+    """Fills one canvas."""
+    canvas = PlainCanvas(prompt, params, model.mask_id)
+    while not canvas.finished:
+        rows = _rows(canvas)
+        logits = model.model.logits(model.model(rows, model.attention))
+        ids = torch.from_numpy(canvas.ids)
+        given = ids[rows.positions_T]  # of a shadow row, the token at its position
+        proposal, confidence, verified = (
+            part.numpy() for part in dense_statistics(logits, given, model.mask_id)
+        )
+        own, shadow = slice(canvas.start, canvas.end), slice(len(ids), None)
+        canvas.step(proposal[own], confidence[own], verified[shadow] if canvas.verifies else None)
+    return canvas.decoded()
+
+
+def dense_statistics(logits_TV: Tensor, given_T: Tensor, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Proposal, its probability, and the probability of a given token, for every row; overwrites logits."""
+    probabilities_TV = logits_TV.double().softmax(-1)
+    logits_TV[:, mask_id] = -torch.inf
+    proposal_T = logits_TV.argmax(-1)
+    confidence_T, given_prob_T = (
+        probabilities_TV.gather(1, ids_T.unsqueeze(1)).squeeze(1) for ids_T in (proposal_T, given_T)
+    )
+    return proposal_T, confidence_T, given_prob_T
+
+
+def _rows(canvas: PlainCanvas) -> PackedRows:
+    """The whole sequence, then the shadow block; every row is a candidate."""
+    length, width = len(canvas.ids), canvas.end - canvas.start if canvas.verifies else 0
+    block = np.arange(canvas.start, canvas.start + width)
+    ids = torch.from_numpy(np.concatenate([canvas.ids, np.full(width, canvas.mask_id)]))
+    positions = torch.from_numpy(np.concatenate([np.arange(length), block]))
+    shadows = ()
+    if width:
+        mask = torch.ones(width, length + width, dtype=torch.bool)
+        mask[range(width), block] = False
+        shadows = (ShadowSegment(0, (0, width), (0, width), mask),)
+    layout = VarlenLayout((0, length), (0, length), shadows)
+    rows = torch.arange(length + width)
+    return PackedRows(ids, positions, layout, rows, layout, rows)

@@ -35,6 +35,8 @@ class LLM:
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
         max_model_len: largest prompt and canvas together in tokens; None: the model's.
         seed: seeds requests that give none, with their ordinal.
+        load_format: "auto": the checkpoint's weights; "dummy": random ones for its config.json, always the
+            same, with which speed is measured.
         max_num_rows: rows of a batch; a larger canvas runs alone. None: the knee, from which on more rows
             only take longer; it is measured once (some seconds) and kept under `~/.cache/remask`.
         max_num_seqs: canvases of a batch.
@@ -56,7 +58,7 @@ class LLM:
         max_model_len: int | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
-        load_format: Literal["auto"] = "auto",
+        load_format: Literal["auto", "dummy"] = "auto",
         quantization: None = None,
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
@@ -73,7 +75,7 @@ class LLM:
     ) -> None:
         for name, value, supported in (
             ("trust_remote_code", trust_remote_code, (False,)),
-            ("load_format", load_format, ("auto",)),
+            ("load_format", load_format, ("auto", "dummy")),
             ("quantization", quantization, (None,)),
             ("tensor_parallel_size", tensor_parallel_size, (1,)),
             ("data_parallel_size", data_parallel_size, (1,)),
@@ -86,7 +88,9 @@ class LLM:
             ("gpu_memory_utilization", gpu_memory_utilization, (0.9,)),
         ):
             if value not in supported:
-                raise InvalidRequest(name, value, f"is not supported yet; use {supported[0]!r}")
+                raise InvalidRequest(
+                    name, value, f"is not supported yet; use {' or '.join(map(repr, supported))}"
+                )
         for name, value in (("max_num_rows", max_num_rows), ("max_num_seqs", max_num_seqs), ("burst", burst)):
             if value is None and name != "max_num_seqs":
                 continue
@@ -104,7 +108,7 @@ class LLM:
             self.tokenizer = load_tokenizer(
                 directory if tokenizer is None else Path(tokenizer), tokenizer is not None
             )
-            denoiser = load_denoiser(directory, dtype=dtype, device=device)
+            denoiser = load_denoiser(directory, dtype=dtype, device=device, load_format=load_format)
         config = denoiser.config
         max_len = config.max_len if max_model_len is None else max_model_len
         if not isinstance(max_len, int) or not 2 <= max_len <= config.max_len:

@@ -45,11 +45,11 @@ class Statistics:
         reals = (torch.zeros(num_rows, device=device) for _ in range(5))
         return cls(torch.zeros(num_rows, dtype=torch.int64, device=device), *reals)
 
-    def head(self, count: int) -> Statistics:
-        """The statistics of the first `count` rows."""
-        return Statistics(*(getattr(self, field.name)[:count] for field in fields(self)))
+    def part(self, rows: slice) -> Statistics:
+        """The statistics of some rows."""
+        return Statistics(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def put(self, rows: Tensor, other: Statistics) -> None:
+    def put(self, rows: Tensor | slice, other: Statistics) -> None:
         """Writes the statistics of some rows."""
         for field in fields(self):
             getattr(self, field.name)[rows] = getattr(other, field.name)
@@ -58,7 +58,7 @@ class Statistics:
 def head_statistics(
     hidden_ND: Tensor, logits_of: Callable[[Tensor], Tensor], vocab_size: int, query: HeadQuery, mask_id: int
 ) -> Statistics:
-    """Statistics [N] of the live rows of a query; the others stay zero.
+    """Statistics [N] of the candidates.
 
     Args:
         hidden_ND: final hidden states of the candidates.
@@ -68,14 +68,15 @@ def head_statistics(
         mask_id: M.
     """
     out = Statistics.blank(len(hidden_ND), hidden_ND.device)
-    live = query.live.nonzero().squeeze(1)
-    for part in live.split(max(1, CHUNK_BYTES // (4 * vocab_size))):
+    chunk_len = max(1, CHUNK_BYTES // (4 * vocab_size))
+    for start in range(0, len(hidden_ND), chunk_len):
+        part = slice(start, start + chunk_len)
         logits_NV = logits_of(hidden_ND[part]).float()
         out.put(part, logits_statistics(logits_NV, query, part, mask_id))
     return out
 
 
-def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: Tensor, mask_id: int) -> Statistics:
+def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id: int) -> Statistics:
     """Statistics of a chunk of logits; overwrites them. `rows` are the chunk's rows in the query."""
     # Relative to the largest, so that probabilities near 1 keep their last bits: policies compare those.
     logits_NV -= logits_NV.amax(-1, keepdim=True)
@@ -99,6 +100,6 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: Tensor, mask_id
     hot = (heat > 0).nonzero().squeeze(1)
     vocab = torch.arange(logits_NV.shape[1], device=logits_NV.device)
     for part in hot.split(max(1, CHUNK_BYTES // (4 * GUMBEL_SHARE * len(vocab)))):
-        noise_NV = gumbel(query.keys[rows[part]], vocab)
+        noise_NV = gumbel(query.keys[rows][part], vocab)
         proposal[part] = noise_NV.mul_(heat[part].unsqueeze(1)).add_(logits_NV[part]).argmax(-1)
     return Statistics(proposal, prob_of(proposal), top_prob, given_prob, margin, neg_entropy)

@@ -110,7 +110,7 @@ def _seconds(worker: Worker, batch: StepBatch, model: TransformerDenoiser) -> fl
 
 def _example(num_rows: int, mask_id: int) -> Canvas:
     canvas_len = max(1, num_rows // 2)
-    prompt = [(mask_id + 1 + i) % (mask_id + 2) for i in range(num_rows - canvas_len)]
+    prompt = [0 if mask_id != 0 else 1] * (num_rows - canvas_len)
     params = resolve(SamplingParams(max_tokens=canvas_len))
     return new_canvas("knee", 0, prompt, params, seed=0, sample=0, mask_id=mask_id, stop_ids=[])
 

@@ -2,15 +2,16 @@
 at.
 
 A *plan* says which canvases share a pack and holds what does not change while they are together; `pack_rows`
-adds what the current step needs. Main rows (prompt and canvas) of all canvases come first, then one shadow
-row for each block slot of the canvases whose remask policy verifies. The *candidates* are the rows that the
-head may be asked about: the slots of the active blocks, then the shadow rows.
+adds what the current step needs. Main rows (prompt and canvas) of all canvases come first, then the shadow
+rows of the canvases whose remask policy verifies: one for each slot of the active block, masked or not,
+because they see each other; none while nothing of the block is committed, because no other row sees them. The
+*candidates* are the rows that somebody reads: masked slots, then the shadow rows of committed slots.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class PackedRows:
         layout: all rows as queries.
         candidates_N: int64 [N]: rows whose final hidden state is wanted, main rows before shadow rows.
         candidate_layout: the candidates as queries.
+        slots_N: int64 [N]: the slot that each candidate stands for, numbered as in `PackPlan`.
     """
 
     ids_T: Tensor
@@ -35,6 +37,11 @@ class PackedRows:
     layout: VarlenLayout
     candidates_N: Tensor
     candidate_layout: VarlenLayout
+    slots_N: Tensor
+
+    @property
+    def num_main_candidates(self) -> int:
+        return self.candidate_layout.cu_queries[-1]
 
 
 @dataclass(frozen=True)
@@ -42,14 +49,12 @@ class HeadQuery:
     """What the head is asked about the N candidates of a pack.
 
     Attributes:
-        live: bool [N]: nobody reads the statistics of the others.
         given: int64 [N]: the token whose probability is wanted.
         temperature: fp32 [N]: of the proposal; 0: the most probable token.
         keys: int64 [N]: keys of the token stream.
         needs: which of "margin" and "entropy" somebody reads.
     """
 
-    live: Tensor
     given: Tensor
     temperature: Tensor
     keys: Tensor
@@ -61,28 +66,28 @@ class PackPlan:
     """The canvases of one pack. Slots are numbered as in the burst's flattened [R, B].
 
     Attributes:
-        num_rows: rows of a forward, T.
         token_index: int64 [T_main]: where in the burst's flat tokens each main row's token stands.
         positions: int64 [T_main]: position ids.
         cu_seqlens: boundaries of the sequences among the main rows.
-        slots: int64 [N_main]: the slot behind each main candidate, `block_length` of them for each canvas.
-        slot_shifts: int64 [N_main]: row of its token in the pack minus the token's place in the flat tokens.
-        cu_slots: boundaries of the sequences among the main candidates.
-        shadow_slots: int64 [S]: the slot that each shadow row verifies.
-        shadow_starts: int64 [S]: where in the flat tokens the sequence of each shadow row begins.
-        shadow_owners: the place in the pack of each verifying canvas, with the number of its shadow rows.
+        slots: int64 [M]: the slots that may be candidates, `block_length` of them for each canvas.
+        slot_shifts: int64 [M]: row of its token in the pack minus the token's place in the flat tokens.
+        cu_slots: int64: boundaries of the sequences in `slots`.
+        shadow_slots: int64 [S]: the slots that a shadow row may verify.
+        shadow_starts: int64 [S]: where in the flat tokens the sequence of each of them begins.
+        cu_shadow_slots: int64: boundaries of the verifying canvases in `shadow_slots`.
+        shadow_owners: the place in the pack of each verifying canvas.
     """
 
-    num_rows: int
     token_index: Tensor
     positions: Tensor
     cu_seqlens: tuple[int, ...]
     slots: Tensor
     slot_shifts: Tensor
-    cu_slots: tuple[int, ...]
+    cu_slots: Tensor
     shadow_slots: Tensor
     shadow_starts: Tensor
-    shadow_owners: tuple[tuple[int, int], ...]
+    cu_shadow_slots: Tensor
+    shadow_owners: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -133,30 +138,32 @@ def plan_pack(
     """
     width = max(block_lens)
 
+    def ints(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=device)
+
     def joined(ranges: Sequence[range]) -> Tensor:
-        return torch.tensor(list(itertools.chain(*ranges)), dtype=torch.int64, device=device)
+        return ints(itertools.chain(*ranges))
 
     def repeated(values: Sequence[int], counts: Sequence[int]) -> Tensor:
-        numbers, times = (torch.tensor(part, dtype=torch.int64, device=device) for part in (values, counts))
-        return numbers.repeat_interleave(times)
+        return ints(values).repeat_interleave(ints(counts))
 
     starts = [cu_tokens[c] for c in canvases]
     lens = [cu_tokens[c + 1] - cu_tokens[c] for c in canvases]
     blocks, shadows = [block_lens[c] for c in canvases], [num_shadow_rows[c] for c in canvases]
     cu_seqlens = (0, *itertools.accumulate(lens))
     return PackPlan(
-        num_rows=sum(lens) + sum(shadows),
         token_index=joined([range(start, start + n) for start, n in zip(starts, lens, strict=True)]),
         positions=joined([range(n) for n in lens]),
         cu_seqlens=cu_seqlens,
         slots=joined([range(c * width, c * width + n) for c, n in zip(canvases, blocks, strict=True)]),
         slot_shifts=repeated([row - place for row, place in zip(cu_seqlens, starts, strict=False)], blocks),
-        cu_slots=(0, *itertools.accumulate(blocks)),
+        cu_slots=ints((0, *itertools.accumulate(blocks))),
         shadow_slots=joined(
             [range(c * width, c * width + n) for c, n in zip(canvases, shadows, strict=True)]
         ),
         shadow_starts=repeated(starts, shadows),
-        shadow_owners=tuple((place, n) for place, n in enumerate(shadows) if n),
+        cu_shadow_slots=ints((0, *itertools.accumulate(n for n in shadows if n))),
+        shadow_owners=tuple(place for place, n in enumerate(shadows) if n),
     )
 
 
@@ -185,37 +192,69 @@ def pack_rows(
         part.flatten() for part in (blocks.valid, blocks.masked, blocks.tokens, blocks.rows)
     )
     heat = temperature.unsqueeze(1).expand_as(keys).flatten()
-    own, shadow = plan.slots, plan.shadow_slots
-    shadow_positions = torch.where(valid[shadow], places[shadow] - plan.shadow_starts, 0)
-    shadow_rows = torch.arange(plan.num_rows - len(shadow), plan.num_rows, device=tokens.device)
-    shadows = _shadow_segments(plan, shadow_positions, valid[shadow])
+    is_candidate = masked[plan.slots]
+    own = plan.slots[is_candidate]
+    is_shadow, is_read = _needed_shadows(plan, valid, masked)
+    shadow = plan.shadow_slots[is_shadow]
+    shadow_positions = places[shadow] - plan.shadow_starts[is_shadow]
+    every, read = _shadow_segments(plan, shadow_positions, is_shadow, is_read)
+    shadow_candidates = is_read[is_shadow].nonzero().squeeze(1)
+    slots_N = torch.cat([own, shadow[shadow_candidates]])
+    num_candidates = _counts(is_candidate, plan.cu_slots).tolist()
     rows = PackedRows(
         ids_T=torch.cat([tokens[plan.token_index], torch.full_like(shadow, mask_id)]),
         positions_T=torch.cat([plan.positions, shadow_positions]),
-        layout=VarlenLayout(plan.cu_seqlens, plan.cu_seqlens, shadows),
-        candidates_N=torch.cat([torch.where(valid[own], places[own] + plan.slot_shifts, 0), shadow_rows]),
-        candidate_layout=VarlenLayout(plan.cu_slots, plan.cu_seqlens, shadows),
+        layout=VarlenLayout(plan.cu_seqlens, plan.cu_seqlens, every),
+        candidates_N=torch.cat(
+            [places[own] + plan.slot_shifts[is_candidate], shadow_candidates + plan.cu_seqlens[-1]]
+        ),
+        candidate_layout=VarlenLayout((0, *itertools.accumulate(num_candidates)), plan.cu_seqlens, read),
+        slots_N=slots_N,
     )
     query = HeadQuery(
-        live=torch.cat([masked[own], (valid & ~masked)[shadow]]),
-        given=held[torch.cat([own, shadow])],
-        temperature=torch.cat([heat[own], heat.new_zeros(len(shadow))]),  # shadow proposals are not used
-        keys=keys.flatten()[torch.cat([own, shadow])],
+        given=held[slots_N],
+        # Proposals of shadow rows are not used.
+        temperature=torch.cat([heat[own], heat.new_zeros(len(shadow_candidates))]),
+        keys=keys.flatten()[slots_N],
         needs=needs,
     )
     return rows, query
 
 
-def _shadow_segments(plan: PackPlan, positions_S: Tensor, valid_S: Tensor) -> tuple[ShadowSegment, ...]:
-    """A shadow row sees all main rows but the one at its own position, and every shadow row of its block."""
-    segments = []
-    first = 0
-    for sequence, count in plan.shadow_owners:
-        own = slice(first, first + count)
+def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
+    """How many flags are set between each two bounds."""
+    return torch.nn.functional.pad(flags.cumsum(0), (1, 0))[bounds].diff()
+
+
+def _needed_shadows(plan: PackPlan, valid: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of `plan.shadow_slots` get a shadow row, and which of these rows the head must look at, bool
+    [S]."""
+    in_block = valid[plan.shadow_slots]
+    is_read = in_block & ~masked[plan.shadow_slots]
+    verifies = _counts(is_read, plan.cu_shadow_slots) > 0
+    return in_block & verifies.repeat_interleave(plan.cu_shadow_slots.diff()), is_read
+
+
+def _shadow_segments(
+    plan: PackPlan, positions: Tensor, is_shadow: Tensor, is_read: Tensor
+) -> tuple[tuple[ShadowSegment, ...], tuple[ShadowSegment, ...]]:
+    """The segments of all shadow rows as queries, and of those only that are read.
+
+    A shadow row sees all main rows but the one at its own position, and every shadow row of its block.
+    """
+    cu_keys, cu_read = (
+        (0, *itertools.accumulate(_counts(flags, plan.cu_shadow_slots).tolist()))
+        for flags in (is_shadow, is_read)
+    )
+    read_rows = is_read[is_shadow]
+    every, read = [], []
+    for i, sequence in enumerate(plan.shadow_owners):
+        first, last = keys = cu_keys[i], cu_keys[i + 1]
+        if first == last:
+            continue
         length = plan.cu_seqlens[sequence + 1] - plan.cu_seqlens[sequence]
-        main = torch.ones(count, length, dtype=torch.bool, device=valid_S.device)
-        main.scatter_(1, positions_S[own].unsqueeze(1), False)
-        mask = torch.cat([main, valid_S[own].expand(count, count)], dim=1)
-        segments.append(ShadowSegment(sequence, own.start, own.stop, mask))
-        first += count
-    return tuple(segments)
+        mask = torch.ones(last - first, length + last - first, dtype=torch.bool, device=positions.device)
+        mask.scatter_(1, positions[first:last].unsqueeze(1), False)
+        every.append(ShadowSegment(sequence, keys, keys, mask))
+        read.append(ShadowSegment(sequence, (cu_read[i], cu_read[i + 1]), keys, mask[read_rows[first:last]]))
+    return tuple(every), tuple(read)

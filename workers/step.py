@@ -36,6 +36,7 @@ def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
     main = Statistics.blank(slots.numel(), state.device)
     verified = torch.ones(shape, device=state.device)
     keys = stream_keys(state.keys.unsqueeze(1), Purpose.TOKEN, state.num_forwards.unsqueeze(1), slots)
+    num_rows = 0
     for plan in plans:
         rows, query = pack_rows(
             plan,
@@ -47,13 +48,14 @@ def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
             needs=state.needs,
         )
         found = model.statistics(rows, query)
-        num_main = len(plan.slots)
-        main.put(plan.slots, found.head(num_main))
-        verified.view(-1)[plan.shadow_slots] = found.given_prob[num_main:]
+        num_rows += len(rows.ids_T)
+        own, shadow = slice(rows.num_main_candidates), slice(rows.num_main_candidates, None)
+        main.put(rows.slots_N[own], found.part(own))
+        verified.view(-1)[rows.slots_N[shadow]] = found.given_prob[shadow]
     view = _block_view(state, blocks, main, verified, slots)
     commit, remask = _decide(state, view)
     _update(state, slots, blocks, commit, remask, main.proposal.view(shape), view.confidence, model.mask_id)
-    return sum(plan.num_rows for plan in plans)
+    return num_rows
 
 
 def _block_view(

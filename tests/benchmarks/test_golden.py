@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from remask.benchmarks.golden import measure, read_cases
-from remask.benchmarks.plain_loop import decode_by_threshold
+from remask.benchmarks.golden import measure, params_of, read_cases
+from remask.benchmarks.plain_loop import decode
 from remask.workers.models.denoiser import TransformerDenoiser
 
 
@@ -15,10 +15,7 @@ def test_the_plain_loop_writes_the_reference_tokens(
 ) -> None:
     cases = [case for case in golden_cases if case["policy"] == "fastdllm"]
     for case in cases[::4]:
-        params = case["params"]
-        decoded = decode_by_threshold(
-            golden_model, case["prompt"], params["gen_length"], params["block_length"], params["threshold"]
-        )
+        decoded = decode(golden_model, case["prompt"], params_of(case))
         assert decoded == (case["output"], case["nfe"])
 
 

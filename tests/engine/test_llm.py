@@ -80,7 +80,7 @@ def test_the_number_of_parameters_must_fit_the_prompts(tiny_llm: LLM) -> None:
         ({"dtype": []}, "dtype"),
         ({"seed": None}, "seed"),
         ({"trust_remote_code": True}, "trust_remote_code"),
-        ({"load_format": "dummy"}, "load_format"),
+        ({"load_format": "safetensors"}, "load_format"),
         ({"quantization": "fp8"}, "quantization"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"data_parallel_size": 2}, "data_parallel_size"),

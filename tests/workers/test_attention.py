@@ -23,11 +23,13 @@ def hole_masks() -> list[tuple[int, Tensor]]:
     return masks
 
 
-def layout(cu_queries: tuple[int, ...], cu_keys: tuple[int, ...]) -> VarlenLayout:
-    shadows, first = [], 0
+def layout(cu_queries: tuple[int, ...], cu_keys: tuple[int, ...], skipped: int = 0) -> VarlenLayout:
+    """The first `skipped` shadow rows of each sequence are keys only."""
+    shadows, query, key = [], 0, 0
     for sequence, mask in hole_masks():
-        shadows.append(ShadowSegment(sequence, first, first + len(mask), mask))
-        first += len(mask)
+        queries, keys = (query, query + len(mask) - skipped), (key, key + len(mask))
+        shadows.append(ShadowSegment(sequence, queries, keys, mask[skipped:]))
+        query, key = queries[1], keys[1]
     return VarlenLayout(cu_queries, cu_keys, tuple(shadows))
 
 
@@ -54,10 +56,10 @@ def test_packed_attention_equals_dense_masked_attention(heads: int, kv_heads: in
     q, k, v = (torch.randn(total, n, 8) for n in (heads, kv_heads, kv_heads))
     queries = torch.arange(total)
     cu_queries = cu
-    if pruned:  # two rows of each sequence (one of the shortest), then every shadow row
-        queries = torch.tensor([1, 4, 7, 10, 19, 20, 24, *range(cu[-1], total)])
+    if pruned:  # two rows of each sequence (one of the shortest), then all shadow rows but each first
+        queries = torch.tensor([1, 4, 7, 10, 19, 20, 24, 26, 27, 29, 30, 31])
         cu_queries = (0, 2, 3, 5, 7)
-    got = SdpaAttention().attend(q[queries], k, v, layout(cu_queries, cu))
+    got = SdpaAttention().attend(q[queries], k, v, layout(cu_queries, cu, skipped=int(pruned)))
     scores = (
         torch.einsum("qhd,khd->hqk", q.double(), k.repeat_interleave(heads // kv_heads, 1).double()) / 8**0.5
     )

@@ -17,10 +17,9 @@ from remask.workers.rows import HeadQuery
 MASK = 3
 
 
-def query(count: int, vocab: int, *, heat: float = 0.0, live: Tensor | None = None) -> HeadQuery:
+def query(count: int, vocab: int, *, heat: float = 0.0) -> HeadQuery:
     generator = torch.Generator().manual_seed(count)
     return HeadQuery(
-        live=torch.ones(count, dtype=torch.bool) if live is None else live,
         given=torch.randint(vocab, (count,), generator=generator),
         temperature=torch.full((count,), heat),
         keys=stream_keys(torch.arange(count)),
@@ -63,16 +62,13 @@ def test_ties_go_to_the_lower_id_and_the_mask_is_never_proposed() -> None:
     assert int(hot[2]) == 9
 
 
-def test_chunks_and_dead_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(50, 97, generator=torch.Generator().manual_seed(1))
     whole = statistics(logits, query(50, 97, heat=0.7))
-    live = torch.arange(50) % 3 != 1
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 97 * 7)
-    found = statistics(logits, query(50, 97, heat=0.7, live=live))
+    found = statistics(logits, query(50, 97, heat=0.7))
     for name in ("proposal", "proposal_prob", "top_prob", "given_prob", "margin", "neg_entropy"):
-        a, b = getattr(whole, name), getattr(found, name)
-        assert torch.equal(a[live], b[live])
-        assert not b[~live].any()
+        assert torch.equal(getattr(whole, name), getattr(found, name))
 
 
 def test_a_proposal_is_the_gumbel_maximum_at_its_temperature() -> None:
@@ -110,8 +106,8 @@ torch.set_num_threads(1)
 V, D, N = 126464, 64, {rows}
 weight, hidden = torch.randn(V, D, dtype=torch.{dtype}), torch.randn(N, D, dtype=torch.{dtype})
 def run(count):
-    query = HeadQuery(torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64),
-        torch.full((count,), {heat}), stream_keys(torch.arange(count)), frozenset(("margin", "entropy")))
+    query = HeadQuery(torch.zeros(count, dtype=torch.int64), torch.full((count,), {heat}),
+        stream_keys(torch.arange(count)), frozenset(("margin", "entropy")))
     head_statistics(hidden[:count], lambda x: F.linear(x, weight), V, query, 5)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 F.linear(hidden[:1], weight).double().softmax(-1)  # libraries are loaded before the count begins

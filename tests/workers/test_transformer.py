@@ -23,20 +23,20 @@ def reference(golden_checkpoint: Path) -> TrainableLLaDA:
     return model
 
 
-def pack(sequences: list[Tensor], candidates: list[list[int]] | None = None) -> PackedRows:
+def pack(sequences: list[Tensor], wanted: list[list[int]] | None = None) -> PackedRows:
     """Sequences one behind the other; every row is a candidate, or only some of each."""
     lens = [len(ids) for ids in sequences]
     cu = tuple(torch.tensor([0, *lens]).cumsum(0).tolist())
-    wanted = [list(range(n)) for n in lens] if candidates is None else candidates
+    wanted = wanted or [list(range(n)) for n in lens]
     cu_wanted = tuple(torch.tensor([0, *map(len, wanted)]).cumsum(0).tolist())
+    candidates = [start + row for start, rows in zip(cu, wanted, strict=False) for row in rows]
     return PackedRows(
         ids_T=torch.cat(sequences),
         positions_T=torch.cat([torch.arange(n) for n in lens]),
         layout=VarlenLayout(cu, cu, ()),
-        candidates_N=torch.tensor(
-            [start + row for start, rows in zip(cu, wanted, strict=False) for row in rows]
-        ),
+        candidates_N=torch.tensor(candidates),
         candidate_layout=VarlenLayout(cu_wanted, cu, ()),
+        slots_N=torch.zeros(len(candidates), dtype=torch.int64),
     )
 
 

@@ -26,10 +26,8 @@ class SdpaAttention(AttentionBackend):
             for own, seen in zip(queries, keys, strict=True)
         ]
         for shadow in layout.shadows:
-            own, shadow_keys = (
-                slice(end + shadow.first, end + shadow.last)
-                for end in (layout.cu_queries[-1], layout.cu_keys[-1])
-            )
+            own = slice(*(layout.cu_queries[-1] + bound for bound in shadow.queries))
+            shadow_keys = slice(*(layout.cu_keys[-1] + bound for bound in shadow.keys))
             main = keys[shadow.sequence]
             seen_k, seen_v = (torch.cat([x[:, :, main], x[:, :, shadow_keys]], dim=2) for x in (k, v))
             out.append(

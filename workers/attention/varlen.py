@@ -2,7 +2,7 @@
 
 Main rows of all sequences come first, then the shadow rows of those that verify: main rows never see shadow
 rows, so a backend serves them with one ordinary variable-length call, whatever the policies are. Keys are
-always all rows of a pack; queries are all of them, or in a model's last layer only those that the head reads.
+always all rows of a pack; queries are all of them, or in a model's last layer only those that somebody reads.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ class ShadowSegment:
 
     Attributes:
         sequence: its place in the pack.
-        first, last: its shadow rows are these (`last` excluded) of all shadow rows.
-        mask: bool [B, L + B]: whether a shadow row (query) sees the sequence's main rows, then its shadow
-            rows.
+        queries, keys: which of all shadow queries and shadow keys are its own (start, and end excluded).
+        mask: bool [Q, L + K]: whether a shadow query sees the sequence's main rows, then its shadow rows.
     """
 
     sequence: int
-    first: int
-    last: int
+    queries: tuple[int, int]
+    keys: tuple[int, int]
     mask: Tensor
 
 
@@ -37,7 +36,7 @@ class VarlenLayout:
     Attributes:
         cu_queries: boundaries of the sequences in the main queries, one more than there are sequences.
         cu_keys: boundaries of the sequences in the main keys.
-        shadows: the shadow rows behind the main rows, in queries and keys alike; empty where nobody verifies.
+        shadows: the shadow rows behind the main rows, in queries and keys; empty where nobody verifies.
     """
 
     cu_queries: tuple[int, ...]

@@ -11,6 +11,7 @@ from remask.scheduler.errors import InvalidRequest
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.head import Statistics, head_statistics
+from remask.workers.models.dummy import dummy_model
 from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.transformer import Transformer
 from remask.workers.rows import HeadQuery, PackedRows
@@ -51,18 +52,22 @@ class TransformerDenoiser(Denoiser):
         return head_statistics(hidden_ND, self.model.logits, self.config.vocab_size, query, self.mask_id)
 
 
-def load_denoiser(directory: Path, *, dtype: str = "auto", device: str = "auto") -> TransformerDenoiser:
+def load_denoiser(
+    directory: Path, *, dtype: str = "auto", device: str = "auto", load_format: str = "auto"
+) -> TransformerDenoiser:
     """The model in a local checkpoint directory, ready to denoise.
 
     Args:
-        directory: see `load_checkpoint`.
+        directory: see `load_checkpoint` and `dummy_model`.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
+        load_format: "auto" reads the checkpoint's weights, "dummy" makes random ones.
 
     Raises:
         InvalidRequest: the device is not here, or the checkpoint is at fault.
     """
-    model = load_checkpoint(directory, dtype=dtype, device=pick_device(device))
+    load = dummy_model if load_format == "dummy" else load_checkpoint
+    model = load(directory, dtype=dtype, device=pick_device(device))
     on_cpu = model.embedding.device.type == "cpu"
     if on_cpu:
         keep_freed_memory()

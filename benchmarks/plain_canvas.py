@@ -1,0 +1,116 @@
+"""One sequence of a baseline: its tokens, its active block, and the published decision rules in plain numpy.
+
+Written from the papers' rules and apart from the engine's kernels, so that equal tokens mean something. The
+baselines differ only in how they get from canvases to probabilities.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remask.scheduler.params import SamplingParams, resolve
+from remask.scheduler.policies import (
+    CappedThreshold,
+    Factor,
+    Schedule,
+    Threshold,
+    UnmaskPolicy,
+    Wino,
+    share_steps,
+)
+
+Reals = NDArray[np.float64]
+
+
+class Decoded(NamedTuple):
+    """A filled canvas and the forwards that it took."""
+
+    token_ids: list[int]
+    nfe: int
+
+
+class PlainCanvas:
+    """A prompt with its canvas, denoised block by block at temperature 0; end-of-text tokens are ignored.
+
+    Attributes:
+        ids: int64 [L]: prompt and canvas.
+        start, end: the active block.
+        nfe: forwards so far.
+        verifies: whether a forward needs shadow rows.
+    """
+
+    def __init__(self, prompt: list[int], params: SamplingParams, mask_id: int) -> None:
+        resolved = resolve(params)
+        assert resolved.temperature == 0, "the baselines draw no tokens"
+        self.ids = np.array(prompt + [mask_id] * resolved.max_tokens, dtype=np.int64)
+        self.prompt_len, self.mask_id, self.nfe = len(prompt), mask_id, 0
+        self._unmask, self._remask = resolved.unmask, resolved.remask
+        self.verifies = isinstance(self._remask, Wino)
+        self._block_length = resolved.block_length
+        whole, rest = divmod(resolved.max_tokens, resolved.block_length)
+        self._block_lens = [resolved.block_length] * whole + [rest] * (rest > 0)
+        self._enter_block(0)
+
+    @property
+    def finished(self) -> bool:
+        return self._block == len(self._block_lens)
+
+    @property
+    def masked(self) -> NDArray[np.bool_]:
+        """Slots of the active block that hold M."""
+        return self.ids[self.start : self.end] == self.mask_id
+
+    def decoded(self) -> Decoded:
+        return Decoded(self.ids[self.prompt_len :].tolist(), self.nfe)
+
+    def step(self, proposal: NDArray[np.int64], confidence: Reals, verified: Reals | None) -> None:
+        """Commits and remasks after a forward.
+
+        Args:
+            proposal, confidence: of every slot of the active block.
+            verified: leave-one-out probabilities of the block's tokens, where the policy verifies.
+        """
+        masked = self.masked
+        # Best first, then by position; what is not masked comes last.
+        order = np.argsort(np.where(masked, -confidence, np.inf), kind="stable")[: masked.sum()]
+        num_commits = self._num_commits(self._unmask, confidence[order])
+        block = self.ids[self.start : self.end]
+        if verified is not None and num_commits > 1:
+            doubtful = ~masked & (verified < self._remask.t2)  # type: ignore[union-attr]
+            budget = num_commits if self._remask.budget == "cur_accept" else self._prev_accept  # type: ignore[union-attr]
+            worst = np.argsort(np.where(doubtful, verified, np.inf), kind="stable")
+            block[worst[: min(doubtful.sum(), budget - 1)]] = self.mask_id
+        self._prev_accept = num_commits
+        block[order[:num_commits]] = proposal[order[:num_commits]]
+        self.nfe += 1
+        self._block_forwards += 1
+        if not self.masked.any():
+            self._enter_block(self._block + 1)
+
+    def _num_commits(self, policy: UnmaskPolicy, best_first: Reals) -> int:
+        """How many of the masked slots are committed, from their confidences in falling order."""
+        count = len(best_first)
+        match policy:
+            case Threshold(t):
+                return max(1, int((best_first >= t).sum()))
+            case CappedThreshold(t1):
+                cap = min(max(int(0.7 * count), 5), 20)
+                return max(1, min(cap, int((best_first > t1).sum())))
+            case Schedule(steps, "confidence"):
+                total = sum(self._block_lens) if steps is None else steps
+                steps_left = share_steps(total, self._block_lens)[self._block] - self._block_forwards
+                return -(-count // steps_left) if steps_left > 0 else 1
+            case Factor(f, False):
+                fails = [n for n in range(1, count) if best_first[n] < 1 - f / (n + 2)]
+                kept = fails[0] if fails else count
+                return count if kept == count - 1 else max(1, kept)  # the published quirk
+        raise NotImplementedError(f"the baselines do not decode with {policy}")
+
+    def _enter_block(self, block: int) -> None:
+        self._block, self._block_forwards = block, 0
+        self._prev_accept = 30
+        self.start = self.prompt_len + block * self._block_length
+        self.end = min(self.start + self._block_length, len(self.ids))

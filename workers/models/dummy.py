@@ -1,0 +1,63 @@
+"""Random weights for a config, so that speed can be measured without a checkpoint.
+
+A usual initialisation would give a flat softmax over the vocabulary: no token would ever reach a threshold
+and every policy would do the same. These weights spread the probabilities out (tests pin the distribution);
+the text they write means nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from remask.workers.models.loading import pick_dtype, read_config
+from remask.workers.models.transformer import Transformer
+
+SEED = 0
+# Of Gaussian logits with deviation s, the largest of V stands out once s exceeds sqrt(2 ln V), 4.6 at 32,000.
+HEAD_SCALE = 16.0
+# Sharper attention than random queries and keys give: rows see different tokens, so they differ in what they
+# propose.
+QUERY_KEY_SCALE = 2.0
+# Attention adds less to a row than the row's own token does: a token committed with confidence then keeps its
+# leave-one-out probability about as often as it loses it, and policies that verify have something to decide.
+ATTENTION_SCALE = 0.3
+
+
+@torch.no_grad()
+def dummy_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Transformer:
+    """A model of the shape in a directory's `config.json`; the same numbers in every process.
+
+    Numbers are drawn in fp32, parameter by parameter on the CPU, and then rounded: every dtype and device
+    holds the same model, and peak memory is the weights plus one fp32 parameter.
+
+    Args:
+        directory: holds `config.json`; weights and tokenizer are not needed.
+        dtype: "auto" (the config's; float32 where it names none), "float32", "bfloat16" or "float16".
+        device: a torch device.
+
+    Raises:
+        InvalidRequest: no directory, or a config at fault.
+    """
+    _, config = read_config(directory)
+    with torch.device("meta"):
+        model = Transformer(config)
+    torch_dtype = pick_dtype(dtype, config.dtype or "float32", str(directory / "config.json"))
+    model.to(torch_dtype).to_empty(device=device)
+    generator = torch.Generator().manual_seed(SEED)
+    num_queries_and_keys = (config.num_heads + config.num_kv_heads) * config.head_dim
+    scales = {"head": HEAD_SCALE, "attn_out": ATTENTION_SCALE}
+    for path, parameter in model.named_parameters():
+        if parameter.ndim == 1:  # norms
+            parameter.fill_(1.0)
+            continue
+        kind = path.rpartition(".")[2]
+        # Deviation 1/sqrt(inputs) keeps activations at the size of a row of the embedding, 1.
+        deviation = 1.0 if kind == "embedding" else parameter.shape[1] ** -0.5
+        numbers = torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator)
+        numbers *= scales.get(kind, 1.0)
+        if kind == "qkv":
+            numbers[:num_queries_and_keys] *= QUERY_KEY_SCALE
+        parameter.copy_(numbers)
+    return model.eval()
