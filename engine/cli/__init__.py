@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from remask.cli.bench import bench
 from remask.cli.generate import generate
 from remask.scheduler.errors import RemaskError
 
@@ -13,11 +14,7 @@ app = typer.Typer(
     help="Serve masked diffusion language models.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 app.command()(generate)
-
-
-@app.callback()
-def _root() -> None:
-    """A callback keeps `generate` a subcommand while it is the only one."""
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
