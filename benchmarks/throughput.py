@@ -91,6 +91,7 @@ def measure(
         InvalidRequest: an argument cannot be, or the model cannot be loaded or does not fit the workload.
     """
     check_arguments(num_requests, repetitions, dtypes)
+    environment = environment_stamp()  # of the code that runs, whatever happens to the files meanwhile
     directory, load_format = find_model(model)
     decoders: dict[str, Decoder] = {}
     jobs: list[Job] = []
@@ -108,7 +109,7 @@ def measure(
         for decoder in decoders.values():
             decoder.repeat(jobs)
     return {
-        "environment": environment_stamp(),
+        "environment": environment,
         "model": model,
         "num_parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
         "workload": workload_name,
@@ -163,14 +164,14 @@ def _results(
             "rows_per_forward": round(decoder.work.rows_per_forward, 1),
             "equal_requests": sum(equal),
             "seconds": [round(seconds, 4) for seconds in decoder.seconds],
-            "times_as_fast": _spread([a / b for a, b in zip(best, decoder.seconds, strict=True)]),
+            "times_as_fast": spread([a / b for a, b in zip(best, decoder.seconds, strict=True)]),
         }
         if decoder.model is not None:
             pairs = zip(decoder.seconds, decoder.rates, strict=True)
             results[name] |= {
                 "needed_gflop": round(decoder.work.flops / 1e9, 2),
                 "gemm_gflop_per_second": [round(rate / 1e9, 2) for rate in decoder.rates],
-                "gemm_utilization": _spread([decoder.work.flops / (s * rate) for s, rate in pairs]),
+                "gemm_utilization": spread([decoder.work.flops / (s * rate) for s, rate in pairs]),
             }
         if all(job.puzzle is not None for job in jobs):
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in visible]
@@ -186,7 +187,8 @@ def _visible(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
     return ids[:end]
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most, rounded."""
     return {
         "median": round(statistics.median(values), 3),
         "min": round(min(values), 3),
