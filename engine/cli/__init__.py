@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from remask.cli.bench import bench
 from remask.cli.generate import generate
 from remask.cli.run_batch import run_batch
 from remask.scheduler.errors import RemaskError
@@ -15,6 +16,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(run_batch)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,233 @@
+"""Offline throughput: the engine against two baselines over the same weights, at equal tokens.
+
+    remask bench throughput --output benchmarks/results/throughput.json
+
+The *plain loop* serves one request at a time, the *static batch* sixteen, padded on the left; both compute
+what the published code computes (`plain_loop`, `static_batch`). All decoders run in turn in every repetition
+and ratios are taken within it, so that a machine with other work slows down both sides. The baselines run in
+the first dtype, the engine in each; every result is compared with the first baseline's, token by token.
+
+Keys are vLLM's where it has them: `total_num_tokens` and `tokens_per_second` count prompts and visible
+tokens; what was generated stands beside them, with the forwards it took.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.table import Table
+
+from remask import LLM, InvalidRequest
+from remask.benchmarks import plain_loop, static_batch
+from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.plain_canvas import Decoded
+from remask.benchmarks.utilization import Work, gemm_rate
+from remask.benchmarks.workloads import Job, workload
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass
+class Decoder:
+    """One way to serve the workload.
+
+    Attributes:
+        run: serves jobs.
+        model: whose matrix rate its work is compared with; None for the baselines.
+        written: what the last repetition wrote.
+        work: what the last repetition forwarded.
+        seconds, rates: of each repetition.
+    """
+
+    run: Callable[[Sequence[Job]], list[Decoded]]
+    model: TransformerDenoiser | None = None
+    written: list[Decoded] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+    seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+
+    def repeat(self, jobs: Sequence[Job]) -> None:
+        """One repetition, and right behind it the matrix rate."""
+        with Work() as work:
+            started = time.perf_counter()
+            self.written = self.run(jobs)
+            self.seconds.append(time.perf_counter() - started)
+        if self.model is not None:
+            self.rates.append(gemm_rate(self.model.model, work.sampled_packs()))
+        self.work = work
+
+
+def find_model(name: str) -> tuple[Path, Literal["auto", "dummy"]]:
+    """The directory of an embedded shape, of the embedded model or of a checkpoint, and how it is loaded."""
+    shape, tiny = Path(str(files("remask.benchmarks"))) / "models" / name, Path(str(files("remask"))) / "tiny"
+    directory = tiny if name == "tiny" else shape if (shape / "config.json").is_file() else Path(name)
+    return directory, "auto" if any(directory.glob("*.safetensors")) else "dummy"
+
+
+def check_arguments(num_requests: int, repetitions: int, dtypes: Sequence[str]) -> None:
+    """Raises InvalidRequest where a number or dtype cannot be."""
+    for name, value in (("num_requests", num_requests), ("repetitions", repetitions)):
+        if value < 1:
+            raise InvalidRequest(name, value, "must be at least 1")
+    for dtype in dtypes:
+        if dtype not in get_args(Dtype):
+            raise InvalidRequest("dtype", dtype, f"use one of {', '.join(get_args(Dtype))}")
+
+
+def measure(
+    model: str, workload_name: str, num_requests: int, repetitions: int, dtypes: Sequence[Dtype]
+) -> dict[str, Any]:
+    """The report: environment, arguments and the figures of each decoder.
+
+    Raises:
+        InvalidRequest: an argument cannot be, or the model cannot be loaded or does not fit the workload.
+    """
+    check_arguments(num_requests, repetitions, dtypes)
+    environment = environment_stamp()  # of the code that runs, whatever happens to the files meanwhile
+    directory, load_format = find_model(model)
+    decoders: dict[str, Decoder] = {}
+    jobs: list[Job] = []
+    for dtype in dtypes:
+        llm = LLM(directory, dtype=dtype, load_format=load_format)
+        denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
+        if not jobs:
+            jobs = workload(workload_name, llm, denoiser.config, num_requests)
+            decoders[f"plain loop, {dtype}"] = Decoder(_plain_loop(denoiser))
+            decoders[f"static batch, {dtype}"] = Decoder(_static_batch(denoiser))
+        decoders[f"engine, {dtype}"] = Decoder(_engine(llm), denoiser)
+    for decoder in decoders.values():
+        decoder.run(jobs[:1])  # what a first forward sets up stays out of the times
+    for _ in range(repetitions):
+        for decoder in decoders.values():
+            decoder.repeat(jobs)
+    return {
+        "environment": environment,
+        "model": model,
+        "num_parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
+        "workload": workload_name,
+        "num_requests": num_requests,
+        "repetitions": repetitions,
+        "results": _results(decoders, jobs, denoiser.config.eos_ids, llm.tokenizer),
+    }
+
+
+def _plain_loop(model: TransformerDenoiser) -> Callable[[Sequence[Job]], list[Decoded]]:
+    return lambda jobs: [plain_loop.decode(model, job.prompt, job.params) for job in jobs]
+
+
+def _static_batch(model: TransformerDenoiser) -> Callable[[Sequence[Job]], list[Decoded]]:
+    return lambda jobs: static_batch.decode(model, [(job.prompt, job.params) for job in jobs])
+
+
+def _engine(llm: LLM) -> Callable[[Sequence[Job]], list[Decoded]]:
+    def run(jobs: Sequence[Job]) -> list[Decoded]:
+        outputs = llm.generate([job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False)
+        return [Decoded(output.outputs[0].token_ids, output.outputs[0].nfe) for output in outputs]
+
+    return run
+
+
+def _results(
+    decoders: dict[str, Decoder], jobs: Sequence[Job], stop_ids: Sequence[int], tokenizer: Any
+) -> dict[str, Any]:
+    """The figures of each decoder, rounded."""
+    baselines = [decoder for decoder in decoders.values() if decoder.model is None]
+    reference, best = (
+        baselines[0].written,
+        [min(times) for times in zip(*(b.seconds for b in baselines), strict=True)],
+    )
+    results = {}
+    for name, decoder in decoders.items():
+        visible = [_visible(decoded.token_ids, stop_ids) for decoded in decoder.written]
+        num_visible, nfe = sum(map(len, visible)), sum(decoded.nfe for decoded in decoder.written)
+        elapsed = statistics.median(decoder.seconds)
+        total = num_visible + sum(len(job.prompt) for job in jobs)
+        equal = [ours == theirs for ours, theirs in zip(decoder.written, reference, strict=True)]
+        results[name] = {
+            "elapsed_time": round(elapsed, 4),
+            "num_requests": len(jobs),
+            "total_num_tokens": total,
+            "requests_per_second": round(len(jobs) / elapsed, 4),
+            "tokens_per_second": round(total / elapsed, 2),
+            "visible_tokens": num_visible,
+            "visible_tokens_per_second": round(num_visible / elapsed, 2),
+            "nfe": nfe,
+            "tokens_per_forward": round(num_visible / nfe, 3),
+            "rows_per_forward": round(decoder.work.rows_per_forward, 1),
+            "equal_requests": sum(equal),
+            "seconds": [round(seconds, 4) for seconds in decoder.seconds],
+            "times_as_fast": spread([a / b for a, b in zip(best, decoder.seconds, strict=True)]),
+        }
+        if decoder.model is not None:
+            pairs = zip(decoder.seconds, decoder.rates, strict=True)
+            results[name] |= {
+                "needed_gflop": round(decoder.work.flops / 1e9, 2),
+                "gemm_gflop_per_second": [round(rate / 1e9, 2) for rate in decoder.rates],
+                "gemm_utilization": spread([decoder.work.flops / (s * rate) for s, rate in pairs]),
+            }
+        if all(job.puzzle is not None for job in jobs):
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in visible]
+            results[name]["solved"] = sum(
+                job.puzzle is not None and job.puzzle[0].is_correct(job.puzzle[1], text)
+                for job, text in zip(jobs, texts, strict=True)
+            )
+    return results
+
+
+def _visible(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[:end]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most, rounded."""
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def as_table(report: dict[str, Any]) -> Table:
+    """The report for a terminal."""
+    title = f"{report['num_requests']} {report['workload']} requests, {report['model']}"
+    has_solved = any("solved" in result for result in report["results"].values())
+    table = Table(
+        "decoder",
+        "equal",
+        "NFE",
+        "rows/forward",
+        "seconds",
+        "tokens/s",
+        "times as fast (min to max)",
+        "GEMM rate used (min to max)",
+        *(["solved"] if has_solved else []),
+        title=title,
+    )
+    for name, result in report["results"].items():
+        ratio, used = result["times_as_fast"], result.get("gemm_utilization")
+        table.add_row(
+            name,
+            f"{result['equal_requests']}/{result['num_requests']}",
+            str(result["nfe"]),
+            f"{result['rows_per_forward']:.0f}",
+            f"{result['elapsed_time']:.2f}",
+            f"{result['visible_tokens_per_second']:.1f}",
+            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+            f"{used['median']:.0%} ({used['min']:.0%} to {used['max']:.0%})" if used else "",
+            *([str(result["solved"])] if has_solved else []),
+        )
+    return table
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,131 @@
+"""How much of the machine's matrix rate a run turned into arithmetic that its steps need.
+
+Counted from the run itself: a hook on the transformer sees every pack that is forwarded and adds up, from the
+pack's own description, 2 m n k for each linear layer (all rows in every layer but the last; in the last all
+rows for keys and values and the candidates for the rest; the candidates in the head) and, for each visible
+query and key, the two products of attention. Candidates are the masked slots of the active blocks and the
+shadow rows of committed slots; a packed row that nobody reads would not be counted as needed there. Norms,
+rotations, softmax, policies, packing and Python count as nothing: they are what utilization loses.
+
+The rate is measured in the same repetition by running nothing but the linear layers of some of these packs,
+with the model's own weights, in the same dtype and on the same threads.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from remask.workers.attention.varlen import VarlenLayout
+from remask.workers.models.config import ModelConfig
+from remask.workers.models.transformer import Block, Transformer
+from remask.workers.rows import PackedRows
+
+NUM_SAMPLED_PACKS = 3
+
+
+@dataclass
+class Work:
+    """The packs of a run, as a context manager that counts while it is open.
+
+    Attributes:
+        packs: rows and candidates of each forward.
+        flops: arithmetic that they need.
+    """
+
+    packs: list[tuple[int, int]] = field(default_factory=list)
+    flops: int = 0
+
+    def __enter__(self) -> Work:
+        self._hook = register_module_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _count(self, module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, Transformer):
+            rows: PackedRows = inputs[0]
+            self.packs.append((len(rows.ids_T), len(rows.candidates_N)))
+            self.flops += pack_flops(module.config, rows)
+
+    @property
+    def rows_per_forward(self) -> float:
+        return sum(rows for rows, _ in self.packs) / len(self.packs)
+
+    def sampled_packs(self) -> list[tuple[int, int]]:
+        """A few packs, evenly spread over the run's by size."""
+        ordered = sorted(self.packs)
+        return [
+            ordered[len(ordered) * (2 * i + 1) // (2 * NUM_SAMPLED_PACKS)] for i in range(NUM_SAMPLED_PACKS)
+        ]
+
+
+def pack_flops(config: ModelConfig, rows: PackedRows) -> int:
+    """Arithmetic of one forward and the head."""
+    pairs = (config.num_layers - 1) * visible_pairs(rows.layout) + visible_pairs(rows.candidate_layout)
+    attention = 4 * pairs * config.num_heads * config.head_dim
+    return linear_flops(config, len(rows.ids_T), len(rows.candidates_N)) + attention
+
+
+def linear_flops(config: ModelConfig, num_rows: int, num_candidates: int) -> int:
+    """Arithmetic of the linear layers of one forward, and of the head."""
+    d, head_dim = config.hidden_size, config.head_dim
+    keys_and_values = 2 * config.num_kv_heads * head_dim
+    the_rest = 2 * config.num_heads * head_dim + 3 * config.ffn_size  # queries, output, gate, up and down
+    in_all_rows = config.num_layers * keys_and_values + (config.num_layers - 1) * the_rest
+    return 2 * d * (num_rows * in_all_rows + num_candidates * (the_rest + config.vocab_size))
+
+
+def visible_pairs(layout: VarlenLayout) -> int:
+    """How many pairs of query and key see each other."""
+    queries, keys = (
+        [end - start for start, end in pairwise(cu)] for cu in (layout.cu_queries, layout.cu_keys)
+    )
+    main = sum(q * k for q, k in zip(queries, keys, strict=True))
+    return main + sum(int(shadow.mask.sum()) for shadow in layout.shadows)
+
+
+@torch.inference_mode()
+def gemm_rate(model: Transformer, packs: list[tuple[int, int]]) -> float:
+    """Arithmetic a second of the linear layers alone, for packs of these sizes."""
+    flops, seconds = 0, 0.0
+    for num_rows, num_candidates in packs:
+        flops += linear_flops(model.config, num_rows, num_candidates)
+        inputs = {
+            (count, size): torch.randn(count, size).to(model.embedding)
+            for count in (num_rows, num_candidates)
+            for size in {parameter.shape[1] for parameter in model.parameters() if parameter.ndim == 2}
+        }
+        started = time.perf_counter()
+        _run_linear_layers(model, num_rows, num_candidates, inputs)
+        seconds += time.perf_counter() - started
+    return flops / seconds
+
+
+def _run_linear_layers(
+    model: Transformer, num_rows: int, num_candidates: int, inputs: dict[tuple[int, int], torch.Tensor]
+) -> None:
+    config = model.config
+    *blocks, last = model.blocks
+    q_size = config.num_heads * config.head_dim
+
+    def linear(count: int, weight: torch.Tensor) -> None:
+        F.linear(inputs[count, weight.shape[1]], weight)
+
+    for block in blocks:
+        assert isinstance(block, Block)
+        for weight in (block.qkv, block.attn_out, block.gate_up, block.down):
+            linear(num_rows, weight)
+    assert isinstance(last, Block)
+    linear(num_rows, last.qkv[q_size:])
+    head = model.embedding if model.head is None else model.head
+    for weight in (last.qkv[:q_size], last.attn_out, last.gate_up, last.down, head[: config.vocab_size]):
+        linear(num_candidates, weight)

@@ -1,0 +1,68 @@
+"""The arithmetic counted for a run, against a count by hand and against torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from remask import LLM, SamplingParams
+from remask.benchmarks.utilization import Work, gemm_rate, linear_flops
+from remask.workers.models.denoiser import TransformerDenoiser
+
+LAYERS, D, FFN, V = 6, 192, 512, 82
+
+
+def count(llm: LLM, params: SamplingParams, prompts: list[list[int]]) -> Work:
+    with Work() as work:
+        llm.generate(prompts, params)
+    return work
+
+
+def by_hand(main: int, shadows: int, masked: int, read: int) -> int:
+    """One forward of one canvas: all rows but the last layer's, then what is read of it and the head."""
+    rows, candidates = main + shadows, masked + read
+    linear = (LAYERS - 1) * rows * (4 * D * D + 3 * D * FFN) + rows * 2 * D * D
+    linear += candidates * (2 * D * D + 3 * D * FFN + D * V)
+    seen_by_shadow = main - 1 + shadows
+    pairs = (LAYERS - 1) * (main * main + shadows * seen_by_shadow) + masked * main + read * seen_by_shadow
+    return 2 * linear + 4 * pairs * D
+
+
+def test_every_step_is_counted_by_what_it_reads(golden_llm: LLM) -> None:
+    """One token a step: the masked slots of a block fall from 8 to 1, whatever the weights."""
+    prompt = [33, 11, 12, 14]
+    params = {"max_tokens": 16, "block_length": 8, "unmask": "schedule", "ignore_eos": True}
+    plain = count(golden_llm, SamplingParams(**params), [prompt])
+    assert plain.packs == 2 * [(20, masked) for masked in range(8, 0, -1)]
+    assert plain.flops == 2 * sum(by_hand(20, 0, masked, 0) for masked in range(8, 0, -1))
+    verified = count(golden_llm, SamplingParams(**params, remask="wino:0"), [prompt])
+    steps = [(20, 0, 8, 0), *((20, 8, 8 - n, n) for n in range(1, 8))]
+    assert verified.packs == 2 * [(main + shadows, masked + read) for main, shadows, masked, read in steps]
+    assert verified.flops == 2 * sum(by_hand(*step) for step in steps)
+
+
+def test_company_changes_no_count(golden_llm: LLM) -> None:
+    prompts = [[33, 11, 12, 14] * n for n in (1, 3, 7)]
+    params = SamplingParams(max_tokens=20, unmask="threshold:0.7", ignore_eos=True, seed=0)
+    together = count(golden_llm, params, prompts)
+    assert together.flops == sum(count(golden_llm, params, [prompt]).flops for prompt in prompts)
+    assert len(together.packs) < sum(len(count(golden_llm, params, [p]).packs) for p in prompts)
+
+
+def test_nothing_is_counted_once_it_is_closed(golden_llm: LLM) -> None:
+    work = count(golden_llm, SamplingParams(max_tokens=4), [[5, 6]])
+    before = work.flops
+    golden_llm.generate([[5, 6]], SamplingParams(max_tokens=4))
+    assert work.flops == before > 0
+
+
+@pytest.mark.parametrize(("num_rows", "num_candidates"), [(50, 7), (9, 9)])
+def test_the_rate_is_that_of_the_counted_layers(
+    golden_model: TransformerDenoiser, num_rows: int, num_candidates: int
+) -> None:
+    with FlopCounterMode(display=False) as counter:
+        rate = gemm_rate(golden_model.model, [(num_rows, num_candidates)])
+    assert counter.get_total_flops() == linear_flops(golden_model.config, num_rows, num_candidates)
+    assert rate > 0
+    assert torch.is_inference_mode_enabled() is False
