@@ -213,19 +213,24 @@ def as_table(report: dict[str, Any]) -> Table:
         title=title,
     )
     for name, result in report["results"].items():
-        ratio, used = result["times_as_fast"], result.get("gemm_utilization")
-        table.add_row(
-            name,
-            f"{result['equal_requests']}/{result['num_requests']}",
-            str(result["nfe"]),
-            f"{result['rows_per_forward']:.0f}",
-            f"{result['elapsed_time']:.2f}",
-            f"{result['visible_tokens_per_second']:.1f}",
-            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
-            f"{used['median']:.0%} ({used['min']:.0%} to {used['max']:.0%})" if used else "",
-            *([str(result["solved"])] if has_solved else []),
-        )
+        table.add_row(*cells(name, result))
     return table
+
+
+def cells(name: str, result: dict[str, Any]) -> list[str]:
+    """A decoder's line of the table."""
+    ratio, used = result["times_as_fast"], result.get("gemm_utilization")
+    return [
+        name,
+        f"{result['equal_requests']}/{result['num_requests']}",
+        str(result["nfe"]),
+        f"{result['rows_per_forward']:.0f}",
+        f"{result['elapsed_time']:.1f}",
+        f"{result['visible_tokens_per_second']:.1f}",
+        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        f"{100 * used['median']:.0f} % ({100 * used['min']:.0f} to {100 * used['max']:.0f})" if used else "",
+        *([str(result["solved"])] if "solved" in result else []),
+    ]
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:

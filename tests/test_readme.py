@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from remask.benchmarks import throughput
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,7 @@ COMMANDS = [
     line
     for language, block in BLOCKS
     for line in block.splitlines()
-    if language == "bash" and "remask " in line and "/models/" not in line
+    if language == "bash" and "remask " in line and "/models/" not in line and "bench" not in line
 ]
 
 
@@ -116,3 +117,20 @@ def test_the_speed_table_is_the_committed_measurement() -> None:
         assert int(nfe) == result["nfe"]
         assert seconds == f"{statistics.median(result['seconds']):.2f}"
         assert ratio == f"{times['median']:.2f} ({times['min']:.2f} to {times['max']:.2f})"
+
+
+def test_the_throughput_table_is_the_committed_measurement() -> None:
+    report = json.loads((ROOT / "benchmarks/results/throughput.json").read_text())
+    header = (
+        "| decoder | equal | NFE | rows/forward | seconds | tokens/s "
+        "| times as fast (min to max) | GEMM rate used (min to max) |"
+    )
+    assert table(header) == [throughput.cells(name, result) for name, result in report["results"].items()]
+    (arguments,) = re.findall(r"remask bench throughput (.*)", README)
+    assert f"--repetitions {report['repetitions']} " in f"{arguments} "
+    assert (report["model"], report["workload"], report["num_requests"]) == ("llada-124m", "mixed", 16)
+    engine = report["results"]["engine, float32"]
+    assert engine["equal_requests"] == 16
+    assert engine["times_as_fast"]["median"] >= 1.25
+    assert engine["gemm_utilization"]["median"] >= 0.75
+    assert report["results"]["engine, bfloat16"]["gemm_utilization"]["median"] >= 0.6
