@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def load_denoiser(
     on_cpu = model.embedding.device.type == "cpu"
     if on_cpu:
         keep_freed_memory()
+        bound_kernel_caches()
     pack_rows = CPU_PACK_ROWS if on_cpu else GPU_PACK_ROWS
     return TransformerDenoiser(model, SdpaAttention(), pack_rows=pack_rows)
 
@@ -82,6 +84,17 @@ def keep_freed_memory() -> None:
     forward faults all its activations in again.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def bound_kernel_caches() -> None:
+    """Lets oneDNN and torch's bindings to it keep 16 prepared kernels instead of 1,024.
+
+    They keep one for every shape of a bf16 product. Packs and candidates rarely have the same number of rows
+    twice, so the caches fill with kernels that are not met again: 300 MB beside the embedded model. Read when
+    the first product runs; a value that the user has set stays.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
 
 
 def pick_device(device: str) -> str:
