@@ -28,11 +28,11 @@ from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.burst import BurstState
-from remask.workers.executor import run_burst
 from remask.workers.head import Statistics
 from remask.workers.models.denoiser import Denoiser, load_denoiser
 from remask.workers.rows import HeadQuery, PackedRows
 from remask.workers.step import denoise, plan_packs
+from remask.workers.worker import Worker
 
 SEED = 2**31 + 4
 
@@ -58,6 +58,7 @@ def puzzles(directory: Path, model: Denoiser, count: int) -> list[Canvas]:
     rng = np.random.default_rng(SEED)
     tasks, policies = list(TASKS.values()), list(POLICIES)
     canvases: list[Canvas] = []
+    worker = Worker(model)
     for i in itertools.count():
         task = tasks[i % len(tasks)]
         (text,), _ = task.sample(rng, 1, blanks=task.max_blanks)
@@ -65,7 +66,7 @@ def puzzles(directory: Path, model: Denoiser, count: int) -> list[Canvas]:
         ids = tokenizer.encode(text)
         canvas = new_canvas(str(i), i, ids, own, seed=i, sample=0, mask_id=model.mask_id, stop_ids=[])
         first = StepBatch(burst_id=0, num_steps=1, specs=[canvas.spec], states=[canvas.state])
-        (canvas.state,) = run_burst(first, model).states
+        (canvas.state,) = worker.run(first).states
         if not canvas.state.finished:
             canvases.append(canvas)
         if len(canvases) == count:
