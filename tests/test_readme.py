@@ -106,6 +106,22 @@ def test_the_scheduling_table_is_the_committed_measurement_and_within_its_bounds
     assert [r["live"] for r in results] == [64, 256, 1024, 4096, 16384]
 
 
+def test_the_figures_of_batch_files_are_the_committed_measurement() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/batch_file.json").read_text())
+    rss = measured["rss_mb_after_first_minute"]
+    found = re.search(
+        r"Over ([\d,]+) sudokus .* between (\d+) and (\d+) MB .* at ([\d.]+) %", README.replace("\n", " ")
+    )
+    assert found is not None
+    assert found.groups() == (
+        f"{measured['lines']:,}",
+        f"{rss['min']:.0f}",
+        f"{rss['max']:.0f}",
+        f"{measured['rate_of_batch_to_generate']:.1%}"[:-1],
+    )
+    assert measured["results"] == measured["lines"]
+
+
 def test_the_speed_table_is_the_committed_measurement() -> None:
     results = json.loads((ROOT / "benchmarks/results/golden.json").read_text())["results"]
     rows = table("| decoder | equal cases | NFE | median seconds | times as fast (min to max) |")
