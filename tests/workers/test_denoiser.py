@@ -7,13 +7,16 @@ import subprocess
 import sys
 
 CODE = """
+import os
 import torch
 from remask import LLM
 
 def resident_mb():
     return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) / 1000
 
+environment = dict(os.environ)
 llm = LLM("tiny", device="cpu")
+assert dict(os.environ) == environment, "the host's environment is not ours to change"
 weight = torch.randn(768, 192, dtype=torch.bfloat16)
 def products(lens):
     for rows in lens:

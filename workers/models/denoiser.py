@@ -90,11 +90,19 @@ def bound_kernel_caches() -> None:
     """Lets oneDNN and torch's bindings to it keep 16 prepared kernels instead of 1,024.
 
     They keep one for every shape of a bf16 product. Packs and candidates rarely have the same number of rows
-    twice, so the caches fill with kernels that are not met again: 300 MB beside the embedded model. Read when
-    the first product runs; a value that the user has set stays.
+    twice, so the caches fill with kernels that are not met again: 300 MB beside the embedded model. The
+    capacities are environment variables that are read when the first product runs; they are set for as long
+    as that takes, unless the user has set them. Where a product has run before, nothing changes.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "16")
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    ours = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, "16"))
+    try:
+        matrix = torch.ones(64, 64, dtype=torch.bfloat16)
+        torch.nn.functional.linear(matrix, matrix)
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def pick_device(device: str) -> str:
