@@ -103,7 +103,7 @@ class Requests:
                 self.num_canvases + sample,
                 [7] * prompt_len,
                 params,
-                seed=1,
+                seed=self.num_canvases + sample,
                 sample=sample,
                 mask_id=MASK,
                 stop_ids=[],

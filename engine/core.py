@@ -37,8 +37,22 @@ class EngineCore:
         """Fills the workers' queues and waits for one result; returns the requests that it finished (none
         where nothing was ready).
 
-        An interrupt leaves the bursts with the executor; a later step takes their results.
+        An interrupt drops the bursts in flight: their canvases are ready again as they were before.
         """
+        try:
+            self._fill()
+            return self._finish_one() if any(self._num_in_flight) else []
+        except KeyboardInterrupt:
+            self._executor.forget()
+            for worker in range(self._executor.num_workers):
+                self._scheduler.lose(worker)
+                self._num_in_flight[worker] = 0
+            raise
+        except BaseException as error:
+            self.close(f"a burst failed: {error!r}; make a new LLM")
+            raise
+
+    def _fill(self) -> None:
         for worker, num_held in enumerate(self._num_in_flight):
             for _ in range(num_held, self._executor.queue_depth):
                 batch = self._scheduler.next_batch(worker)
@@ -46,15 +60,9 @@ class EngineCore:
                     break
                 self._executor.submit(batch, worker)
                 self._num_in_flight[worker] += 1
-        if not any(self._num_in_flight):
-            return []
-        try:
-            worker, result = self._executor.next_result()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            self.close(f"a burst failed: {error!r}; make a new LLM")
-            raise
+
+    def _finish_one(self) -> list[Request]:
+        worker, result = self._executor.next_result()
         self._num_in_flight[worker] -= 1
         finished = self._scheduler.update(result)
         now = time.monotonic()

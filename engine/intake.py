@@ -67,7 +67,14 @@ class Intake:
         """
         every = _as_list(prompts)
         params = _one_each("sampling_params", sampling_params, len(every))
-        own_priorities = _one_each("priority", priorities, len(every))
+        try:
+            own_priorities = _one_each(
+                "priority", None if priorities is None else list(priorities), len(every)
+            )
+        except TypeError:
+            raise InvalidRequest(
+                "priority", priorities, "give a list of an integer for each prompt"
+            ) from None
         checked = []
         for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
             try:
@@ -253,7 +260,7 @@ def _one_each(name: str, values: Any, count: int) -> list[Any]:
     if not isinstance(values, list | tuple):
         return [values] * count
     if len(values) != count:
-        raise InvalidRequest(name, len(values), f"give one, or one for each of the {count} prompts")
+        raise InvalidRequest(name, len(values), f"give one for each of the {count} prompts")
     return list(values)
 
 
@@ -270,7 +277,10 @@ def _check_conversation(name: str, conversation: object) -> None:
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+    """Text as the tokens write it: more tokens only add to it, so that a stop string stays where it is."""
+    return lambda ids: str(
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:

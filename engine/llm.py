@@ -42,6 +42,8 @@ class LLM:
         max_num_seqs: canvases of a batch.
         burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
 
+    An engine serves one call at a time; give each thread an engine of its own.
+
     The other arguments are names to rely on; values that are not supported yet are refused.
 
     Raises:
@@ -140,7 +142,7 @@ class LLM:
             prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list of these.
             sampling_params: one for all prompts, or a list with one for each.
             use_tqdm: show progress on a terminal.
-            priority: one for each prompt, the lower the sooner; overrides that of the parameters.
+            priority: an integer for each prompt, the lower the sooner; overrides that of the parameters.
 
         Returns:
             One output for each prompt, in their order.
@@ -200,8 +202,8 @@ class LLM:
             while True:
                 room = None if max_live is None else max_live - len(live)
                 for request in itertools.islice(source, room):
-                    self._core.add(request)
                     live.add(request.request_id)
+                    self._core.add(request)
                 if not live:
                     return
                 for request in self._core.step():

@@ -25,7 +25,8 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended the text; None for the model's
             own end-of-sequence tokens and where nothing did.
         nfe: model forwards that the sample took.
-        tokens_per_forward: visible tokens (without an id that ended them) divided by `nfe`.
+        tokens_per_forward: visible tokens (without an id that ended them; those of a stop string were written
+            and count) divided by `nfe`.
         confidences: for each token of `token_ids` the confidence that it was committed with.
         commit_steps: for each token of `token_ids` the forward (from 1) that committed it.
         seed: key of the random numbers.

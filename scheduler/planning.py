@@ -13,6 +13,7 @@ from remask.scheduler.canvas import Canvas
 
 AGEING_SECONDS = 60.0  # a request that has waited so much longer overtakes one priority class
 MAX_BURST = 8  # steps: long enough to hide the host, short enough to let newcomers in
+MAX_PASSED = 32  # canvases that do not fit before the search for smaller ones ends
 
 Order: TypeAlias = tuple[float, int]
 
@@ -39,19 +40,25 @@ def order_of(priority: int, arrival_time: float, ordinal: int) -> Order:
     return priority + arrival_time / AGEING_SECONDS, ordinal
 
 
-def take(candidates: Iterable[Canvas], budget: Budget) -> list[Canvas]:
-    """The longest beginning of the queue that fits the budget, at least one canvas.
+def take(candidates: Iterable[Canvas], budget: Budget) -> tuple[list[Canvas], list[Canvas]]:
+    """The first of the queue that fit the budget, at least one canvas, and those that were passed over.
 
-    Nobody overtakes a canvas that does not fit: the room left over is worth less than its turn.
+    A canvas that does not fit lets later ones use the room that is left. That costs it nothing: nobody holds
+    a place, the next burst asks it again before them, and only those before it can keep it waiting.
     """
     taken: list[Canvas] = []
+    passed: list[Canvas] = []
     num_rows = 0
     for canvas in candidates:
-        num_rows += canvas.num_rows
-        if taken and (num_rows > budget.max_num_rows or len(taken) == budget.max_num_seqs):
+        if taken and num_rows + canvas.num_rows > budget.max_num_rows:
+            passed.append(canvas)
+        else:
+            taken.append(canvas)
+            num_rows += canvas.num_rows
+        full = len(taken) == budget.max_num_seqs or num_rows >= budget.max_num_rows
+        if full or len(passed) == MAX_PASSED:
             break
-        taken.append(canvas)
-    return taken
+    return taken, passed
 
 
 def burst_len(fixed: int | None, *, others_wait: bool, num_quiet: int) -> int:

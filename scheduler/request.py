@@ -42,7 +42,7 @@ class Request:
 
     def settle(self, canvas: Canvas, state: CanvasState) -> CanvasState:
         """What a burst made of a canvas, ended where a block has brought a stop string."""
-        if self.find_stop is None or (state.block == canvas.state.block and not state.finished):
+        if self.find_stop is None or state.block == canvas.state.block:
             return state
         canvas.text_stop = self.find_stop(canvas, state)
         return state if canvas.text_stop is None else msgspec.structs.replace(state, finished=True)

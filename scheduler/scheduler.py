@@ -1,9 +1,9 @@
 """The live requests, their canvases, and which burst each canvas is in.
 
 The scheduler owns every canvas; a worker only borrows it for a burst. A canvas is *ready* (it waits in the
-queue), *in flight* (it is in one burst, or in two of which the second continues the first), or *ended*.
-Between bursts nobody holds a place: each burst takes the first of the queue, so those that run keep running
-and an urgent newcomer displaces the last of them at the cost of nothing but their turn.
+queue), *in flight* (it is in a burst, and perhaps in others that continue it), or *ended*. Between bursts
+nobody holds a place: each burst takes the first of the queue, so those that run keep running and an urgent
+newcomer displaces the last of them at the cost of nothing but their turn.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ class Scheduler:
         """
         follows = self._tails.get(worker)
         before = self._bursts[follows].canvases if follows is not None else []
-        taken = take(self._candidates(before), self._budget)
+        taken, passed = take(self._candidates(before), self._budget)
+        for canvas in passed:
+            if canvas.last_burst is None:
+                heapq.heappush(self._queue, (canvas.order, canvas))
         if not taken:
             return None
         places = {id(canvas): place for place, canvas in enumerate(before)}
@@ -152,10 +155,8 @@ class Scheduler:
         return None
 
     def _candidates(self, before: list[Canvas]) -> Iterator[Canvas]:
-        """Who may join a worker's next burst, in order: the queue, and those of its burst in flight.
-
-        A canvas leaves the queue when the one after it is asked for, so the one that did not fit stays.
-        """
+        """Who may join a worker's next burst, in order: the queue, whose canvases leave it, and those of its
+        burst in flight."""
         running = filter(_goes_on, before)  # a burst is in the order of the queue
         first_running = next(running, None)
         while True:
@@ -167,8 +168,7 @@ class Scheduler:
                 yield first_running
                 first_running = next(running, None)
             else:
-                yield ready
-                heapq.heappop(self._queue)
+                yield heapq.heappop(self._queue)[1]
 
 
 def _goes_on(canvas: Canvas) -> bool:

@@ -31,6 +31,10 @@ class Executor(ABC):
         """Waits for the next result of a submitted burst; with the worker it came from."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Drops the bursts that have not come back; their results are never returned."""
+
+    @abstractmethod
     def close(self) -> None:
         """Frees the workers; idempotent."""
 
@@ -54,9 +58,10 @@ class InProcessExecutor(Executor):
 
     def next_result(self) -> tuple[int, StepResult]:
         assert self._worker is not None, "the executor is closed"
-        result = self._worker.run(self._queue[0])
-        self._queue.popleft()  # only now: an interrupted burst is run again
-        return 0, result
+        return 0, self._worker.run(self._queue.popleft())
+
+    def forget(self) -> None:
+        self._queue.clear()
 
     def close(self) -> None:
         self._worker = None

@@ -35,25 +35,27 @@ MAX_CANVAS_ROWS = 128  # prompt and canvas of the requests it is measured with
 MIN_ROWS = 2048  # looked at in any case where time allows: a slow moment must not look like a knee
 MAX_DOUBLINGS = 10
 REPETITIONS = 3
-SECONDS = 10.0  # a measurement ends after that long, with the forward that it is at
+SECONDS = 15.0  # a measurement ends after that long, with the forward that it is at
 
 
 def knee(model: TransformerDenoiser) -> int:
     """Rows of the knee: from the cache, or measured and put there.
 
-    A cache that cannot be read or written is no error: then each start measures.
+    A cache that cannot be read or written is no error: then each start measures. So does a start after one
+    that ran out of time.
     """
     key = _key(model)
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
-    path = _cache_directory() / f"{digest}.json"
+    path = _cache_path(key)
     try:
-        return int(json.loads(path.read_text())["knee"])
+        if path is not None and (rows := int(json.loads(path.read_text())["knee"])) > 0:
+            return rows
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    points = measure(model)
+    logger.info("looking for the best number of rows on %s; this takes some seconds, once", key["device"])
+    points, complete = measure(model)
     rows = find_knee(points)
-    logger.info("the knee of this model on %s is at %d rows", key["device"], rows)
-    _write(path, {"knee": rows, "rows_and_rows_per_second": points, "of": key})
+    if complete and path is not None:
+        _write(path, {"knee": rows, "rows_and_rows_per_second": points, "of": key})
     return rows
 
 
@@ -72,8 +74,8 @@ def num_flat(points: Sequence[tuple[int, float]]) -> int:
     return count
 
 
-def measure(model: TransformerDenoiser) -> list[tuple[int, float]]:
-    """Rows and rows per second of one-step bursts of 1, 2, 4, ... equal canvases.
+def measure(model: TransformerDenoiser) -> tuple[list[tuple[int, float]], bool]:
+    """Rows and rows per second of one-step bursts of 1, 2, 4, ... equal canvases; and whether time sufficed.
 
     The number doubles until two doublings in a row have gained nothing. Then all sizes are measured again in
     turn and the best of each counts, because other work on the machine only ever slows one down.
@@ -89,15 +91,22 @@ def measure(model: TransformerDenoiser) -> list[tuple[int, float]]:
 
     points: list[tuple[int, float]] = []
     for num_rows in (canvas_rows << i for i in range(MAX_DOUBLINGS)):
-        points.append((num_rows, rate(num_rows)))
-        if time.perf_counter() > deadline or (num_rows >= MIN_ROWS and num_flat(points) >= 2):
+        try:
+            points.append((num_rows, rate(num_rows)))
+        except torch.OutOfMemoryError:
+            if not points:
+                raise
+            break
+        if time.perf_counter() > deadline:
+            return points, False
+        if num_rows >= MIN_ROWS and num_flat(points) >= 2:
             break
     for _ in range(REPETITIONS - 1):
         for i, (num_rows, best) in enumerate(points):
             if time.perf_counter() > deadline:
-                return points
+                return points, False
             points[i] = (num_rows, max(best, rate(num_rows)))
-    return points
+    return points, True
 
 
 def _seconds(worker: Worker, batch: StepBatch, model: TransformerDenoiser) -> float:
@@ -131,15 +140,24 @@ def _key(model: TransformerDenoiser) -> dict[str, Any]:
         "device": device_name(model.device),
         "dtype": str(model.model.embedding.dtype),
         "attention": model.attention.name,
+        "pack_rows": model.pack_rows,
+        "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+        "cpus": os.cpu_count(),
         "torch": torch.__version__,
         "remask": version("remask"),
     }
 
 
-def _cache_directory() -> Path:
+def _cache_path(key: dict[str, Any]) -> Path | None:
+    """A file for each key, so that engines that start at once do not write the same one; None: no home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "remask" / "knee"
+    try:
+        directory = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return directory / "remask" / "knee" / f"{digest}.json"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

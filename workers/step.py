@@ -86,9 +86,13 @@ def _decide(state: BurstState, view: BlockView) -> tuple[Tensor, Tensor]:
         commit[group.canvases] = group.kernel(view.select(group.canvases), group.params_at(state.block))
     for i, group in enumerate(state.remask, start=len(state.unmask)):
         own = group.canvases
-        remask[own], state.memory[i] = group.kernel(
+        remask[own], memory = group.kernel(
             view.select(own), commit[own], group.params_at(state.block), state.memory[i]
         )
+        paused = state.paused[own]  # nothing changes for those that take no step
+        for name, old in state.memory[i].items():
+            memory[name] = torch.where(paused.view(-1, *[1] * (old.ndim - 1)), old, memory[name])
+        state.memory[i] = memory
     return commit, remask
 
 

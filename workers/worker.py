@@ -57,13 +57,18 @@ class Worker:
 
 
 def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:
-    """Takes up to `num_steps` denoising steps in place; returns the rows forwarded."""
+    """Takes up to `num_steps` denoising steps in place; returns the rows forwarded.
+
+    It ends early where a canvas pauses for a look at its text, so that this one does not wait for the others.
+    """
     num_rows, num_paused = 0, int(state.paused.sum())
     plans = plan_packs(state, model)
     for _ in range(num_steps):
         if not plans:
             break
         num_rows += denoise(state, plans, model)
+        if bool((state.paused & ~state.finished).any()):
+            break
         now_paused = int(state.paused.sum())
         if now_paused > num_paused:  # those that paused give up their rows
             plans, num_paused = plan_packs(state, model), now_paused

@@ -62,6 +62,8 @@ class Journal:
     """
 
     def __init__(self, output: Path, *, resume: bool) -> None:
+        if not output.name or output.is_dir():
+            raise InvalidRequest("--output-file", str(output), "is a directory; give the name of a file")
         self.output, self.partial = output, output.with_name(output.name + ".partial")
         self._converting = output.with_name(output.name + ".converting")
         self._file = _open_locked(self.partial)

@@ -79,6 +79,7 @@ def write_rows(records: Iterable[bytes], target: Path) -> None:
             "text": pyarrow.string(),
             "token_ids": pyarrow.list_(pyarrow.int32()),
             "finish_reason": pyarrow.string(),
+            "stop_reason": pyarrow.string(),
             "nfe": pyarrow.int32(),
             "tokens_per_forward": pyarrow.float64(),
             "seed": pyarrow.int64(),
@@ -115,6 +116,7 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "text": choice["message"]["content"] if "message" in choice else choice["text"],
             "token_ids": choice.get("token_ids"),
             **{name: choice[name] for name in ("finish_reason", "nfe", "tokens_per_forward", "seed")},
+            "stop_reason": None if choice["stop_reason"] is None else str(choice["stop_reason"]),
             "prompt_tokens": body["usage"]["prompt_tokens"],
             "completion_tokens": round(choice["nfe"] * choice["tokens_per_forward"]),
         }

@@ -12,7 +12,9 @@ import pytest
 from remask import LLM, EngineDead, InvalidRequest, SamplingParams, Schedule
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 from remask.core import EngineCore
+from remask.scheduler.messages import StepBatch
 from remask.workers.executor import InProcessExecutor
+from remask.workers.worker import Worker
 
 PUZZLE = "...543.....2341256..6.3..631.51.5...="
 ASK = SamplingParams(max_tokens=40, block_length=40)
@@ -119,8 +121,10 @@ def test_urgent_prompts_are_served_first_and_results_keep_the_order_of_the_promp
 
 
 def test_bad_priorities_are_refused(tiny_llm: LLM) -> None:
-    with pytest.raises(InvalidRequest, match="priority: give one, or one for each of the 1 prompts"):
+    with pytest.raises(InvalidRequest, match="priority: give one for each of the 1 prompts"):
         tiny_llm.generate([PUZZLE], ASK, priority=[1, 2])
+    with pytest.raises(InvalidRequest, match="priority: give a list of an integer for each prompt"):
+        tiny_llm.generate([PUZZLE], ASK, priority=3)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match="prompt 0: priority"):
         tiny_llm.generate([PUZZLE], ASK, priority=[0.5])  # type: ignore[list-item]
 
@@ -218,6 +222,26 @@ def test_an_interrupted_call_leaves_the_engine_usable(monkeypatch: pytest.Monkey
         monkeypatch.undo()
         (output,) = llm.generate(PUZZLE, slow)
         assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+def test_a_call_after_an_interrupt_runs_nothing_of_the_interrupted_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with LLM("tiny", device="cpu", burst=64, max_num_rows=4096) as llm:
+        run: Callable[..., Any] = Worker.run
+        ran: list[int] = []
+
+        def counted(self: Worker, batch: StepBatch) -> Any:
+            ran.append(len(batch.specs))
+            if len(ran) == 1:
+                raise KeyboardInterrupt
+            return run(self, batch)
+
+        monkeypatch.setattr(Worker, "run", counted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([PUZZLE] * 30, ASK)
+        llm.generate(PUZZLE, ASK)
+        assert ran == [30, 1]
 
 
 def test_a_failed_engine_says_why_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remask.benchmarks.simulation import Requests
-from remask.scheduler.planning import AGEING_SECONDS, MAX_BURST, Budget, burst_len, order_of, take
+from remask.scheduler.planning import (
+    AGEING_SECONDS,
+    MAX_BURST,
+    MAX_PASSED,
+    Budget,
+    burst_len,
+    order_of,
+    take,
+)
 
 priorities = st.integers(-(2**31), 2**31 - 1)
 times = st.floats(0, 1e6)
@@ -33,17 +41,34 @@ def test_waiting_a_minute_for_each_class_is_enough_to_go_first(
     st.integers(1, 120),
     st.integers(1, 6),
 )
-def test_the_longest_beginning_that_fits_is_taken(lens: list[int], max_rows: int, max_seqs: int) -> None:
+def test_each_canvas_is_taken_that_fits_with_those_before_it(
+    lens: list[int], max_rows: int, max_seqs: int
+) -> None:
     requests = Requests()
     queue = [requests.make(n, 1).canvases[0] for n in lens]
-    taken = take(iter(queue), Budget(max_rows, max_seqs))
-    assert taken == queue[: len(taken)]
+    candidates = iter(queue)
+    taken, passed = take(candidates, Budget(max_rows, max_seqs))
+    rest = list(candidates)
+    assert sorted([*taken, *passed, *rest], key=queue.index) == queue, "nobody gets lost"
     assert bool(taken) == bool(queue)
-    rows = [canvas.num_rows for canvas in queue]
+    assert taken[:1] == queue[:1]
     assert len(taken) <= max_seqs
-    assert len(taken) == 1 or sum(rows[: len(taken)]) <= max_rows
-    if 0 < len(taken) < min(len(queue), max_seqs):
-        assert sum(rows[: len(taken) + 1]) > max_rows, "one more would have fitted"
+    num_rows = 0
+    for canvas in queue:
+        if canvas in taken:
+            num_rows += canvas.num_rows
+        elif canvas in passed:
+            assert num_rows + canvas.num_rows > max_rows
+        else:
+            assert len(taken) == max_seqs or num_rows >= max_rows, "the search ended early"
+    assert num_rows <= max_rows or len(taken) == 1
+
+
+def test_the_search_for_smaller_canvases_ends() -> None:
+    requests = Requests()
+    queue = [requests.make(n, 1).canvases[0] for n in (50, *[60] * 1000)]
+    taken, passed = take(iter(queue), Budget(100, 8))
+    assert (len(taken), len(passed)) == (1, MAX_PASSED)
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,17 @@ class Cluster:
             if batch is None:
                 return
             self.queues[worker].append(batch)
+            held = [
+                {(spec.slots, spec.seed) for burst in queue for spec in burst.specs} for queue in self.queues
+            ]
+            assert sum(map(len, held)) == len(set().union(*held)), "a canvas is with one worker at a time"
 
     def finish_one(self, worker: int) -> list[Request]:
         if not self.queues[worker]:
             return []
         batch = self.queues[worker].popleft()
         states = self.workers[worker].resolve(batch)
+        assert not any(sent.finished for sent in batch.states if not isinstance(sent, int)), "it has ended"
         rows = [
             state.sequence_len + spec.num_shadow_rows for state, spec in zip(states, batch.specs, strict=True)
         ]
@@ -187,11 +192,14 @@ def lens(batch: StepBatch) -> list[Any]:
     return [state if isinstance(state, int) else state.sequence_len for state in batch.states]
 
 
-def test_first_come_is_first_served_even_where_a_later_one_would_fit() -> None:
-    scheduler, requests = scheduler_of(100, 8), Requests()
-    for prompt_len in (60, 80, 10):
-        scheduler.add(requests.make(prompt_len, 10))
-    assert lens(next_of(scheduler)) == [70]
+def test_room_that_the_next_one_is_too_large_for_goes_to_smaller_ones_without_costing_it_its_turn() -> None:
+    scheduler, requests, worker = scheduler_of(100, 8), Requests(), SimulatedWorker()
+    for prompt_len, canvas_len in ((60, 2), (80, 10), (10, 20)):
+        scheduler.add(requests.make(prompt_len, canvas_len))
+    assert [lens_run(scheduler, worker) for _ in range(3)] == [[62, 30], [62, 30], [90]]
+    while scheduler.num_live:
+        scheduler.update(worker.run(next_of(scheduler)))
+    assert [batch.states for batch in worker.batches].count([]) == 0
 
 
 def test_running_canvases_keep_their_place() -> None:
@@ -247,6 +255,15 @@ def test_bursts_grow_while_all_is_quiet_and_shrink_when_somebody_comes_or_waits(
     assert [steps() for _ in range(2)] == [1, 2]
     scheduler.add(requests.make(10, 30))
     assert [steps() for _ in range(3)] == [1, 1, 1], "it does not fit and waits"
+
+
+def test_a_running_canvas_that_was_displaced_counts_as_waiting() -> None:
+    scheduler, requests = scheduler_of(50, 8, burst=None), Requests()
+    scheduler.add(requests.make(10, 30, priority=1))
+    next_of(scheduler)
+    scheduler.add(requests.make(10, 30, priority=0))
+    urgent, again = next_of(scheduler), next_of(scheduler)
+    assert (urgent.num_steps, again.num_steps) == (1, 2)
 
 
 def test_a_second_burst_goes_on_with_the_canvases_of_the_first() -> None:

@@ -53,7 +53,8 @@ def test_measuring_stops_where_nothing_is_gained(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = simulated(monkeypatch)
-    points = measure(golden_model)
+    points, complete = measure(golden_model)
+    assert complete
     rows = min(128, golden_model.config.max_len)
     assert [point[0] for point in points] == [rows << i for i in range(len(points))]
     assert find_knee(points) == next(point[0] for point in points if point[0] >= 700 * 0.95)
@@ -65,10 +66,10 @@ def test_a_slow_moment_does_not_move_the_knee(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simulated(monkeypatch)
-    expected = find_knee(measure(golden_model))
+    expected = find_knee(measure(golden_model)[0])
     slow = iter(3.0 if i in (1, 2, 9) else 1.0 for i in range(100))
     simulated(monkeypatch, slow)
-    assert find_knee(measure(golden_model)) == expected
+    assert find_knee(measure(golden_model)[0]) == expected
 
 
 def test_the_knee_is_measured_once_for_a_model_device_and_dtype(
@@ -88,7 +89,7 @@ def test_the_knee_is_measured_once_for_a_model_device_and_dtype(
     assert {entry["of"]["dtype"] for entry in kept} == {"torch.float32", "torch.bfloat16"}
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"knee": "many"}'])
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"knee": "many"}', '{"knee": 0}'])
 def test_a_broken_cache_is_measured_over(
     golden_model: TransformerDenoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
@@ -112,6 +113,32 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     simulated(monkeypatch)
     assert knee(golden_model) > 0
     assert "cannot be kept" in caplog.text
+
+
+def test_a_start_that_ran_out_of_time_is_not_kept(
+    golden_model: TransformerDenoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = simulated(monkeypatch)
+    monkeypatch.setattr(module, "SECONDS", -1.0)
+    assert knee(golden_model) == min(128, golden_model.config.max_len)
+    assert len(asked) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    simulated(monkeypatch)
+    assert knee(golden_model) > 128
+
+
+def test_without_a_home_the_knee_is_measured_and_not_kept(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    simulated(monkeypatch)
+    assert knee(golden_model) > 0
 
 
 def test_an_engine_takes_the_knee_unless_told(

@@ -11,7 +11,9 @@ from remask import SamplingParams
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.workers.burst import BurstState
 from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.step import denoise, plan_packs
 from remask.workers.worker import Worker
 
 POLICIES = [
@@ -96,15 +98,26 @@ def test_an_interrupted_burst_that_follows_another_can_be_run_again(
     assert worker.run(following).states == expected
 
 
-def test_a_burst_pauses_a_canvas_with_stop_strings_at_the_end_of_each_block(
+def test_a_burst_ends_where_a_canvas_pauses_for_a_look_at_its_text(
     golden_model: TransformerDenoiser,
 ) -> None:
-    canvases = [make(1, 12, stop="x"), make(1, 12)]
+    canvases = [make(1, 12, stop="x"), make(1, 14)]
     worker = Worker(golden_model)
     paused, other = worker.run(first_burst(canvases, 100)).states
     assert (paused.block, paused.num_forwards, paused.finished) == (1, 4, False)
-    assert (other.block, other.num_forwards, other.finished) == (3, 12, True)
+    assert other.num_forwards == 4
     following = StepBatch(burst_id=1, num_steps=3, follows=0, specs=[c.spec for c in canvases], states=[0, 1])
     paused, other = worker.run(following).states
-    assert (paused.block, paused.num_forwards) == (1, 7)
-    assert other.num_forwards == 12
+    assert (paused.block, paused.num_forwards, other.num_forwards) == (1, 7, 7)
+
+
+def test_a_paused_canvas_does_not_change_while_others_go_on(golden_model: TransformerDenoiser) -> None:
+    canvases = [make(2, 12, stop="x"), make(2, 40)]
+    (alone,) = Worker(golden_model).run(first_burst(canvases[:1], 100)).states
+    assert alone.block == 1
+    state = BurstState([c.spec for c in canvases], [c.state for c in canvases], golden_model.device)
+    for _ in range(alone.num_forwards + 3):
+        denoise(state, plan_packs(state, golden_model), golden_model)
+    paused, other = state.to_states()
+    assert other.num_forwards > alone.num_forwards
+    assert paused == alone
