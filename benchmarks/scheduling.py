@@ -108,6 +108,18 @@ def measure(repetitions: int) -> list[dict[str, Any]]:
     return rows
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    waiting = row["us_per_waiting"]
+    return [
+        str(row["live"]),
+        f"{row['us_per_scheduled']:.1f}",
+        f"{row['us_per_scheduled_all']:.1f}",
+        "" if waiting is None else f"{waiting:.3f}",
+        f"{row['us_per_request']:.1f}",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,14 +141,7 @@ def main() -> None:
         "us a request",
     )
     for row in report["results"]:
-        waiting = row["us_per_waiting"]
-        table.add_row(
-            str(row["live"]),
-            f"{row['us_per_scheduled']:.1f}",
-            f"{row['us_per_scheduled_all']:.1f}",
-            "" if waiting is None else f"{waiting:.3f}",
-            f"{row['us_per_request']:.1f}",
-        )
+        table.add_row(*cells(row))
     Console().print(table)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)

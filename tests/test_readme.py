@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from remask.benchmarks import throughput
+from remask.benchmarks import scheduling, throughput
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 
 ROOT = Path(__file__).parents[1]
@@ -88,21 +88,10 @@ def test_the_scheduling_table_is_the_committed_measurement_and_within_its_bounds
         "| live canvases | 64 scheduled: us a canvas and step | all scheduled: us a canvas and step "
         "| us a waiting one and step | us a request |"
     )
-    expected = []
+    assert rows == [scheduling.cells(r) for r in results]
     for r in results:
-        waiting = r["us_per_waiting"]
-        assert r["us_per_scheduled"] <= 25 >= r["us_per_scheduled_all"]
-        assert waiting is None or waiting <= 1
-        expected.append(
-            [
-                str(r["live"]),
-                f"{r['us_per_scheduled']:.1f}",
-                f"{r['us_per_scheduled_all']:.1f}",
-                "" if waiting is None else f"{waiting:.3f}",
-                f"{r['us_per_request']:.1f}",
-            ]
-        )
-    assert rows == expected
+        assert max(r["us_per_scheduled"], r["us_per_scheduled_all"]) <= 25
+        assert (r["us_per_waiting"] or 0) <= 1
     assert [r["live"] for r in results] == [64, 256, 1024, 4096, 16384]
 
 

@@ -29,31 +29,29 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     content: str | None
 
 
-class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+class _Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """What every sample tells."""
+
+    index: int
+    logprobs: None = None
+    finish_reason: str
+    stop_reason: int | str | None  # as vLLM: the stop string or id
+    nfe: int
+    tokens_per_forward: float
+    seed: int
+
+
+class ChatChoice(_Choice, frozen=True, kw_only=True):
     """One sample of a chat."""
 
-    index: int
     message: ChatMessage
-    logprobs: None = None
-    finish_reason: str
-    stop_reason: int | str | None  # as vLLM: the stop string or id
-    nfe: int
-    tokens_per_forward: float
-    seed: int
 
 
-class TextChoice(msgspec.Struct, frozen=True, kw_only=True):
+class TextChoice(_Choice, frozen=True, kw_only=True):
     """One sample of a text completion."""
 
-    index: int
     text: str | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET  # only where there is no text
-    logprobs: None = None
-    finish_reason: str
-    stop_reason: int | str | None  # as vLLM: the stop string or id
-    nfe: int
-    tokens_per_forward: float
-    seed: int
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,25 +97,14 @@ def error_body(error: InvalidRequest) -> dict[str, Any]:
 
 
 def _chat_choice(sample: CompletionOutput) -> ChatChoice:
-    return ChatChoice(
-        index=sample.index,
-        message=ChatMessage(content=sample.text),
-        finish_reason=sample.finish_reason,
-        stop_reason=sample.stop_reason,
-        nfe=sample.nfe,
-        tokens_per_forward=sample.tokens_per_forward,
-        seed=sample.seed,
-    )
+    return ChatChoice(message=ChatMessage(content=sample.text), **_common(sample))
 
 
 def _text_choice(sample: CompletionOutput) -> TextChoice:
-    return TextChoice(
-        index=sample.index,
-        text=sample.text,
-        token_ids=msgspec.UNSET if sample.text is not None else sample.token_ids,
-        finish_reason=sample.finish_reason,
-        stop_reason=sample.stop_reason,
-        nfe=sample.nfe,
-        tokens_per_forward=sample.tokens_per_forward,
-        seed=sample.seed,
-    )
+    token_ids = msgspec.UNSET if sample.text is not None else sample.token_ids
+    return TextChoice(text=sample.text, token_ids=token_ids, **_common(sample))
+
+
+def _common(sample: CompletionOutput) -> dict[str, Any]:
+    names = ("index", "finish_reason", "stop_reason", "nfe", "tokens_per_forward", "seed")
+    return {name: getattr(sample, name) for name in names}
