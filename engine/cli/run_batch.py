@@ -49,8 +49,17 @@ def run_batch(
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Likewise: temperature.  [default: 0]")] = None,
     n: Annotated[int | None, typer.Option("-n", "--n", help="Likewise: samples.  [default: 1]")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Likewise: a string that ends the text; may be repeated.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="Likewise: an id that does; may be repeated.")
+    ] = None,
+    include_stop_str_in_output: Annotated[
+        bool, typer.Option("--include-stop-str-in-output", help="Likewise: leave in the text what ended it.")
+    ] = False,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Likewise: fill the whole canvas.")
+        bool, typer.Option("--ignore-eos", help="Likewise: go on after the model's own end of text.")
     ] = False,
     seed: Annotated[int, typer.Option(help="With a line's place, the seed of lines that give none.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -70,6 +79,9 @@ def run_batch(
         "rank": rank,
         "temperature": temperature,
         "n": n,
+        "stop": stop,
+        "stop_token_ids": stop_token_id,
+        "include_stop_str_in_output": include_stop_str_in_output or None,
         "ignore_eos": ignore_eos or None,
     }
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="remask: %(message)s")

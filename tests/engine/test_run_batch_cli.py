@@ -39,6 +39,16 @@ def test_a_file_is_run_and_its_options_are_the_lines_defaults(tmp_path: Path) ->
     assert second["response"]["body"]["usage"]["completion_tokens"] == 4
 
 
+def test_stops_hold_for_lines_that_do_not_say(tmp_path: Path) -> None:
+    source, free, stopped = (tmp_path / name for name in ("in.txt", "free.jsonl", "stopped.jsonl"))
+    source.write_text("12..34..2.4.43.1=\n")
+    assert remask("-i", source, "-o", free, "--max-tokens", "20").returncode == 0
+    text = json.loads(free.read_text())["response"]["body"]["choices"][0]["text"]
+    assert remask("-i", source, "-o", stopped, "--max-tokens", "20", "--stop", text[5:8]).returncode == 0
+    (choice,) = json.loads(stopped.read_text())["response"]["body"]["choices"]
+    assert (choice["text"], choice["stop_reason"]) == (text[: text.index(text[5:8])], text[5:8])
+
+
 @pytest.mark.parametrize(
     ("line", "options", "message"),
     [
