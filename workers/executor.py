@@ -40,16 +40,10 @@ class Executor(ABC):
 
 
 class InProcessExecutor(Executor):
-    """One worker in the caller's process and thread; never starts Ray.
+    """One worker in the caller's process and thread, which runs a burst when its result is asked for; never
+    starts Ray."""
 
-    Args:
-        model: the model.
-        queue_depth: nothing runs beside the caller, so a deeper queue gains nothing here but a second burst
-            that goes on with the tensors of the first.
-    """
-
-    def __init__(self, model: Denoiser, queue_depth: int = 1) -> None:
-        self.queue_depth = queue_depth
+    def __init__(self, model: Denoiser) -> None:
         self._worker: Worker | None = Worker(model)
         self._queue: deque[StepBatch] = deque()
 

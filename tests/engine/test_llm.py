@@ -244,6 +244,34 @@ def test_a_call_after_an_interrupt_runs_nothing_of_the_interrupted_one(
         assert ran == [30, 1]
 
 
+def test_a_second_burst_in_the_queue_changes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bursts that go on with what the worker kept, from the scheduler to the text."""
+    asked = [
+        {"max_tokens": 40, "block_length": 8, "unmask": "schedule"},
+        {"max_tokens": 24, "block_length": 8, "stop": "4", "unmask": "threshold:0.7", "seed": 3},
+        {"max_tokens": 30, "block_length": 30, "preset": "wino", "temperature": 1.0, "n": 3, "seed": 4},
+        {"max_tokens": 12, "priority": -1},
+    ]
+    run: Callable[..., Any] = Worker.run
+    followed: list[int | None] = []
+
+    def recorded(self: Worker, batch: StepBatch) -> Any:
+        followed.append(batch.follows)
+        return run(self, batch)
+
+    monkeypatch.setattr(Worker, "run", recorded)
+    outputs = []
+    for depth in (1, 2):
+        monkeypatch.setattr(InProcessExecutor, "queue_depth", depth)
+        followed.clear()
+        with LLM("tiny", device="cpu", dtype="float32", burst=2, max_num_rows=256) as llm:
+            outputs.append([output.outputs for output in llm.generate([PUZZLE] * 4, asked)])
+        assert any(burst is not None for burst in followed) == (depth == 2)
+    assert [[(s.text, s.nfe, s.commit_steps, s.stop_reason) for s in o] for o in outputs[0]] == [
+        [(s.text, s.nfe, s.commit_steps, s.stop_reason) for s in o] for o in outputs[1]
+    ]
+
+
 def test_a_failed_engine_says_why_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM("tiny", device="cpu")
 
