@@ -14,6 +14,7 @@ from remask import LLM
 from remask.batch.run import BatchOptions, Summary, run_batch
 
 Run = Callable[..., Summary]
+MakeFile = Callable[[int], Path]
 
 
 @pytest.fixture
@@ -44,5 +45,19 @@ def batch_file(tmp_path: Path) -> Callable[[int], Path]:
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
+
+    return make
+
+
+@pytest.fixture
+def partial_of(run: Run, batch_file: MakeFile, tmp_path: Path) -> Callable[[int], tuple[Path, Path, Path]]:
+    """Source, output and partial output of a run that was killed just before it named its output."""
+
+    def make(count: int) -> tuple[Path, Path, Path]:
+        source, output = batch_file(count), tmp_path / "out.jsonl"
+        run(source, output)
+        partial = tmp_path / "out.jsonl.partial"
+        output.rename(partial)
+        return source, output, partial
 
     return make

@@ -10,20 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from remask import InvalidRequest
 from remask.batch import journal as journal_module
 from remask.batch.check import CustomIds
-from remask.batch.identity import RunName, model_digest, parse_id
+from remask.batch.identity import parse_id
 from remask.batch.journal import BatchStopped, Journal
 from remask.batch.run import Summary
 from remask.cli import main
-from remask.core import EngineCore
 
 Run = Callable[..., Summary]
 MakeFile = Callable[[int], Path]
@@ -66,30 +64,6 @@ def in_child(work: Callable[[], object], kill_after: float | None = None) -> int
             os.kill(child, signal.SIGKILL)
             deadline = None
         time.sleep(0.001)
-
-
-@pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def never(*_: object) -> None:
-        raise AssertionError("work has started")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(EngineCore, "step", never)
-        yield
-
-
-@pytest.fixture
-def partial_of(run: Run, batch_file: MakeFile, tmp_path: Path) -> Callable[[int], tuple[Path, Path, Path]]:
-    """Source, output and partial output of a run that was killed just before it named its output."""
-
-    def make(count: int) -> tuple[Path, Path, Path]:
-        source, output = batch_file(count), tmp_path / "out.jsonl"
-        run(source, output)
-        partial = tmp_path / "out.jsonl.partial"
-        output.rename(partial)
-        return source, output, partial
-
-    return make
 
 
 def crash_at(count: int) -> None:
@@ -292,159 +266,3 @@ def test_a_really_full_file_system(run: Run, batch_file: MakeFile, tmp_path: Pat
         assert len(results(disk / "out.jsonl")) == 40
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def test_resume_starts_a_run_that_has_no_output_and_does_nothing_on_a_finished_one(
-    run: Run, batch_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, output = batch_file(5), tmp_path / "out.jsonl"
-    assert run(source, output, resume=True).num_done_before == 0
-    before = (output.read_bytes(), output.stat().st_mtime_ns)
-    monkeypatch.setattr(EngineCore, "step", None)
-    summary = run(source, output, resume=True)
-    assert summary == Summary(num_lines=5, num_done_before=5)
-    assert (output.read_bytes(), output.stat().st_mtime_ns) == before
-    assert sorted(os.listdir(tmp_path)) == ["5.jsonl", "out.jsonl"]
-
-
-@pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
-def test_an_existing_output_is_refused_without_resume(
-    run: Run, batch_file: MakeFile, tmp_path: Path, name: str
-) -> None:
-    (tmp_path / name).write_text("precious")
-    with pytest.raises(InvalidRequest, match=r"--output-file: (exists already|an interrupted run)"):
-        run(batch_file(3), tmp_path / "out.jsonl")
-    assert (tmp_path / name).read_text() == "precious"
-
-
-@pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.partial"])
-@pytest.mark.parametrize("content", ["precious", "precious\n", '{"id": "x", "custom_id": "y"}\n', '{"id":\n'])
-def test_a_file_that_is_no_output_is_refused_with_resume(
-    run: Run, batch_file: MakeFile, tmp_path: Path, name: str, content: str
-) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(InvalidRequest, match="is no output of a batch"):
-        run(batch_file(3), tmp_path / "out.jsonl", resume=True)
-    assert (tmp_path / name).read_text() == content
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_an_output_of_another_run_is_refused(
-    run: Run,
-    partial_of: Callable[[int], tuple[Path, Path, Path]],
-    batch_file: MakeFile,
-    no_work_now: Callable[[], None],
-    finished: bool,
-) -> None:
-    source, output, partial = partial_of(4)
-    if finished:
-        partial.rename(output)
-    there = output if finished else partial
-    content = there.read_bytes()
-    no_work_now()
-    for options, what in (
-        ({"defaults": {"max_tokens": 5}}, "other parameters"),
-        ({"seed": 1}, "other parameters"),
-        ({"chat": True}, "other parameters"),
-    ):
-        with pytest.raises(InvalidRequest, match=f"another run, with {what}; choose another file"):
-            run(source, output, resume=True, **options)
-    with pytest.raises(InvalidRequest, match="another run, with another input; choose"):
-        run(batch_file(5), output, resume=True)
-    assert there.read_bytes() == content
-
-
-@pytest.fixture
-def no_work_now(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(EngineCore, "step", None)
-
-
-def test_results_that_were_tampered_with_are_refused(
-    run: Run, partial_of: Callable[[int], tuple[Path, Path, Path]]
-) -> None:
-    source, output, partial = partial_of(4)
-    lines = sorted(partial.read_bytes().splitlines(keepends=True))  # they come in the order of completion
-    assert b'"request 0"' in lines[0]
-    for changed in (
-        [*lines, lines[0]],
-        [lines[0].replace(b'"request 0"', b'"request 1"')],
-        [lines[0].replace(b'_0"', b'_9"')],
-    ):
-        partial.write_bytes(b"".join(changed))
-        with pytest.raises(InvalidRequest, match="was changed: the result of 'request"):
-            run(source, output, resume=True)
-    partial.write_bytes(b"".join(lines[:3]))
-    partial.rename(output)
-    with pytest.raises(InvalidRequest, match="was changed: it holds 3 of the 4 results"):
-        run(source, output, resume=True)
-
-
-def test_two_processes_cannot_write_one_output(run: Run, batch_file: MakeFile, tmp_path: Path) -> None:
-    source, output = batch_file(3), tmp_path / "out.jsonl"
-    with Journal(output, resume=False), pytest.raises(InvalidRequest, match="written by another process"):
-        run(source, output, resume=True)
-    run(source, output)
-
-
-def test_a_file_that_appears_meanwhile_is_not_replaced(
-    run: Run, batch_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, output = batch_file(3), tmp_path / "out.jsonl"
-    sync = Journal.sync
-
-    def appear(journal: Journal) -> None:
-        output.write_text("precious")
-        sync(journal)
-
-    monkeypatch.setattr(Journal, "sync", appear)
-    with pytest.raises(BatchStopped, match="File exists: 3 of 3 results are safe"):
-        run(source, output)
-    assert output.read_text() == "precious"
-
-
-def test_a_file_system_without_links_is_renamed_on(
-    run: Run, batch_file: MakeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_links(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    run(batch_file(3), tmp_path / "out.jsonl")
-    assert sorted(os.listdir(tmp_path)) == ["3.jsonl", "out.jsonl"]
-
-
-def test_faults_that_were_recorded_are_not_recorded_again(run: Run, tmp_path: Path) -> None:
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(
-        '{"prompt": "1=", "max_tokens": 2}\n{"prompt": ""}\n{"prompt": "2=", "max_tokens": 2}\n'
-    )
-    run(source, output, record_invalid=True)
-    partial = tmp_path / "out.jsonl.partial"
-    lines = output.read_bytes().splitlines(keepends=True)
-    output.unlink()
-    for kept in range(3):
-        partial.write_bytes(b"".join(lines[:kept]))
-        run(source, output, resume=True, record_invalid=True)
-        assert len(output.read_bytes().splitlines()) == len({*output.read_bytes().splitlines()}) == 3
-        output.unlink()
-
-
-def test_a_run_is_named_by_input_model_and_parameters(tmp_path: Path, golden_checkpoint: Path) -> None:
-    tiny = model_digest("tiny")
-    assert tiny == model_digest("tiny") != model_digest(golden_checkpoint)
-    name = RunName("0" * 8, tiny, "f" * 8)
-    assert parse_id(name.id(12)) == (name, 12)
-    for wrong in ("", "batch_req_", name.id(1)[:-1], name.id(1) + "\n", name.id(1) + "x", "x" + name.id(1)):
-        assert parse_id(wrong) is None
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in golden_checkpoint.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    assert model_digest(copy) == model_digest(golden_checkpoint), "wherever it lies"
-    weights = copy / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert model_digest(copy) != model_digest(golden_checkpoint)
