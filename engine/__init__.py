@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError
 from remask.scheduler.params import SamplingParams
-from remask.scheduler.policies import CappedThreshold, Factor, Schedule, Threshold, Wino
+from remask.scheduler.policies import (
+    Bernoulli,
+    CappedThreshold,
+    EntropyBound,
+    Factor,
+    Schedule,
+    Threshold,
+    Wino,
+)
 
 if TYPE_CHECKING:
     from remask.llm import LLM
@@ -19,9 +27,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "Bernoulli",
     "CappedThreshold",
     "CompletionOutput",
     "EngineDead",
+    "EntropyBound",
     "Factor",
     "InvalidRequest",
     "RemaskError",

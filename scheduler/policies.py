@@ -106,6 +106,35 @@ class CappedThreshold(UnmaskPolicy, frozen=True, tag="capped_threshold"):
     t1: Probability = 0.6
 
 
+class EntropyBound(UnmaskPolicy, frozen=True, tag="entropy_bound"):
+    """The best k positions, k as large as sum H - max H <= g over them allows, at least one (EB-sampler,
+    arXiv 2505.24857).
+
+    Attributes:
+        g: bound on the error of committing them together, in nats; entropies are of the untempered softmax.
+        order: what "best" means: the lowest entropy, the largest confidence, or the largest p1 - p2.
+    """
+
+    g: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.1
+    order: Literal["entropy", "confidence", "margin"] = "entropy"
+
+    def head_needs(self) -> frozenset[str]:
+        return frozenset({"entropy", self.order}) & {"margin", "entropy"}
+
+
+class Bernoulli(UnmaskPolicy, frozen=True, tag="bernoulli"):
+    """Each position with probability c^k; the best one where none is drawn.
+
+    Attributes:
+        k: the larger, the more cautious; 0 commits everything.
+    """
+
+    k: Annotated[float, Meta(ge=0.0, le=1e6)] = 1.0
+
+    def is_random(self) -> bool:
+        return True
+
+
 class Wino(RemaskPolicy, frozen=True, tag="wino"):
     """Remasks committed tokens whose leave-one-out probability, read off shadow rows, is below t2 (WINO,
     arXiv 2507.18578).
@@ -140,6 +169,8 @@ UNMASK: dict[str, type[UnmaskPolicy]] = {
     "threshold": Threshold,
     "factor": Factor,
     "capped_threshold": CappedThreshold,
+    "entropy_bound": EntropyBound,
+    "bernoulli": Bernoulli,
 }
 REMASK: dict[str, type[RemaskPolicy]] = {"wino": Wino}
 

@@ -66,7 +66,10 @@ def _block_view(
         state.rank_by_top.unsqueeze(1), main.top_prob.view(shape), main.proposal_prob.view(shape)
     )
     committed = blocks.valid & ~blocks.masked
-    order_keys = stream_keys(state.keys.unsqueeze(1), Purpose.ORDER, state.num_forwards.unsqueeze(1), slots)
+    order, accept = (
+        uniform_at(stream_keys(state.keys.unsqueeze(1), purpose, state.num_forwards.unsqueeze(1), slots))
+        for purpose in (Purpose.ORDER, Purpose.ACCEPT)
+    )
     return BlockView(
         masked=blocks.masked,
         committed=committed,
@@ -74,7 +77,8 @@ def _block_view(
         verified=torch.where(committed, verified, 1.0),
         margin=main.margin.view(shape),
         neg_entropy=main.neg_entropy.view(shape),
-        order=uniform_at(order_keys),
+        order=order,
+        accept=accept,
         block_forwards=state.block_forwards,
     )
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remask import CappedThreshold, Factor, Schedule, Threshold, Wino
+from remask import Bernoulli, CappedThreshold, EntropyBound, Factor, Schedule, Threshold, Wino
 from remask.workers.strategies import REMASK, UNMASK
 from remask.workers.strategies.groups import PolicyGroup, group_policies
 from remask.workers.strategies.view import BlockView
@@ -28,6 +28,12 @@ UNMASKS = (
     Factor(0.5, strict=True),
     CappedThreshold(0.3),
     CappedThreshold(1.0),
+    EntropyBound(),
+    EntropyBound(2.0),
+    EntropyBound(1.0, "confidence"),
+    EntropyBound(0.5, "margin"),
+    Bernoulli(),
+    Bernoulli(4.0),
 )
 
 
@@ -50,6 +56,7 @@ def random_view(seed: int, rows: int, width: int, *, coarse: bool = False) -> Bl
         margin=random(),
         neg_entropy=-random(),
         order=random(),
+        accept=random().clamp(0.01, 0.99),
         block_forwards=torch.randint(6, (rows,), generator=generator),
     )
 
@@ -83,6 +90,20 @@ def expected_commits(policy: Any, view: BlockView, row: int) -> set[int]:
         steps_left = (policy.steps or view.masked.shape[1]) - int(view.block_forwards[row])
         count = -(-len(masked) // steps_left) if steps_left > 0 else 1
         return set(sorted(masked, key=lambda j: (-score[j], j))[:count])
+    if isinstance(policy, Bernoulli):
+        drawn = {j for j in masked if view.accept[row, j] < view.confidence[row, j] ** policy.k}
+        return drawn or {by_confidence[0]}
+    if isinstance(policy, EntropyBound):
+        entropy = (-view.neg_entropy[row]).tolist()
+        scores = {"confidence": c, "margin": view.margin[row].tolist(), "entropy": [-h for h in entropy]}
+        by_score = sorted(masked, key=lambda j: (-scores[policy.order][j], j))
+        sorted_entropy = [entropy[j] for j in by_score]
+        fits = [
+            k
+            for k in range(1, len(masked) + 1)
+            if sum(sorted_entropy[:k]) - max(sorted_entropy[:k]) <= policy.g
+        ]
+        return set(by_score[: max(fits, default=1)])
     assert isinstance(policy, Factor)
     kept = 0
     for n, j in enumerate(by_confidence, start=1):

@@ -7,7 +7,9 @@ kernel sees the canvases of its own kind only; every canvas is decided by its ow
 
 from __future__ import annotations
 
+from remask.workers.strategies.bernoulli import bernoulli
 from remask.workers.strategies.capped_threshold import capped_threshold
+from remask.workers.strategies.entropy_bound import entropy_bound
 from remask.workers.strategies.factor import factor
 from remask.workers.strategies.schedule import schedule
 from remask.workers.strategies.threshold import threshold
@@ -19,6 +21,8 @@ UNMASK: dict[str, UnmaskKernel] = {
     "threshold": threshold,
     "factor": factor,
     "capped_threshold": capped_threshold,
+    "entropy_bound": entropy_bound,
+    "bernoulli": bernoulli,
 }
 REMASK: dict[str, RemaskKernel] = {"wino": wino}
 

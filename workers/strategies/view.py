@@ -19,7 +19,7 @@ class BlockView(NamedTuple):
             elsewhere.
         margin, neg_entropy: fp32 [R, B]: top-1 minus top-2 probability and -entropy; 0 where nobody needs
             them.
-        order: fp32 [R, B] in (0, 1): random numbers of the `order` stream.
+        order, accept: fp32 [R, B] in (0, 1): random numbers of the streams of these names.
         block_forwards: int64 [R]: steps taken in this block before this one.
     """
 
@@ -30,6 +30,7 @@ class BlockView(NamedTuple):
     margin: Tensor
     neg_entropy: Tensor
     order: Tensor
+    accept: Tensor
     block_forwards: Tensor
 
     def select(self, rows: Tensor) -> BlockView:
