@@ -21,6 +21,7 @@ from remask.scheduler.policies import (
     Wino,
     share_steps,
 )
+from remask.scheduler.sampling import Sampling
 
 Reals = NDArray[np.float64]
 
@@ -44,7 +45,7 @@ class PlainCanvas:
 
     def __init__(self, prompt: list[int], params: SamplingParams, mask_id: int) -> None:
         resolved = resolve(params)
-        assert resolved.temperature == 0, "the baselines draw no tokens"
+        assert resolved.sampling == Sampling(), "the baselines draw no tokens"
         self.ids = np.array(prompt + [mask_id] * resolved.max_tokens, dtype=np.int64)
         self.prompt_len, self.mask_id, self.nfe = len(prompt), mask_id, 0
         self._unmask, self._remask = resolved.unmask, resolved.remask

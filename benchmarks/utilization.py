@@ -53,7 +53,7 @@ class Work:
     def _count(self, module: nn.Module, inputs: Any) -> None:
         if isinstance(module, Transformer):
             rows: PackedRows = inputs[0]
-            self.packs.append((len(rows.ids_T), len(rows.candidates_N)))
+            self.packs.append((len(rows.ids_T), len(rows.candidates_H)))
             self.flops += pack_flops(module.config, rows)
 
     @property
@@ -72,7 +72,7 @@ def pack_flops(config: ModelConfig, rows: PackedRows) -> int:
     """Arithmetic of one forward and the head."""
     pairs = (config.num_layers - 1) * visible_pairs(rows.layout) + visible_pairs(rows.candidate_layout)
     attention = 4 * pairs * config.num_heads * config.head_dim
-    return linear_flops(config, len(rows.ids_T), len(rows.candidates_N)) + attention
+    return linear_flops(config, len(rows.ids_T), len(rows.candidates_H)) + attention
 
 
 def linear_flops(config: ModelConfig, num_rows: int, num_candidates: int) -> int:

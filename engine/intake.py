@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -100,7 +101,7 @@ class Intake:
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
         self._check_lengths(ids, resolved)
         self._check_stops(resolved)
-        return CheckedPrompt(text, ids, resolved)
+        return CheckedPrompt(text, ids, self._with_own_ids(resolved))
 
     def request(self, checked: CheckedPrompt, *, place: int | None = None) -> Request:
         """A request of its own id.
@@ -232,6 +233,31 @@ class Intake:
                 params.max_tokens,
                 f"prompt of {len(ids)} tokens and canvas exceed the model's length {self._max_len}; {fix}",
             )
+
+    def _with_own_ids(self, params: ResolvedParams) -> ResolvedParams:
+        """Checks the ids of the sampling parameters and adds the model's own where they are asked for."""
+        sampling = params.sampling
+        for name, ids in (
+            ("logit_bias", sampling.logit_bias),
+            ("allowed_token_ids", sampling.allowed_ids),
+            ("bad_token_ids", sampling.banned_ids),
+        ):
+            outside = [i for i in ids if i >= self._config.vocab_size]
+            if outside:
+                raise InvalidRequest(
+                    name, outside[0], f"is outside the vocabulary 0..{self._config.vocab_size - 1}"
+                )
+        banned = {*sampling.banned_ids, *(self._config.eos_ids if params.suppress_eos else ())}
+        never = banned | {self._config.mask_id}
+        if sampling.allowed_ids and never.issuperset(sampling.allowed_ids):
+            fix = "leaves no token to propose; allow one that is not banned"
+            raise InvalidRequest("allowed_token_ids", sampling.allowed_ids, fix)
+        if len(never) >= self._config.vocab_size:
+            fix = "leaves no token to propose; ban fewer"
+            raise InvalidRequest("bad_token_ids", f"{len(banned)} ids", fix)
+        unranked = self._end_ids if params.suppress_eos_confidence else []
+        sampling = msgspec.structs.replace(sampling, banned_ids=sorted(banned), unranked_ids=unranked)
+        return msgspec.structs.replace(params, sampling=sampling)
 
     def _check_stops(self, params: ResolvedParams) -> None:
         if params.stop and self._tokenizer is None:

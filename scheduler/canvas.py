@@ -7,7 +7,7 @@ positions, the slots, are to be denoised, block by block; everything else is con
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, Union
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 import msgspec
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from remask.scheduler.params import ResolvedParams
 from remask.scheduler.policies import REMASK, UNMASK, MemoryField, RemaskPolicy, UnmaskPolicy
+from remask.scheduler.sampling import Sampling
 
 if TYPE_CHECKING:
     AnyUnmask: TypeAlias = UnmaskPolicy
@@ -34,8 +35,7 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     block_length: int  # slots a block; the last block may be shorter
     unmask: AnyUnmask
     remask: AnyRemask | None
-    rank: Literal["proposal", "top"]
-    temperature: float
+    sampling: Sampling
     seed: int  # with `sample`, the key of every random number
     sample: int
     stop_ids: list[int]  # a finished block that holds one ends the canvas
@@ -61,6 +61,11 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def num_shadow_rows(self) -> int:
         return self.block_length if self.remask is not None and self.remask.shadow_rows else 0
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a forward needs the sequence a second time, with its fixed tokens masked."""
+        return self.sampling.cfg_scale > 0
 
 
 class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,7 +114,7 @@ class Canvas:
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
         self.request_id, self.ordinal, self.spec, self.state = request_id, ordinal, spec, state
-        self.num_rows = state.sequence_len + spec.num_shadow_rows
+        self.num_rows = state.sequence_len * (1 + spec.is_guided) + spec.num_shadow_rows
         self.order: tuple[float, int] = (0.0, ordinal)
         self.last_burst: int | None = None
         self.aborted = False
@@ -134,8 +139,7 @@ def new_canvas(
         block_length=params.block_length,
         unmask=params.unmask,
         remask=params.remask,
-        rank=params.rank,
-        temperature=params.temperature,
+        sampling=params.sampling,
         seed=seed,
         sample=sample,
         stop_ids=stop_ids,

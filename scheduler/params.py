@@ -22,8 +22,10 @@ from remask.scheduler.policies import (
     invalid_field,
     parse_policy,
 )
+from remask.scheduler.sampling import Sampling
 
 DEFAULT_BLOCK_LENGTH = 32
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -42,6 +44,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             published code); "top": the row's largest probability. The same at temperature 0.
         temperature: 0 takes the most probable token; above, tokens are drawn by Gumbel-max from
             softmax(logits / T).
+        top_k, top_p, min_p: which tokens may be drawn at a temperature, of softmax(logits / T): the k most
+            probable (0 or -1: all), those with at least `min_p` of the largest probability, and of these the
+            fewest that hold `top_p` of the rest. Confidence stays that of the whole, untempered softmax.
+        logit_bias: added to the logits of these ids, before everything else; -100 to 100.
+        allowed_token_ids: nothing else is proposed.
+        bad_token_ids: never proposed.
+        cfg_scale: classifier-free guidance w: logits u + (w + 1)(l - u), u those of the same canvas without
+            its prompt. It doubles the rows.
+        suppress_eos: the model's end-of-sequence ids are never proposed (LLaDA's `logits_eos_inf`).
+        suppress_eos_confidence: an end of sequence or turn that is proposed ranks last (LLaDA's
+            `confidence_eos_eot_inf`).
         seed: key of the random numbers; None: drawn from `LLM(seed)` and the request's ordinal, and told in
             the output.
         n: samples of the prompt; sample i has random numbers of its own.
@@ -65,19 +78,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     n: Annotated[int, Meta(ge=1, le=1024)] = 1
     ignore_eos: bool = False
     stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[int, Meta(ge=0, le=2**31 - 1)]] | None = None
+    stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool = False
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
-    # Not supported yet (see NEUTRAL).
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    top_k: int = 0
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_token_ids: list[int] | None = None
-    cfg_scale: float = 0.0
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    bad_token_ids: list[TokenId] | None = None
+    cfg_scale: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
     suppress_eos: bool = False
     suppress_eos_confidence: bool = False
+    # Not supported yet (see NEUTRAL).
     logprobs: int | None = None
     trace: bool = False
     repetition_penalty: float = 1.0
@@ -98,15 +111,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 # The values of unsupported fields that change nothing and are therefore accepted.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "top_p": (1.0,),
-    "top_k": (0, -1),
-    "min_p": (0.0,),
-    "logit_bias": (None, {}),
-    "allowed_token_ids": (None,),
-    "bad_token_ids": (None, []),
-    "cfg_scale": (0.0,),
-    "suppress_eos": (False,),
-    "suppress_eos_confidence": (False,),
     "logprobs": (None,),
     "trace": (False,),
     "repetition_penalty": (1.0,),
@@ -122,8 +126,9 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     block_length: int
     unmask: UnmaskPolicy
     remask: RemaskPolicy | None
-    rank: Literal["proposal", "top"]
-    temperature: float
+    sampling: Sampling
+    suppress_eos: bool
+    suppress_eos_confidence: bool
     seed: int | None
     n: int
     ignore_eos: bool
@@ -201,6 +206,10 @@ def _cross_check(params: SamplingParams, unmask: UnmaskPolicy, remask: RemaskPol
         raise InvalidRequest("n", params.n, "gives equal samples at temperature 0; set a temperature, or n=1")
     if remask is not None:
         remask.check(unmask)
+        if remask.shadow_rows and params.cfg_scale > 0:
+            raise InvalidRequest(
+                "cfg_scale", params.cfg_scale, "cannot guide a policy that verifies; use 0, or another remask"
+            )
     stop = [params.stop] if isinstance(params.stop, str) else params.stop or []
     if "" in stop:
         raise InvalidRequest("stop", params.stop, "holds an empty string; leave it out")
@@ -209,8 +218,19 @@ def _cross_check(params: SamplingParams, unmask: UnmaskPolicy, remask: RemaskPol
         block_length=block_length,
         unmask=unmask,
         remask=remask,
-        rank=params.rank,
-        temperature=params.temperature,
+        sampling=Sampling(
+            cfg_scale=params.cfg_scale,
+            logit_bias=params.logit_bias or {},
+            banned_ids=params.bad_token_ids or [],
+            allowed_ids=params.allowed_token_ids or [],
+            temperature=params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            rank=params.rank,
+        ),
+        suppress_eos=params.suppress_eos,
+        suppress_eos_confidence=params.suppress_eos_confidence,
         seed=params.seed,
         n=params.n,
         ignore_eos=params.ignore_eos,

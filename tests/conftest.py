@@ -32,10 +32,7 @@ def golden_checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_cases() -> list[dict[str, Any]]:
-    """The cases without guidance and EOS options."""
-    cases = json.loads((GOLDEN / "llada_decoding.json").read_text())["cases"]
-    options = {"cfg_scale", "logits_eos_inf", "confidence_eos_eot_inf"}
-    return [case for case in cases if not options & set(case["params"])]
+    return json.loads((GOLDEN / "llada_decoding.json").read_text())["cases"]
 
 
 @pytest.fixture(scope="session")

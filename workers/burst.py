@@ -11,6 +11,7 @@ from torch import Tensor
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.rows import ActiveBlocks
+from remask.workers.sampling import SamplingTables
 from remask.workers.strategies import REMASK, UNMASK
 from remask.workers.strategies.groups import PolicyGroup, group_policies
 from remask.workers.strategies.view import RemaskKernel, UnmaskKernel
@@ -62,8 +63,7 @@ class BurstState:
         self.finished = torch.tensor([state.finished for state in states], device=device)
         self.pauses = torch.tensor([spec.pause_at_blocks for spec in specs], device=device)
         self.paused = self.finished.clone()
-        self.temperature = torch.tensor([spec.temperature for spec in specs], device=device)
-        self.rank_by_top = torch.tensor([spec.rank == "top" for spec in specs], device=device)
+        self.sampling = SamplingTables([spec.sampling for spec in specs], device)
         self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
         num_stops = max(1, *(len(spec.stop_ids) for spec in specs)) if len(specs) else 1
         self.stop_ids = ints([spec.stop_ids + [-1] * (num_stops - len(spec.stop_ids)) for spec in specs])  # type: ignore[list-item]

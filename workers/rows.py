@@ -2,10 +2,12 @@
 at.
 
 A *plan* says which canvases share a pack and holds what does not change while they are together; `pack_rows`
-adds what the current step needs. Main rows (prompt and canvas) of all canvases come first, then the shadow
-rows of the canvases whose remask policy verifies: one for each slot of the active block, masked or not,
-because they see each other; none while nothing of the block is committed, because no other row sees them. The
-*candidates* are the rows that somebody reads: masked slots, then the shadow rows of committed slots.
+adds what the current step needs. Main rows (prompt and canvas) of all canvases come first, then those of the
+second copies that guidance needs, in which fixed tokens are hidden behind masks. The shadow rows of canvases
+whose remask policy verifies come last: one for each slot of the active block, masked or not, because they see
+each other; none while nothing of the block is committed, because no other row sees them. The *candidates* are
+the rows that somebody reads: masked slots, also those of second copies, then the shadow rows of committed
+slots.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from remask.scheduler.canvas import TOKEN, CanvasSpec
 from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
+from remask.workers.sampling import SamplingTables
 
 
 @dataclass(frozen=True)
@@ -27,49 +32,72 @@ class PackedRows:
     Attributes:
         ids_T, positions_T: int64 [T].
         layout: all rows as queries.
-        candidates_N: int64 [N]: rows whose final hidden state is wanted, main rows before shadow rows.
+        candidates_H: int64 [H]: rows whose final hidden state is wanted: masked slots, those of second
+            copies, then shadow rows.
         candidate_layout: the candidates as queries.
-        slots_N: int64 [N]: the slot that each candidate stands for, numbered as in `PackPlan`.
+        slots_N: int64 [N]: the slots that are answered for, numbered as in `PackPlan`; not second copies.
+        num_masked: how many of them are masked slots; the others are verified by shadow rows.
     """
 
     ids_T: Tensor
     positions_T: Tensor
     layout: VarlenLayout
-    candidates_N: Tensor
+    candidates_H: Tensor
     candidate_layout: VarlenLayout
     slots_N: Tensor
-
-    @property
-    def num_main_candidates(self) -> int:
-        return self.candidate_layout.cu_queries[-1]
+    num_masked: int
 
 
 @dataclass(frozen=True)
 class HeadQuery:
-    """What the head is asked about the N candidates of a pack.
+    """What the head is asked about N slots of a pack.
 
     Attributes:
+        owners: int64 [N]: the canvas of each, its place in the burst.
+        sampling: the canvases' sampling parameters.
         given: int64 [N]: the token whose probability is wanted.
         temperature: fp32 [N]: of the proposal; 0: the most probable token.
         keys: int64 [N]: keys of the token stream.
         needs: which of "margin" and "entropy" somebody reads.
+        guidance: None where nobody is guided: the hidden states are those of the N slots.
     """
 
+    owners: Tensor
+    sampling: SamplingTables
     given: Tensor
     temperature: Tensor
     keys: Tensor
     needs: frozenset[str]
+    guidance: Guidance | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Which hidden states belong together where some canvases stand in a pack twice.
+
+    Attributes:
+        first: int64 [N]: the hidden state of each slot.
+        second: int64 [N]: that of the same slot in the second copy; -1 where there is none.
+    """
+
+    first: Tensor
+    second: Tensor
 
 
 @dataclass(frozen=True)
 class PackPlan:
     """The canvases of one pack. Slots are numbered as in the burst's flattened [R, B].
 
+    The second copies of guided canvases are sequences of their own, behind those of all canvases.
+
     Attributes:
+        num_canvases: sequences that are first copies.
         token_index: int64 [T_main]: where in the burst's flat tokens each main row's token stands.
         positions: int64 [T_main]: position ids.
+        is_hidden: bool [T_main]: fixed tokens of second copies; None where there are none.
         cu_seqlens: boundaries of the sequences among the main rows.
-        slots: int64 [M]: the slots that may be candidates, `block_length` of them for each canvas.
+        slots: int64 [M]: the slots that may be candidates, `block_length` of them for each sequence.
+        is_guided: bool [M]: those of first copies that have a second.
         slot_shifts: int64 [M]: row of its token in the pack minus the token's place in the flat tokens.
         cu_slots: int64: boundaries of the sequences in `slots`.
         shadow_slots: int64 [S]: the slots that a shadow row may verify.
@@ -78,10 +106,13 @@ class PackPlan:
         shadow_owners: the place in the pack of each verifying canvas.
     """
 
+    num_canvases: int
     token_index: Tensor
     positions: Tensor
+    is_hidden: Tensor | None
     cu_seqlens: tuple[int, ...]
     slots: Tensor
+    is_guided: Tensor
     slot_shifts: Tensor
     cu_slots: Tensor
     shadow_slots: Tensor
@@ -121,50 +152,61 @@ def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) 
 
 
 def plan_pack(
-    canvases: list[int],
-    cu_tokens: Sequence[int],
-    block_lens: Sequence[int],
-    num_shadow_rows: Sequence[int],
-    device: torch.device,
+    canvases: list[int], specs: Sequence[CanvasSpec], cu_tokens: Sequence[int], device: torch.device
 ) -> PackPlan:
     """The plan for some canvases of a burst.
 
     Args:
         canvases: indices in the burst.
+        specs: of all canvases of the burst.
         cu_tokens: boundaries of all sequences of the burst in its flat tokens.
-        block_lens: block length of each canvas of the burst.
-        num_shadow_rows: of each canvas of the burst; 0 where its policy does not verify.
         device: where the tensors go.
     """
-    width = max(block_lens)
+    width = max(spec.block_length for spec in specs)
 
     def ints(values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64, device=device)
 
-    def joined(ranges: Sequence[range]) -> Tensor:
+    def joined(ranges: Iterable[range]) -> Tensor:
         return ints(itertools.chain(*ranges))
 
     def repeated(values: Sequence[int], counts: Sequence[int]) -> Tensor:
         return ints(values).repeat_interleave(ints(counts))
 
-    starts = [cu_tokens[c] for c in canvases]
-    lens = [cu_tokens[c + 1] - cu_tokens[c] for c in canvases]
-    blocks, shadows = [block_lens[c] for c in canvases], [num_shadow_rows[c] for c in canvases]
+    guided = [c for c in canvases if specs[c].is_guided]
+    sequences = [*canvases, *guided]
+    starts = [cu_tokens[c] for c in sequences]
+    lens = [cu_tokens[c + 1] - cu_tokens[c] for c in sequences]
+    blocks = [specs[c].block_length for c in sequences]
+    shadows = [specs[c].num_shadow_rows for c in canvases]
     cu_seqlens = (0, *itertools.accumulate(lens))
+    has_second = [specs[c].is_guided for c in canvases] + [False] * len(guided)
     return PackPlan(
-        token_index=joined([range(start, start + n) for start, n in zip(starts, lens, strict=True)]),
-        positions=joined([range(n) for n in lens]),
+        num_canvases=len(canvases),
+        token_index=joined(range(start, start + n) for start, n in zip(starts, lens, strict=True)),
+        positions=joined(range(n) for n in lens),
+        is_hidden=_fixed_tokens(specs, canvases, guided, lens, device) if guided else None,
         cu_seqlens=cu_seqlens,
-        slots=joined([range(c * width, c * width + n) for c, n in zip(canvases, blocks, strict=True)]),
+        slots=joined(range(c * width, c * width + n) for c, n in zip(sequences, blocks, strict=True)),
+        is_guided=repeated(has_second, blocks).bool(),
         slot_shifts=repeated([row - place for row, place in zip(cu_seqlens, starts, strict=False)], blocks),
         cu_slots=ints((0, *itertools.accumulate(blocks))),
-        shadow_slots=joined(
-            [range(c * width, c * width + n) for c, n in zip(canvases, shadows, strict=True)]
-        ),
-        shadow_starts=repeated(starts, shadows),
+        shadow_slots=joined(range(c * width, c * width + n) for c, n in zip(canvases, shadows, strict=True)),
+        shadow_starts=repeated(starts[: len(canvases)], shadows),
         cu_shadow_slots=ints((0, *itertools.accumulate(n for n in shadows if n))),
         shadow_owners=tuple(place for place, n in enumerate(shadows) if n),
     )
+
+
+def _fixed_tokens(
+    specs: Sequence[CanvasSpec], canvases: list[int], guided: list[int], lens: list[int], device: torch.device
+) -> Tensor:
+    """Which main rows hold a fixed token of a second copy, bool [T_main]."""
+    flags = [np.zeros(length, dtype=bool) for length in lens]
+    for flag, canvas in zip(flags[len(canvases) :], guided, strict=True):
+        flag[:] = True
+        flag[np.frombuffer(specs[canvas].slots, TOKEN)] = False
+    return torch.from_numpy(np.concatenate(flags)).to(device)
 
 
 def pack_rows(
@@ -173,7 +215,7 @@ def pack_rows(
     blocks: ActiveBlocks,
     *,
     mask_id: int,
-    temperature: Tensor,
+    sampling: SamplingTables,
     keys: Tensor,
     needs: frozenset[str],
 ) -> tuple[PackedRows, HeadQuery]:
@@ -184,41 +226,60 @@ def pack_rows(
         tokens: int64: the burst's flat tokens.
         blocks: the active blocks of all canvases of the burst.
         mask_id: M.
-        temperature: fp32 [R] of all canvases of the burst.
+        sampling: the parameters of all canvases of the burst.
         keys: int64 [R, B]: keys of the token stream.
         needs: statistics beyond the proposal's probability.
     """
     valid, masked, held, places = (
         part.flatten() for part in (blocks.valid, blocks.masked, blocks.tokens, blocks.rows)
     )
-    heat = temperature.unsqueeze(1).expand_as(keys).flatten()
     is_candidate = masked[plan.slots]
-    own = plan.slots[is_candidate]
+    num_candidates = _counts(is_candidate, plan.cu_slots).tolist()
+    num_masked = sum(num_candidates[: plan.num_canvases])
+    main = plan.slots[is_candidate]
     is_shadow, is_read = _needed_shadows(plan, valid, masked)
     shadow = plan.shadow_slots[is_shadow]
     shadow_positions = places[shadow] - plan.shadow_starts[is_shadow]
     every, read = _shadow_segments(plan, shadow_positions, is_shadow, is_read)
     shadow_candidates = is_read[is_shadow].nonzero().squeeze(1)
-    slots_N = torch.cat([own, shadow[shadow_candidates]])
-    num_candidates = _counts(is_candidate, plan.cu_slots).tolist()
+    slots_N = torch.cat([main[:num_masked], shadow[shadow_candidates]])
+    ids_T = tokens[plan.token_index]
+    if plan.is_hidden is not None:
+        ids_T = ids_T.masked_fill(plan.is_hidden, mask_id)
     rows = PackedRows(
-        ids_T=torch.cat([tokens[plan.token_index], torch.full_like(shadow, mask_id)]),
+        ids_T=torch.cat([ids_T, torch.full_like(shadow, mask_id)]),
         positions_T=torch.cat([plan.positions, shadow_positions]),
         layout=VarlenLayout(plan.cu_seqlens, plan.cu_seqlens, every),
-        candidates_N=torch.cat(
-            [places[own] + plan.slot_shifts[is_candidate], shadow_candidates + plan.cu_seqlens[-1]]
+        candidates_H=torch.cat(
+            [places[main] + plan.slot_shifts[is_candidate], shadow_candidates + plan.cu_seqlens[-1]]
         ),
         candidate_layout=VarlenLayout((0, *itertools.accumulate(num_candidates)), plan.cu_seqlens, read),
         slots_N=slots_N,
+        num_masked=num_masked,
     )
+    owners = slots_N // keys.shape[1]
+    temperature = sampling.temperature[owners]
+    temperature[num_masked:] = 0  # proposals of shadow rows are not used
     query = HeadQuery(
+        owners=owners,
+        sampling=sampling,
         given=held[slots_N],
-        # Proposals of shadow rows are not used.
-        temperature=torch.cat([heat[own], heat.new_zeros(len(shadow_candidates))]),
+        temperature=temperature,
         keys=keys.flatten()[slots_N],
         needs=needs,
+        guidance=_guidance(plan, is_candidate, len(main), rows) if plan.is_hidden is not None else None,
     )
     return rows, query
+
+
+def _guidance(plan: PackPlan, is_candidate: Tensor, num_main: int, rows: PackedRows) -> Guidance:
+    """Second copies have the same candidates in the same order as the guided among the first."""
+    first = torch.arange(len(rows.slots_N), device=rows.slots_N.device)
+    first[rows.num_masked :] += num_main - rows.num_masked
+    second = torch.full_like(first, -1)
+    is_guided = plan.is_guided[is_candidate][: rows.num_masked].nonzero().squeeze(1)
+    second[is_guided] = torch.arange(rows.num_masked, num_main, device=first.device)
+    return Guidance(first, second)
 
 
 def _counts(flags: Tensor, bounds: Tensor) -> Tensor:

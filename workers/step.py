@@ -22,10 +22,12 @@ def plan_packs(state: BurstState, model: Denoiser) -> list[PackPlan]:
     """Cuts the canvases that go on into packs of the size that the model is best fed with."""
     live = (~state.paused).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
-    shadows = [spec.num_shadow_rows for spec in state.specs]
-    groups = group_canvases([sum(rows) for rows in zip(lens, shadows, strict=True)], live, model.pack_rows)
-    block_lens = [spec.block_length for spec in state.specs]
-    return [plan_pack(group, state.cu_tokens, block_lens, shadows, state.device) for group in groups]
+    num_rows = [
+        length * (1 + spec.is_guided) + spec.num_shadow_rows
+        for length, spec in zip(lens, state.specs, strict=True)
+    ]
+    groups = group_canvases(num_rows, live, model.pack_rows)
+    return [plan_pack(group, state.specs, state.cu_tokens, state.device) for group in groups]
 
 
 def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
@@ -43,13 +45,13 @@ def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
             state.tokens,
             blocks,
             mask_id=model.mask_id,
-            temperature=state.temperature,
+            sampling=state.sampling,
             keys=keys,
             needs=state.needs,
         )
         found = model.statistics(rows, query)
         num_rows += len(rows.ids_T)
-        own, shadow = slice(rows.num_main_candidates), slice(rows.num_main_candidates, None)
+        own, shadow = slice(rows.num_masked), slice(rows.num_masked, None)
         main.put(rows.slots_N[own], found.part(own))
         verified.view(-1)[rows.slots_N[shadow]] = found.given_prob[shadow]
     view = _block_view(state, blocks, main, verified, slots)
@@ -63,7 +65,7 @@ def _block_view(
 ) -> BlockView:
     shape = slots.shape
     confidence = torch.where(
-        state.rank_by_top.unsqueeze(1), main.top_prob.view(shape), main.proposal_prob.view(shape)
+        state.sampling.rank_by_top.unsqueeze(1), main.top_prob.view(shape), main.proposal_prob.view(shape)
     )
     committed = blocks.valid & ~blocks.masked
     order, accept = (

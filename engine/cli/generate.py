@@ -33,6 +33,18 @@ def generate(
     remask: Annotated[str | None, typer.Option(help="Remask policy, such as wino:t2=0.9.")] = None,
     rank: Annotated[str, typer.Option(help="Confidence at a temperature: proposal or top.")] = "proposal",
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the most probable tokens that hold this share.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens of this share of the largest.")] = 0.0,
+    cfg_scale: Annotated[float, typer.Option(help="Classifier-free guidance; doubles the rows.")] = 0.0,
+    suppress_eos: Annotated[
+        bool, typer.Option("--suppress-eos", help="Never propose the end of text.")
+    ] = False,
+    suppress_eos_confidence: Annotated[
+        bool, typer.Option("--suppress-eos-confidence", help="Commit the end of text last.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Key of the random numbers.")] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="Samples of each prompt.")] = 1,
     stop: Annotated[
@@ -57,6 +69,12 @@ def generate(
         "remask": remask,
         "rank": rank,
         "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "cfg_scale": cfg_scale,
+        "suppress_eos": suppress_eos,
+        "suppress_eos_confidence": suppress_eos_confidence,
         "seed": seed,
         "n": n,
         "stop": stop,

@@ -48,6 +48,20 @@ def run_batch(
         str | None, typer.Option(help="Likewise: confidence at a temperature.  [default: proposal]")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Likewise: temperature.  [default: 0]")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Likewise: draw from the most probable tokens that hold this share.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likewise: draw from so many tokens; 0: all.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Likewise: draw from tokens of this share of the largest.")
+    ] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Likewise: classifier-free guidance.")] = None,
+    suppress_eos: Annotated[
+        bool, typer.Option("--suppress-eos", help="Likewise: never propose the end of text.")
+    ] = False,
+    suppress_eos_confidence: Annotated[
+        bool, typer.Option("--suppress-eos-confidence", help="Likewise: commit the end of text last.")
+    ] = False,
     n: Annotated[int | None, typer.Option("-n", "--n", help="Likewise: samples.  [default: 1]")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Likewise: a string that ends the text; may be repeated.")
@@ -78,6 +92,12 @@ def run_batch(
         "remask": remask,
         "rank": rank,
         "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "cfg_scale": cfg_scale,
+        "suppress_eos": suppress_eos or None,
+        "suppress_eos_confidence": suppress_eos_confidence or None,
         "n": n,
         "stop": stop,
         "stop_token_ids": stop_token_id,

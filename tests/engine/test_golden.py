@@ -1,4 +1,4 @@
-"""The 92 outputs of the published decoders (tests/data/golden), token by token."""
+"""The 104 outputs of the published decoders (tests/data/golden), token by token."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import pytest
 from remask import LLM, CappedThreshold, SamplingParams, Schedule, Threshold, Wino
 
 Case = dict[str, Any]
+OPTIONS = {  # of the reference: ours
+    "cfg_scale": "cfg_scale",
+    "logits_eos_inf": "suppress_eos",
+    "confidence_eos_eot_inf": "suppress_eos_confidence",
+}
 
 
 def params_of(case: Case, **overrides: Any) -> SamplingParams:
@@ -23,7 +28,13 @@ def params_of(case: Case, **overrides: Any) -> SamplingParams:
             "remask": Wino(params["threshold_back"]),
         },
     }[case["policy"]]()
-    fields = {"max_tokens": params["gen_length"], "block_length": params["block_length"], **policies}
+    options = {ours: params[theirs] for theirs, ours in OPTIONS.items() if theirs in params}
+    fields = {
+        "max_tokens": params["gen_length"],
+        "block_length": params["block_length"],
+        **policies,
+        **options,
+    }
     return SamplingParams(**{"ignore_eos": True, **fields, **overrides})
 
 
@@ -34,8 +45,8 @@ def check(llm: LLM, cases: list[Case]) -> None:
         assert (sample.token_ids, sample.nfe) == (case["output"], case["nfe"]), case["params"]
 
 
-def test_there_are_92_cases(golden_cases: list[Case]) -> None:
-    assert len(golden_cases) == 92
+def test_there_are_104_cases(golden_cases: list[Case]) -> None:
+    assert len(golden_cases) == 104
     assert {case["policy"] for case in golden_cases} == {"llada", "fastdllm", "wino"}
 
 

@@ -305,3 +305,39 @@ def test_the_embedded_model_solves_sudokus(tiny_llm: LLM) -> None:
         for prompt, output in zip(prompts, outputs, strict=True)
     )
     assert solved >= 14
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"logit_bias": {82: 1.0}}, "logit_bias"),
+        ({"allowed_token_ids": [5, 500]}, "allowed_token_ids"),
+        ({"bad_token_ids": [82]}, "bad_token_ids"),
+        ({"bad_token_ids": list(range(82))}, "bad_token_ids"),
+        ({"bad_token_ids": list(range(1, 82))}, "bad_token_ids"),
+        ({"allowed_token_ids": [5], "bad_token_ids": [5]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [0]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1], "suppress_eos": True}, "allowed_token_ids"),
+    ],
+    ids=str,
+)
+def test_ids_that_cannot_be_honoured_are_refused(golden_llm: LLM, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        golden_llm.generate([[5, 6]], {"max_tokens": 4, **fields})
+    assert caught.value.parameter == f"prompt 0: {named}"
+
+
+def test_ids_are_allowed_and_banned_for_each_request(golden_llm: LLM) -> None:
+    free, few, biased, endless = golden_llm.generate(
+        [[33, 11, 12, 14]] * 4,
+        [
+            {"max_tokens": 16, "ignore_eos": True},
+            {"max_tokens": 16, "ignore_eos": True, "allowed_token_ids": [7, 8, 9], "bad_token_ids": [8]},
+            {"max_tokens": 16, "ignore_eos": True, "logit_bias": {40: 100.0}},
+            {"max_tokens": 16, "ignore_eos": True, "suppress_eos": True},
+        ],
+    )
+    assert set(few.outputs[0].token_ids) <= {7, 9}
+    assert set(biased.outputs[0].token_ids) == {40}
+    assert 1 not in endless.outputs[0].token_ids
+    assert free.outputs[0].token_ids not in (few.outputs[0].token_ids, biased.outputs[0].token_ids)

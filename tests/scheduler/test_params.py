@@ -9,6 +9,7 @@ import pytest
 
 from remask import CappedThreshold, InvalidRequest, SamplingParams, Schedule, Threshold, Wino
 from remask.scheduler.params import NEUTRAL, resolve
+from remask.scheduler.sampling import Sampling
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -19,7 +20,7 @@ def test_defaults_are_the_documented_ones() -> None:
         Threshold(0.9),
         None,
     )
-    assert (params.rank, params.temperature, params.seed, params.n) == ("proposal", 0.0, None, 1)
+    assert (params.sampling, params.seed, params.n) == (Sampling(), None, 1)
 
 
 def test_a_small_canvas_is_one_block() -> None:
@@ -70,6 +71,21 @@ def test_an_object_and_its_json_mean_the_same() -> None:
         ({"stop_token_ids": 5}, "stop_token_ids"),
         ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output"),
         ({"priority": 2**31}, "priority"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"bad_token_ids": ["x"]}, "bad_token_ids"),
+        ({"cfg_scale": -1}, "cfg_scale"),
+        ({"cfg_scale": 1.0, "remask": "wino"}, "cfg_scale"),
+        ({"suppress_eos": "yes"}, "suppress_eos"),
+        ({"suppress_eos_confidence": 1}, "suppress_eos_confidence"),
         ({"priority": 0.5}, "priority"),
     ],
 )
@@ -83,16 +99,6 @@ def test_bad_fields_are_refused_by_name(fields: dict[str, Any], named: str) -> N
 @pytest.mark.parametrize(
     "fields",
     [
-        {"top_p": 0.9},
-        {"top_k": 5},
-        {"min_p": 0.1},
-        {"logit_bias": {"1": 2.0}},
-        {"logit_bias": {1: 2.0}},
-        {"allowed_token_ids": [1]},
-        {"bad_token_ids": [1]},
-        {"cfg_scale": 1.0},
-        {"suppress_eos": True},
-        {"suppress_eos_confidence": True},
         {"logprobs": 1},
         {"trace": True},
         {"repetition_penalty": 1.1},
@@ -111,6 +117,13 @@ def test_neutral_values_of_unsupported_fields_are_accepted() -> None:
     for name, values in NEUTRAL.items():
         for value in values:
             assert resolve({name: value}) == resolve(None)
+
+
+def test_sampling_parameters_reach_the_canvas_with_ids_as_json_writes_them() -> None:
+    params = resolve(
+        {"logit_bias": {"7": 1.5}, "top_k": -1, "bad_token_ids": [2], "allowed_token_ids": [7, 8]}
+    )
+    assert params.sampling == Sampling(logit_bias={7: 1.5}, banned_ids=[2], allowed_ids=[7, 8])
 
 
 def test_something_else_than_parameters_is_refused() -> None:

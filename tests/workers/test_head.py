@@ -9,17 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from remask.scheduler.sampling import Sampling
 from remask.workers import head
 from remask.workers.head import Statistics, head_statistics
 from remask.workers.keyed_random import gumbel, stream_keys
 from remask.workers.rows import HeadQuery
+from remask.workers.sampling import SamplingTables
 
 MASK = 3
+PLAIN = Sampling()
 
 
-def query(count: int, vocab: int, *, heat: float = 0.0) -> HeadQuery:
+def query(count: int, vocab: int, *, heat: float = 0.0, sampling: Sampling = PLAIN) -> HeadQuery:
     generator = torch.Generator().manual_seed(count)
     return HeadQuery(
+        owners=torch.zeros(count, dtype=torch.int64),
+        sampling=SamplingTables([sampling], torch.device("cpu")),
         given=torch.randint(vocab, (count,), generator=generator),
         temperature=torch.full((count,), heat),
         keys=stream_keys(torch.arange(count)),
@@ -102,12 +107,15 @@ from torch.nn import functional as F
 from remask.workers.head import head_statistics
 from remask.workers.keyed_random import stream_keys
 from remask.workers.rows import HeadQuery
+from remask.scheduler.sampling import Sampling
+from remask.workers.sampling import SamplingTables
 torch.set_num_threads(1)
 V, D, N = 126464, 64, {rows}
 weight, hidden = torch.randn(V, D, dtype=torch.{dtype}), torch.randn(N, D, dtype=torch.{dtype})
 def run(count):
-    query = HeadQuery(torch.zeros(count, dtype=torch.int64), torch.full((count,), {heat}),
-        stream_keys(torch.arange(count)), frozenset(("margin", "entropy")))
+    zeros = torch.zeros(count, dtype=torch.int64)
+    query = HeadQuery(zeros, SamplingTables([Sampling({sampling})], zeros.device), zeros,
+        torch.full((count,), {heat}), stream_keys(zeros), frozenset(("margin", "entropy")))
     head_statistics(hidden[:count], lambda x: F.linear(x, weight), V, query, 5)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 F.linear(hidden[:1], weight).double().softmax(-1)  # libraries are loaded before the count begins
@@ -118,9 +126,17 @@ print((peak() - before) / 1024)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "heat"), [("float32", 0.0), ("bfloat16", 0.0), ("float32", 1.0)])
-def test_memory_stays_within_256_megabytes_at_any_batch_size(dtype: str, heat: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "heat", "sampling"),
+    [
+        ("float32", 0.0, ""),
+        ("bfloat16", 0.0, ""),
+        ("float32", 1.0, ""),
+        ("float32", 1.0, "temperature=1.0, top_p=0.9, unranked_ids=[1]"),
+    ],
+)
+def test_memory_stays_within_256_megabytes_at_any_batch_size(dtype: str, heat: float, sampling: str) -> None:
     """1,000 rows of 126,464 logits would be 506 MB in fp32."""
-    code = MEASURE.format(rows=1000 if heat == 0 else 150, dtype=dtype, heat=heat)
+    code = MEASURE.format(rows=1000 if heat == 0 else 150, dtype=dtype, heat=heat, sampling=sampling)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(run.stdout) <= 256

@@ -168,7 +168,7 @@ def packed(
         state.tokens,
         state.active_blocks(slots, valid, model.mask_id),
         mask_id=model.mask_id,
-        temperature=state.temperature,
+        sampling=state.sampling,
         keys=stream_keys(state.keys.unsqueeze(1), slots),
         needs=frozenset(),
     )
@@ -194,8 +194,8 @@ def test_packs_hold_no_padding_whatever_the_block_lengths(golden_model: Transfor
     short = canvas(SamplingParams(max_tokens=20, block_length=8, unmask=Schedule(), remask=Wino()))
     rows, query = packed(golden_model, [long, short], [long.state, after(golden_model, short, 3)])
     assert len(rows.ids_T) == long.num_rows + short.num_rows == (4 + 64) + (4 + 20 + 8)
-    assert len(query.given) == len(rows.candidates_N) == 64 + 5 + 3
-    assert rows.num_main_candidates == 64 + 5
+    assert len(query.given) == len(rows.candidates_H) == 64 + 5 + 3
+    assert rows.num_masked == 64 + 5
 
 
 def test_candidates_are_masked_slots_and_shadow_rows_of_committed_ones(
@@ -206,7 +206,7 @@ def test_candidates_are_masked_slots_and_shadow_rows_of_committed_ones(
     rows, query = packed(golden_model, [own], [state])
     masked = rows.ids_T[12:20] == 0
     assert int(masked.sum()) == 5
-    assert rows.candidates_N.tolist() == [
+    assert rows.candidates_H.tolist() == [
         *(12 + masked.nonzero().squeeze(1)).tolist(),
         *(20 + (~masked).nonzero().squeeze(1)).tolist(),
     ]

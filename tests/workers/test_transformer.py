@@ -34,7 +34,7 @@ def pack(sequences: list[Tensor], wanted: list[list[int]] | None = None) -> Pack
         ids_T=torch.cat(sequences),
         positions_T=torch.cat([torch.arange(n) for n in lens]),
         layout=VarlenLayout(cu, cu, ()),
-        candidates_N=torch.tensor(candidates),
+        candidates_H=torch.tensor(candidates),
         candidate_layout=VarlenLayout(cu_wanted, cu, ()),
         slots_N=torch.zeros(len(candidates), dtype=torch.int64),
     )
@@ -68,7 +68,7 @@ def test_candidates_get_what_they_get_among_all_rows(golden_model: TransformerDe
     wanted = [[3, 4, 20], [0], [69, 1], [0]]
     every = logits(golden_model, pack(sequences()))
     rows = pack(sequences(), wanted)
-    torch.testing.assert_close(logits(golden_model, rows), every[rows.candidates_N], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(golden_model, rows), every[rows.candidates_H], rtol=1e-4, atol=1e-4)
 
 
 def test_attention_is_bidirectional(golden_model: TransformerDenoiser) -> None:

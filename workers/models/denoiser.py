@@ -37,7 +37,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
-        """Statistics [N] of the candidates of a pack."""
+        """Statistics of the N slots that a pack answers for."""
 
 
 class TransformerDenoiser(Denoiser):
@@ -49,8 +49,8 @@ class TransformerDenoiser(Denoiser):
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
-        hidden_ND = self.model(rows, self.attention)
-        return head_statistics(hidden_ND, self.model.logits, self.config.vocab_size, query, self.mask_id)
+        hidden_HD = self.model(rows, self.attention)
+        return head_statistics(hidden_HD, self.model.logits, self.config.vocab_size, query, self.mask_id)
 
 
 def load_denoiser(

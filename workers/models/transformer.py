@@ -109,13 +109,13 @@ class Transformer(nn.Module):
         self.head = None if config.tied_embeddings else _empty(config.embedding_size, config.hidden_size)
 
     def forward(self, rows: PackedRows, attention: AttentionBackend) -> Tensor:
-        """Hidden states [N, D] of the candidates, not yet normed; the last layer computes only those."""
+        """Hidden states [H, D] of the candidates, not yet normed; the last layer computes only those."""
         rope = rope_tables(rows.positions_T, self.config.head_dim, self.config.rope_theta)
         x_TD = self.embedding[rows.ids_T]
         *blocks, last = self.blocks
         for block in blocks:
             x_TD = block(x_TD, rope, rows.layout, attention)
-        return last.candidates(x_TD, rope, rows.candidates_N, rows.candidate_layout, attention)  # type: ignore[operator]
+        return last.candidates(x_TD, rope, rows.candidates_H, rows.candidate_layout, attention)  # type: ignore[operator]
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """Logits [N, V] of the rows that need them."""

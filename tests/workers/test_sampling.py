@@ -1,0 +1,233 @@
+"""Sampling parameters: edits, filters and guidance against plain computations, row by row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from remask import SamplingParams, Schedule
+from remask.scheduler.canvas import Canvas, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
+from remask.scheduler.sampling import Sampling
+from remask.workers.head import Statistics, head_statistics
+from remask.workers.keyed_random import stream_keys
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.rows import HeadQuery
+from remask.workers.sampling import SamplingTables
+from remask.workers.worker import Worker
+
+CPU = torch.device("cpu")
+MASK, VOCAB = 3, 12
+OTHER = Sampling(temperature=0.5, top_k=2, banned_ids=[1, 4], logit_bias={2: 5.0}, unranked_ids=[7])
+
+
+def answer(logits: Tensor, samplings: list[Sampling], owners: list[int], seed: int = 0) -> Statistics:
+    """Statistics of rows [N, V] of several canvases."""
+    tables = SamplingTables(samplings, CPU)
+    rows = torch.tensor(owners)
+    query = HeadQuery(
+        owners=rows,
+        sampling=tables,
+        given=torch.arange(len(rows)) % VOCAB,
+        temperature=tables.temperature[rows],
+        keys=stream_keys(torch.arange(len(rows)) + seed * len(rows)),
+        needs=frozenset({"margin", "entropy"}),
+    )
+    return head_statistics(logits, torch.clone, VOCAB, query, MASK)
+
+
+def row_of(seed: int) -> Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def expected_probabilities(logits: Tensor, sampling: Sampling) -> list[float]:
+    """What each token is drawn with, filter after filter, in plain Python."""
+    p = (logits.double() / sampling.temperature).tolist()
+    order = sorted((i for i in range(VOCAB) if i != MASK), key=lambda i: (-p[i], i))
+    weights = {i: math.exp(p[i] - p[order[0]]) for i in order}
+    kept = order[: sampling.top_k] if sampling.top_k else order
+    kept = [i for i in kept if weights[i] >= sampling.min_p]
+    total, share, nucleus = sum(weights[i] for i in kept), 0.0, []
+    for i in kept:
+        nucleus.append(i)
+        share += weights[i] / total
+        if share >= sampling.top_p:
+            break
+    total = sum(weights[i] for i in nucleus)
+    return [weights[i] / total if i in nucleus else 0.0 for i in range(VOCAB)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"top_k": 5, "top_p": 0.8, "min_p": 0.05},
+        {"top_k": 1},
+        {"top_p": 1e-6},
+        {"min_p": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
+def test_tokens_are_drawn_from_the_filtered_softmax(fields: dict[str, Any], temperature: float) -> None:
+    sampling, count = Sampling(temperature=temperature, **fields), 20_000
+    expected = np.array(expected_probabilities(row_of(1), sampling))
+    both = row_of(1).expand(2 * count, VOCAB).clone()
+    drawn = answer(both, [sampling, OTHER], [0] * count + [1] * count).proposal[:count]
+    found = np.bincount(drawn.numpy(), minlength=VOCAB)
+    assert (found[expected == 0] == 0).all()
+    likely = expected > 0
+    chi_square = ((found - expected * count)[likely] ** 2 / (expected * count)[likely]).sum()
+    assert chi_square < 35, "10 degrees of freedom: the 99.98th percentile"
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6))
+def test_a_row_is_changed_by_its_own_parameters_alone(seed: int) -> None:
+    logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(seed))
+    kinds = [
+        Sampling(),
+        OTHER,
+        Sampling(temperature=1.0, top_p=0.5),
+        Sampling(allowed_ids=[2, 5], temperature=2.0),
+        Sampling(logit_bias={0: -9.0, 11: 3.0}),
+        Sampling(banned_ids=[0, 1, 2, 4, 5, 6], temperature=1.0),
+    ]
+    together = answer(logits.clone(), kinds, list(range(6)))
+    for row, kind in enumerate(kinds):
+        tables = SamplingTables([kind], CPU)
+        alone = head_statistics(
+            logits[row : row + 1],
+            torch.clone,
+            VOCAB,
+            HeadQuery(
+                owners=torch.tensor([0]),
+                sampling=tables,
+                given=torch.tensor([row]),
+                temperature=tables.temperature,
+                keys=stream_keys(torch.tensor([row])),
+                needs=frozenset({"margin", "entropy"}),
+            ),
+            MASK,
+        )
+        for name in ("proposal", "proposal_prob", "top_prob", "given_prob", "margin", "neg_entropy"):
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[row]), (row, name)
+
+
+def test_edits_come_before_the_softmax() -> None:
+    logits = row_of(2)
+    sampling = Sampling(logit_bias={0: 2.0, 5: -1.0}, banned_ids=[8])
+    edited = logits.double()
+    edited[0] += 2
+    edited[5] -= 1
+    edited[8] = -torch.inf
+    p = edited.softmax(-1)
+    found = answer(logits.expand(VOCAB, VOCAB).clone(), [sampling], [0] * VOCAB)
+    torch.testing.assert_close(found.given_prob.double(), p, rtol=1e-5, atol=1e-7)
+    p[MASK] = -1
+    assert found.proposal.tolist() == [int(p.argmax())] * VOCAB
+
+
+def test_only_allowed_ids_are_proposed() -> None:
+    logits = torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(4))
+    sampling = Sampling(allowed_ids=[9, 1, MASK], temperature=3.0)
+    found = answer(logits.clone(), [sampling, Sampling(temperature=3.0)], [0, 1] * 100)
+    assert set(found.proposal[::2].tolist()) == {1, 9}
+    assert len(set(found.proposal[1::2].tolist())) == VOCAB - 1
+    limited = logits[::2][:, [1, MASK, 9]].double().softmax(-1)
+    place = (found.proposal[::2] == 9).long() * 2
+    torch.testing.assert_close(
+        found.proposal_prob[::2].double(),
+        limited.gather(1, place.unsqueeze(1)).squeeze(1),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+def test_an_end_that_is_proposed_ranks_last_and_the_others_are_renormalised() -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[0, 7] = 5.0  # proposes the unranked one
+    logits[1, 7], logits[1, 2] = 2.0, 4.0
+    logits[2, 2] = 1.0
+    found = answer(logits.clone(), [Sampling(unranked_ids=[7, 8]), Sampling()], [0, 0, 1])
+    assert found.proposal.tolist() == [7, 2, 2]
+    ranked = logits.double()
+    ranked[:, [7, 8]] = -torch.inf
+    p = ranked.softmax(-1)
+    assert float(found.proposal_prob[0]) == 0
+    assert float(found.proposal_prob[1]) == pytest.approx(float(p[1, 2]), rel=1e-5)
+    assert float(found.top_prob[0]) == pytest.approx(float(p[0, 0]), rel=1e-5)
+    assert float(found.margin[1]) == pytest.approx(float(p[1, 2] - p[1, 0]), rel=1e-4)
+    assert float(found.neg_entropy[1]) == pytest.approx(-float(torch.special.entr(p[1]).sum()), rel=1e-4)
+    plain = logits[1].double().softmax(-1)
+    assert float(found.given_prob[1]) == pytest.approx(float(plain[1]), rel=1e-5), "ranking alone changes"
+    assert float(found.proposal_prob[2]) == pytest.approx(float(logits[2].double().softmax(-1)[2]), rel=1e-5)
+
+
+def canvas(prompt: list[int], **fields: Any) -> Canvas:
+    params = SamplingParams(max_tokens=12, block_length=6, unmask=Schedule(), **fields)
+    return new_canvas("r", 0, prompt, resolve(params), seed=5, sample=0, mask_id=0, stop_ids=[])
+
+
+@torch.inference_mode()
+def dense_guided(model: TransformerDenoiser, prompt: list[int], w: float) -> list[int]:
+    """One token a step, in two whole forwards each, as the published code decodes with guidance."""
+    from remask.workers.attention.varlen import VarlenLayout
+    from remask.workers.rows import PackedRows
+
+    def logits(ids: Tensor) -> Tensor:
+        bounds = (0, len(ids))
+        every = torch.arange(len(ids))
+        layout = VarlenLayout(bounds, bounds, ())
+        rows = PackedRows(ids, every, layout, every, layout, every, len(ids))
+        return model.model.logits(model.model(rows, model.attention)).float()
+
+    ids, start = torch.tensor(prompt + [0] * 12), len(prompt)
+    for block in (0, 6):
+        for _ in range(6):
+            hidden = ids.clone()
+            hidden[:start] = 0
+            guided = logits(hidden)
+            guided = guided + (w + 1) * (logits(ids) - guided)
+            p = guided.softmax(-1)
+            guided[:, 0] = -torch.inf
+            proposal = guided.argmax(-1)
+            c = p.gather(1, proposal.unsqueeze(1)).squeeze(1)
+            c[ids != 0] = -torch.inf
+            c[: start + block] = c[start + block + 6 :] = -torch.inf
+            best = int(c.argmax())
+            ids[best] = proposal[best]
+    return ids.tolist()
+
+
+def test_guidance_weighs_the_prompt_in_any_company(golden_model: TransformerDenoiser) -> None:
+    prompts = ([33, 11, 12, 14], [20, 7, 7], [33, 11, 12, 14])
+    canvases = [
+        canvas(prompts[0], cfg_scale=0.5),
+        canvas(prompts[1], remask="wino:0.9"),
+        canvas(prompts[1], cfg_scale=2.0),
+        canvas(prompts[2]),
+    ]
+    assert [own.num_rows for own in canvases] == [32, 15 + 6, 30, 16]
+    batch = StepBatch(
+        burst_id=0, num_steps=100, specs=[c.spec for c in canvases], states=[c.state for c in canvases]
+    )
+    found = Worker(golden_model).run(batch)
+    tokens = [state.token_array().tolist() for state in found.states]
+    assert tokens[0] == dense_guided(golden_model, prompts[0], 0.5)
+    assert tokens[2] == dense_guided(golden_model, prompts[1], 2.0)
+    assert tokens[0] != tokens[3], "guidance makes a difference"
+    assert all(state.num_forwards == 12 for state in found.states)
+    for own, state in zip(canvases, found.states, strict=True):
+        alone = StepBatch(burst_id=0, num_steps=100, specs=[own.spec], states=[own.state])
+        assert Worker(golden_model).run(alone).states[0].tokens == state.tokens
