@@ -33,7 +33,7 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     slots: bytes  # int32 [G]: positions of the sequence to denoise, in block order
     block_length: int  # slots a block; the last block may be shorter
-    unmask: AnyUnmask
+    unmask: AnyUnmask | None  # None where the remask policy brings its own commits
     remask: AnyRemask | None
     sampling: Sampling
     seed: int  # with `sample`, the key of every random number
@@ -56,11 +56,16 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def memory_fields(self) -> tuple[MemoryField, ...]:
-        return self.unmask.memory + (self.remask.memory if self.remask is not None else ())
+        return sum((p.memory for p in (self.unmask, self.remask) if p is not None), ())
 
     @property
     def num_shadow_rows(self) -> int:
-        return self.block_length if self.remask is not None and self.remask.shadow_rows else 0
+        return self.block_length if self.remask is not None and self.remask.needs_shadow_rows() else 0
+
+    @property
+    def reads_committed_rows(self) -> bool:
+        """Whether the head must look at the rows of committed slots."""
+        return self.remask is not None and self.remask.needs_committed_rows()
 
     @property
     def is_guided(self) -> bool:

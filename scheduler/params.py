@@ -124,7 +124,7 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
 
     max_tokens: int
     block_length: int
-    unmask: UnmaskPolicy
+    unmask: UnmaskPolicy | None
     remask: RemaskPolicy | None
     sampling: Sampling
     suppress_eos: bool
@@ -172,8 +172,14 @@ def resolve(params: SamplingParams | dict[str, Any] | None, **overrides: Any) ->
         raise InvalidRequest("sampling_params", params, "give SamplingParams or a dict of its fields")
     fields |= overrides
     _check_names(fields)
-    unmask = parse_policy("unmask", fields["unmask"]) if fields.get("unmask") is not None else Threshold()
     remask = parse_policy("remask", fields["remask"]) if fields.get("remask") not in (None, "none") else None
+    unmask = parse_policy("unmask", fields["unmask"]) if fields.get("unmask") is not None else None
+    if remask is not None and remask.commits:
+        if unmask is not None:
+            fix = f"leave it out: {remask.__struct_config__.tag} brings its own commits"
+            raise InvalidRequest("unmask", fields["unmask"], fix)
+    elif unmask is None:
+        unmask = Threshold()
     try:
         checked = msgspec.convert(
             {**fields, "unmask": None, "remask": None}, type=SamplingParams, str_keys=True
@@ -194,7 +200,9 @@ def _check_names(fields: dict[str, Any]) -> None:
             raise InvalidRequest(str(name), value, f"unknown parameter; {did_you_mean(name, known)}")
 
 
-def _cross_check(params: SamplingParams, unmask: UnmaskPolicy, remask: RemaskPolicy | None) -> ResolvedParams:
+def _cross_check(
+    params: SamplingParams, unmask: UnmaskPolicy | None, remask: RemaskPolicy | None
+) -> ResolvedParams:
     block_length = params.block_length
     if block_length is None:
         block_length = min(DEFAULT_BLOCK_LENGTH, params.max_tokens)
@@ -202,11 +210,12 @@ def _cross_check(params: SamplingParams, unmask: UnmaskPolicy, remask: RemaskPol
         raise InvalidRequest(
             "block_length", block_length, f"is larger than max_tokens {params.max_tokens}; use at most that"
         )
-    if params.n > 1 and params.temperature == 0 and not unmask.is_random():
+    is_random = any(policy.is_random() for policy in (unmask, remask) if policy is not None)
+    if params.n > 1 and params.temperature == 0 and not is_random:
         raise InvalidRequest("n", params.n, "gives equal samples at temperature 0; set a temperature, or n=1")
     if remask is not None:
         remask.check(unmask)
-        if remask.shadow_rows and params.cfg_scale > 0:
+        if remask.needs_shadow_rows() and params.cfg_scale > 0:
             raise InvalidRequest(
                 "cfg_scale", params.cfg_scale, "cannot guide a policy that verifies; use 0, or another remask"
             )

@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from remask.scheduler.errors import InvalidRequest
 
+WHOLE_CANVAS = 2**31 - 1  # a preset's block length is cut to the canvas
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
@@ -52,9 +53,21 @@ class RemaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
     """Decides which committed positions of the active block turn back into masks in a step."""
 
     memory: ClassVar[tuple[MemoryField, ...]] = ()
-    shadow_rows: ClassVar[bool] = False  # one extra row a slot of the active block, in the same forward
+    commits: ClassVar[bool] = False  # brings its own commits: there is no unmask policy beside it
 
-    def check(self, unmask: UnmaskPolicy) -> None:
+    def needs_shadow_rows(self) -> bool:
+        """Whether a forward needs one extra row a slot of the active block."""
+        return False
+
+    def needs_committed_rows(self) -> bool:
+        """Whether the kernel reads statistics of the rows of committed slots, too."""
+        return False
+
+    def is_random(self) -> bool:
+        """Whether the policy itself draws random numbers, whatever the temperature."""
+        return False
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
         """Raises InvalidRequest where this policy cannot work together with `unmask`."""
 
 
@@ -135,6 +148,13 @@ class Bernoulli(UnmaskPolicy, frozen=True, tag="bernoulli"):
         return True
 
 
+WINO_MEMORY = (MemoryField("prev_accept", per_slot=False, initial=30.0),)
+LOW_PROB_MEMORY = (
+    MemoryField("times", per_slot=True, initial=0.0),
+    MemoryField("posts", per_slot=False, initial=0.0),
+)
+
+
 class Wino(RemaskPolicy, frozen=True, tag="wino"):
     """Remasks committed tokens whose leave-one-out probability, read off shadow rows, is below t2 (WINO,
     arXiv 2507.18578).
@@ -154,14 +174,106 @@ class Wino(RemaskPolicy, frozen=True, tag="wino"):
     tile: Literal["all", "self"] = "all"
     ban_old: bool = False
 
-    memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("prev_accept", per_slot=False, initial=30.0),)
-    shadow_rows: ClassVar[bool] = True
+    memory: ClassVar[tuple[MemoryField, ...]] = WINO_MEMORY
 
-    def check(self, unmask: UnmaskPolicy) -> None:
+    def needs_shadow_rows(self) -> bool:
+        return True
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
         if self.tile != "all":
             raise InvalidRequest("remask.tile", self.tile, "is not supported yet; use 'all'")
-        if self.ban_old:
-            raise InvalidRequest("remask.ban_old", self.ban_old, "is not supported yet; use False")
+        _refuse_ban_old(self.ban_old)
+
+
+class Saber(RemaskPolicy, frozen=True, tag="saber"):
+    """Commits what is surer than the block's commits were on average, at least n, and takes back the tokens
+    whose row lost most certainty since the step before (Saber, arXiv 2510.18165). Brings its own commits.
+
+    Attributes:
+        n: least commits of a step; n // 2 are taken back at least.
+        mu: one token is taken back for each `mu` commits.
+    """
+
+    n: Annotated[int, Meta(ge=1, le=2**20)] = 2
+    mu: Annotated[int, Meta(ge=1, le=2**20)] = 8
+
+    commits: ClassVar[bool] = True
+    memory: ClassVar[tuple[MemoryField, ...]] = (
+        MemoryField("ever", per_slot=True, initial=0.0),
+        MemoryField("last_confidence", per_slot=True, initial=0.0),
+        MemoryField("top_before", per_slot=True, initial=0.0),
+    )
+
+    def needs_committed_rows(self) -> bool:
+        return True
+
+
+class LowProb(RemaskPolicy, frozen=True, tag="low_prob"):
+    """Remasks visible tokens whose probability at their own row fell below t, the lowest first (targeted
+    remasking).
+
+    Attributes:
+        t: tokens below this probability are remasked.
+        max_times: how often a position of a block may be remasked.
+        max_share: of the tokens committed before the step, the share that it may remask; at least one.
+        post_steps: forwards after the last mask, until one of them remasks nothing; 0: the block ends then.
+        ban_old: a removed token may not be proposed again at its position in this block.
+    """
+
+    t: Probability = 0.3
+    max_times: Annotated[int, Meta(ge=0, le=2**20)] = 1
+    max_share: Probability = 0.25
+    post_steps: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    ban_old: bool = False
+
+    memory: ClassVar[tuple[MemoryField, ...]] = LOW_PROB_MEMORY
+
+    def needs_committed_rows(self) -> bool:
+        return True
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
+        _refuse_ban_old(self.ban_old)
+
+
+class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
+    """Remasks as many positions as another policy would, drawn from the same candidates: the control arm of a
+    comparison, at that policy's cost.
+
+    Attributes:
+        like: the policy that says how many; the other fields are that policy's.
+    """
+
+    like: Literal["wino", "low_prob"] = "wino"
+    t2: Probability = 0.9
+    budget: Literal["prev_accept", "cur_accept"] = "prev_accept"
+    t: Probability = 0.3
+    max_times: Annotated[int, Meta(ge=0, le=2**20)] = 1
+    max_share: Probability = 0.25
+    post_steps: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    ban_old: bool = False
+
+    memory: ClassVar[tuple[MemoryField, ...]] = WINO_MEMORY + LOW_PROB_MEMORY
+
+    def needs_shadow_rows(self) -> bool:
+        return self.like == "wino"
+
+    def needs_committed_rows(self) -> bool:
+        return self.like == "low_prob"
+
+    def is_random(self) -> bool:
+        return True
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
+        _refuse_ban_old(self.ban_old)
+        own = (Wino if self.like == "wino" else LowProb).__struct_fields__
+        for name, value in msgspec.structs.asdict(self).items():
+            if name not in ("like", *own) and value != getattr(RandomRemask(), name):
+                raise InvalidRequest(f"remask.{name}", value, f"is no parameter of {self.like}; leave it out")
+
+
+def _refuse_ban_old(ban_old: bool) -> None:
+    if ban_old:
+        raise InvalidRequest("remask.ban_old", ban_old, "is not supported yet; use False")
 
 
 UNMASK: dict[str, type[UnmaskPolicy]] = {
@@ -172,12 +284,18 @@ UNMASK: dict[str, type[UnmaskPolicy]] = {
     "entropy_bound": EntropyBound,
     "bernoulli": Bernoulli,
 }
-REMASK: dict[str, type[RemaskPolicy]] = {"wino": Wino}
+REMASK: dict[str, type[RemaskPolicy]] = {
+    "wino": Wino,
+    "saber": Saber,
+    "low_prob": LowProb,
+    "random": RandomRemask,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llada": {"unmask": Schedule()},
     "fast-dllm": {"unmask": Threshold(0.9)},
     "wino": {"unmask": CappedThreshold(0.6), "remask": Wino(0.9), "block_length": 128},
+    "saber": {"remask": Saber(), "block_length": WHOLE_CANVAS},
 }
 
 

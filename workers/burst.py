@@ -70,7 +70,10 @@ class BurstState:
         block_lens = [spec.block_lens for spec in specs]
         self.unmask = group_policies([spec.unmask for spec in specs], block_lens, UNMASK, device)
         self.remask = group_policies([spec.remask for spec in specs], block_lens, REMASK, device)
-        self.needs = frozenset[str]().union(*(spec.unmask.head_needs() for spec in specs))
+        self.reads_committed = torch.tensor([spec.reads_committed_rows for spec in specs], device=device)
+        self.needs = frozenset[str]().union(
+            *(spec.unmask.head_needs() for spec in specs if spec.unmask is not None)
+        )
         self.memory = [self._unpack_memory(group, states) for group in self._groups()]
 
     def resume(self) -> None:
@@ -99,7 +102,8 @@ class BurstState:
         rows = self.slot_rows.gather(1, slots)
         rows = torch.where(valid, rows, len(self.tokens) - 1)
         tokens = self.tokens[rows]
-        return ActiveBlocks(rows, valid, tokens, valid & (tokens == mask_id))
+        masked = valid & (tokens == mask_id)
+        return ActiveBlocks(rows, valid, tokens, masked, masked | (valid & self.reads_committed.unsqueeze(1)))
 
     def to_states(self) -> list[CanvasState]:
         """The canvases as they go back to the scheduler."""

@@ -6,8 +6,8 @@ adds what the current step needs. Main rows (prompt and canvas) of all canvases 
 second copies that guidance needs, in which fixed tokens are hidden behind masks. The shadow rows of canvases
 whose remask policy verifies come last: one for each slot of the active block, masked or not, because they see
 each other; none while nothing of the block is committed, because no other row sees them. The *candidates* are
-the rows that somebody reads: masked slots, also those of second copies, then the shadow rows of committed
-slots.
+the rows that somebody reads: masked slots (and committed ones, where a policy looks at them), the same in
+second copies, then the shadow rows of committed slots.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class PackedRows:
     Attributes:
         ids_T, positions_T: int64 [T].
         layout: all rows as queries.
-        candidates_H: int64 [H]: rows whose final hidden state is wanted: masked slots, those of second
+        candidates_H: int64 [H]: rows whose final hidden state is wanted: those of main slots, of their second
             copies, then shadow rows.
         candidate_layout: the candidates as queries.
         slots_N: int64 [N]: the slots that are answered for, numbered as in `PackPlan`; not second copies.
-        num_masked: how many of them are masked slots; the others are verified by shadow rows.
+        num_main_slots: how many of them are answered for by main rows; the others by shadow rows.
     """
 
     ids_T: Tensor
@@ -45,7 +45,7 @@ class PackedRows:
     candidates_H: Tensor
     candidate_layout: VarlenLayout
     slots_N: Tensor
-    num_masked: int
+    num_main_slots: int
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,14 @@ class ActiveBlocks:
         valid: slots that belong to a block of a canvas that is not finished.
         tokens: ids in the slots.
         masked: valid slots that hold M.
+        read: slots whose main row the head must look at: the masked, and others where a policy asks for them.
     """
 
     rows: Tensor
     valid: Tensor
     tokens: Tensor
     masked: Tensor
+    read: Tensor
 
 
 def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) -> list[list[int]]:
@@ -230,19 +232,19 @@ def pack_rows(
         keys: int64 [R, B]: keys of the token stream.
         needs: statistics beyond the proposal's probability.
     """
-    valid, masked, held, places = (
-        part.flatten() for part in (blocks.valid, blocks.masked, blocks.tokens, blocks.rows)
+    valid, masked, read_slots, held, places = (
+        part.flatten() for part in (blocks.valid, blocks.masked, blocks.read, blocks.tokens, blocks.rows)
     )
-    is_candidate = masked[plan.slots]
+    is_candidate = read_slots[plan.slots]
     num_candidates = _counts(is_candidate, plan.cu_slots).tolist()
-    num_masked = sum(num_candidates[: plan.num_canvases])
+    num_main_slots = sum(num_candidates[: plan.num_canvases])
     main = plan.slots[is_candidate]
     is_shadow, is_read = _needed_shadows(plan, valid, masked)
     shadow = plan.shadow_slots[is_shadow]
     shadow_positions = places[shadow] - plan.shadow_starts[is_shadow]
     every, read = _shadow_segments(plan, shadow_positions, is_shadow, is_read)
     shadow_candidates = is_read[is_shadow].nonzero().squeeze(1)
-    slots_N = torch.cat([main[:num_masked], shadow[shadow_candidates]])
+    slots_N = torch.cat([main[:num_main_slots], shadow[shadow_candidates]])
     ids_T = tokens[plan.token_index]
     if plan.is_hidden is not None:
         ids_T = ids_T.masked_fill(plan.is_hidden, mask_id)
@@ -255,11 +257,11 @@ def pack_rows(
         ),
         candidate_layout=VarlenLayout((0, *itertools.accumulate(num_candidates)), plan.cu_seqlens, read),
         slots_N=slots_N,
-        num_masked=num_masked,
+        num_main_slots=num_main_slots,
     )
     owners = slots_N // keys.shape[1]
     temperature = sampling.temperature[owners]
-    temperature[num_masked:] = 0  # proposals of shadow rows are not used
+    temperature[num_main_slots:] = 0  # proposals of shadow rows are not used
     query = HeadQuery(
         owners=owners,
         sampling=sampling,
@@ -275,10 +277,10 @@ def pack_rows(
 def _guidance(plan: PackPlan, is_candidate: Tensor, num_main: int, rows: PackedRows) -> Guidance:
     """Second copies have the same candidates in the same order as the guided among the first."""
     first = torch.arange(len(rows.slots_N), device=rows.slots_N.device)
-    first[rows.num_masked :] += num_main - rows.num_masked
+    first[rows.num_main_slots :] += num_main - rows.num_main_slots
     second = torch.full_like(first, -1)
-    is_guided = plan.is_guided[is_candidate][: rows.num_masked].nonzero().squeeze(1)
-    second[is_guided] = torch.arange(rows.num_masked, num_main, device=first.device)
+    is_guided = plan.is_guided[is_candidate][: rows.num_main_slots].nonzero().squeeze(1)
+    second[is_guided] = torch.arange(rows.num_main_slots, num_main, device=first.device)
     return Guidance(first, second)
 
 

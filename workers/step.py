@@ -51,12 +51,14 @@ def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
         )
         found = model.statistics(rows, query)
         num_rows += len(rows.ids_T)
-        own, shadow = slice(rows.num_masked), slice(rows.num_masked, None)
+        own, shadow = slice(rows.num_main_slots), slice(rows.num_main_slots, None)
         main.put(rows.slots_N[own], found.part(own))
         verified.view(-1)[rows.slots_N[shadow]] = found.given_prob[shadow]
     view = _block_view(state, blocks, main, verified, slots)
-    commit, remask = _decide(state, view)
-    _update(state, slots, blocks, commit, remask, main.proposal.view(shape), view.confidence, model.mask_id)
+    commit, remask, holds = _decide(state, view)
+    _update(
+        state, slots, blocks, commit, remask, holds, main.proposal.view(shape), view.confidence, model.mask_id
+    )
     return num_rows
 
 
@@ -68,9 +70,9 @@ def _block_view(
         state.sampling.rank_by_top.unsqueeze(1), main.top_prob.view(shape), main.proposal_prob.view(shape)
     )
     committed = blocks.valid & ~blocks.masked
-    order, accept = (
+    order, accept, remask_draw = (
         uniform_at(stream_keys(state.keys.unsqueeze(1), purpose, state.num_forwards.unsqueeze(1), slots))
-        for purpose in (Purpose.ORDER, Purpose.ACCEPT)
+        for purpose in (Purpose.ORDER, Purpose.ACCEPT, Purpose.REMASK)
     )
     return BlockView(
         masked=blocks.masked,
@@ -79,27 +81,33 @@ def _block_view(
         verified=torch.where(committed, verified, 1.0),
         margin=main.margin.view(shape),
         neg_entropy=main.neg_entropy.view(shape),
+        visible=torch.where(blocks.read & committed, main.given_prob.view(shape), 1.0),
+        top=torch.where(blocks.read, main.top_prob.view(shape), 0.0),
         order=order,
         accept=accept,
+        remask_draw=remask_draw,
         block_forwards=state.block_forwards,
     )
 
 
-def _decide(state: BurstState, view: BlockView) -> tuple[Tensor, Tensor]:
-    """Commit and remask sets bool [R, B]; the policies' memory moves on."""
+def _decide(state: BurstState, view: BlockView) -> tuple[Tensor, Tensor, Tensor]:
+    """Commit and remask sets bool [R, B], and which blocks go on, bool [R]; the policies' memory moves on."""
     commit, remask = torch.zeros_like(view.masked), torch.zeros_like(view.masked)
+    holds = torch.zeros_like(state.paused)
     for group in state.unmask:
         commit[group.canvases] = group.kernel(view.select(group.canvases), group.params_at(state.block))
     for i, group in enumerate(state.remask, start=len(state.unmask)):
         own = group.canvases
-        remask[own], memory = group.kernel(
-            view.select(own), commit[own], group.params_at(state.block), state.memory[i]
-        )
+        decision = group.kernel(view.select(own), commit[own], group.params_at(state.block), state.memory[i])
+        commit[own], remask[own] = decision.commit, decision.remask
+        if decision.holds is not None:
+            holds[own] = decision.holds
         paused = state.paused[own]  # nothing changes for those that take no step
-        for name, old in state.memory[i].items():
-            memory[name] = torch.where(paused.view(-1, *[1] * (old.ndim - 1)), old, memory[name])
-        state.memory[i] = memory
-    return commit, remask
+        state.memory[i] = {
+            name: torch.where(paused.view(-1, *[1] * (old.ndim - 1)), old, decision.memory[name])
+            for name, old in state.memory[i].items()
+        }
+    return commit, remask, holds
 
 
 def _update(
@@ -108,6 +116,7 @@ def _update(
     blocks: ActiveBlocks,
     commit: Tensor,
     remask: Tensor,
+    holds: Tensor,
     proposal: Tensor,
     confidence: Tensor,
     mask_id: int,
@@ -122,7 +131,7 @@ def _update(
     for table, committed_value in ((state.confidences, confidence), (state.commit_steps, when)):
         value = torch.where(commit, committed_value, table.gather(1, slots))
         table.scatter_(1, slots, torch.where(remask, torch.zeros_like(value), value))
-    block_done = running & ~(blocks.valid & (tokens == mask_id)).any(1)
+    block_done = running & ~(blocks.valid & (tokens == mask_id)).any(1) & ~holds
     is_stop = (tokens.unsqueeze(2) == state.stop_ids.unsqueeze(1)).any(2)
     stopped = (blocks.valid & is_stop).any(1)
     state.block += block_done

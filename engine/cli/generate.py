@@ -27,7 +27,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="Canvas size in tokens.")] = 128,
     block_length: Annotated[int | None, typer.Option(help="Slots a block.  [default: 32]")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Published settings: llada, fast-dllm, wino; options win.")
+        str | None, typer.Option(help="Published settings: llada, fast-dllm, wino, saber; options win.")
     ] = None,
     unmask: Annotated[str | None, typer.Option(help="Unmask policy.  [default: threshold:0.9]")] = None,
     remask: Annotated[str | None, typer.Option(help="Remask policy, such as wino:t2=0.9.")] = None,

@@ -38,7 +38,7 @@ def run_batch(
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="Likewise: slots a block.  [default: 32]")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Likewise: published settings: llada, fast-dllm, wino.")
+        str | None, typer.Option(help="Likewise: published settings: llada, fast-dllm, wino, saber.")
     ] = None,
     unmask: Annotated[
         str | None, typer.Option(help="Likewise: unmask policy.  [default: threshold:0.9]")

@@ -9,7 +9,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from remask import CappedThreshold, Factor, InvalidRequest, SamplingParams, Schedule, Threshold, Wino
+from remask import (
+    Bernoulli,
+    CappedThreshold,
+    EntropyBound,
+    Factor,
+    InvalidRequest,
+    LowProb,
+    RandomRemask,
+    Saber,
+    SamplingParams,
+    Schedule,
+    Threshold,
+    Wino,
+)
 from remask.scheduler.canvas import REAL, TOKEN, Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
@@ -51,6 +64,12 @@ POLICIES = (
     {"unmask": CappedThreshold(0.3), "remask": Wino(0.9)},
     {"unmask": Threshold(0.4), "remask": Wino(0.95, budget="cur_accept")},
     {"unmask": Schedule(6), "remask": Wino(0.9)},
+    {"unmask": EntropyBound(1.0)},
+    {"unmask": Bernoulli(2.0)},
+    {"unmask": Threshold(0.3), "remask": LowProb(0.6, max_times=2, post_steps=3)},
+    {"remask": Saber(3, 2)},
+    {"unmask": CappedThreshold(0.3), "remask": RandomRemask(t2=0.95)},
+    {"unmask": Threshold(0.3), "remask": RandomRemask("low_prob", t=0.6)},
 )
 
 requests = st.builds(
@@ -76,6 +95,14 @@ slow_model = settings(
 )
 
 
+def most_forwards(own: Canvas) -> int:
+    """The bound that the policies promise."""
+    remask, canvas_len = own.spec.remask, own.spec.canvas_len
+    if isinstance(remask, LowProb) or (isinstance(remask, RandomRemask) and remask.like == "low_prob"):
+        return canvas_len * (1 + remask.max_times) + remask.post_steps * len(own.spec.block_lens)
+    return canvas_len
+
+
 @slow_model
 @given(canvases=st.lists(requests, min_size=1, max_size=4))
 def test_every_canvas_fills_up_within_its_forwards_and_never_with_the_mask(
@@ -85,10 +112,11 @@ def test_every_canvas_fills_up_within_its_forwards_and_never_with_the_mask(
         tokens = state.token_array()
         assert not (tokens[np.frombuffer(own.spec.slots, TOKEN)] == 0).any()
         assert (tokens[: own.num_rows - own.spec.num_shadow_rows - own.spec.canvas_len] != 0).all()
-        assert state.num_forwards <= own.spec.canvas_len
+        assert state.num_forwards <= most_forwards(own)
         steps = np.frombuffer(state.commit_steps, TOKEN)
         assert steps.min() >= 1
-        assert steps.max() == state.num_forwards
+        if own.spec.remask is None or not getattr(own.spec.remask, "post_steps", 0):
+            assert steps.max() == state.num_forwards
         confidences = np.frombuffer(state.confidences, REAL)
         assert (confidences > 0).all()
         assert (confidences <= 1).all()
@@ -113,6 +141,9 @@ def test_company_and_bursts_change_no_token(
         {"unmask": CappedThreshold(0.05), "remask": Wino(0.9)},
         {"unmask": CappedThreshold(0.05), "remask": Wino(0.95, budget="cur_accept")},
         {"unmask": Schedule(6), "remask": Wino(0.9)},
+        {"unmask": Threshold(0.05), "remask": LowProb(0.6, max_times=3, post_steps=4)},
+        {"remask": Saber(4, 2)},
+        {"unmask": CappedThreshold(0.05), "remask": RandomRemask()},
     ],
     ids=str,
 )
@@ -195,7 +226,7 @@ def test_packs_hold_no_padding_whatever_the_block_lengths(golden_model: Transfor
     rows, query = packed(golden_model, [long, short], [long.state, after(golden_model, short, 3)])
     assert len(rows.ids_T) == long.num_rows + short.num_rows == (4 + 64) + (4 + 20 + 8)
     assert len(query.given) == len(rows.candidates_H) == 64 + 5 + 3
-    assert rows.num_masked == 64 + 5
+    assert rows.num_main_slots == 64 + 5
 
 
 def test_candidates_are_masked_slots_and_shadow_rows_of_committed_ones(
@@ -236,6 +267,66 @@ def test_a_shadow_row_stands_at_its_slot_and_sees_all_but_it(golden_model: Trans
     mask = rows.layout.shadows[0].mask
     for j, hole in enumerate((14, 15)):
         assert (~mask[j]).nonzero().squeeze(1).tolist() == [hole]
+
+
+def test_blocks_go_on_after_the_last_mask_until_nothing_is_improbable(
+    golden_model: TransformerDenoiser,
+) -> None:
+    params = {
+        "max_tokens": 40,
+        "block_length": 20,
+        "unmask": Threshold(0.05),
+        "temperature": 2.0,
+        "rank": "top",
+    }
+    short, long = (
+        canvas(SamplingParams(**params, remask=LowProb(0.6, max_times=3, post_steps=posts)))
+        for posts in (0, 16)
+    )
+    ended, went_on = finish(golden_model, [short, long])
+    assert went_on.num_forwards >= ended.num_forwards + 2, "a forward after each of the two blocks at least"
+    committed = np.frombuffer(went_on.commit_steps, TOKEN)
+    assert went_on.num_forwards > committed.max(), "the last forward remasks nothing"
+    params["temperature"] = 0.0  # what is drawn depends on the number of the forward
+    never = canvas(SamplingParams(**params, remask=LowProb(0.0, post_steps=16)))
+    (state,) = finish(golden_model, [never])
+    (plain,) = finish(golden_model, [canvas(SamplingParams(**params))])
+    assert state.tokens == plain.tokens
+    assert state.num_forwards == plain.num_forwards + 2
+
+
+@torch.inference_mode()
+def test_a_policy_that_asks_for_committed_rows_gets_their_own_probabilities(
+    golden_model: TransformerDenoiser,
+) -> None:
+    own = canvas(SamplingParams(max_tokens=16, block_length=8, unmask=Schedule(), remask=LowProb()))
+    other = canvas(SamplingParams(max_tokens=16, block_length=8, unmask=Schedule(), remask=Wino()))
+    states = [after(golden_model, own, 11), after(golden_model, other, 3)]
+    rows, query = packed(golden_model, [own, other], states)
+    assert rows.candidates_H[:8].tolist() == list(range(12, 20)), "the whole block, masked or not"
+    assert len(rows.candidates_H) == 8 + 5 + 3
+    found = golden_model.statistics(rows, query)
+    hidden = golden_model.model(rows, golden_model.attention)
+    p = golden_model.model.logits(hidden[:8]).float().softmax(-1)
+    tokens = torch.from_numpy(states[0].token_array()[12:20].astype(np.int64))
+    torch.testing.assert_close(found.given_prob[:8], p.gather(1, tokens.unsqueeze(1)).squeeze(1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"unmask": Threshold(), "remask": Saber()}, "unmask"),
+        ({"remask": "random:like=wino,t=0.5"}, "remask.t"),
+        ({"remask": "random:like=low_prob,t2=0.5"}, "remask.t2"),
+        ({"remask": "low_prob:ban_old=true"}, "remask.ban_old"),
+        ({"remask": "saber:n=0"}, "remask.n"),
+    ],
+    ids=str,
+)
+def test_pairs_that_cannot_work_are_refused_by_name(fields: dict, named: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(fields)
+    assert caught.value.parameter == named
 
 
 def test_policies_that_cannot_work_together_are_refused() -> None:

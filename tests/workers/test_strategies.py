@@ -10,10 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remask import Bernoulli, CappedThreshold, EntropyBound, Factor, Schedule, Threshold, Wino
+from remask import (
+    Bernoulli,
+    CappedThreshold,
+    EntropyBound,
+    Factor,
+    LowProb,
+    RandomRemask,
+    Saber,
+    Schedule,
+    Threshold,
+    Wino,
+)
+from remask.scheduler.policies import RemaskPolicy
 from remask.workers.strategies import REMASK, UNMASK
 from remask.workers.strategies.groups import PolicyGroup, group_policies
-from remask.workers.strategies.view import BlockView
+from remask.workers.strategies.view import BlockView, Decision
 
 CPU = torch.device("cpu")
 UNMASKS = (
@@ -55,14 +67,17 @@ def random_view(seed: int, rows: int, width: int, *, coarse: bool = False) -> Bl
         verified=torch.where(committed, random(), 1.0),
         margin=random(),
         neg_entropy=-random(),
+        visible=torch.where(committed, random(), 1.0),
+        top=torch.where(masked | committed, random(), 0.0),
         order=random(),
         accept=random().clamp(0.01, 0.99),
+        remask_draw=random(),
         block_forwards=torch.randint(6, (rows,), generator=generator),
     )
 
 
 def group_of(policy: Any, rows: int, width: int) -> PolicyGroup[Any]:
-    kernels: dict[str, Any] = REMASK if isinstance(policy, Wino) else UNMASK
+    kernels: dict[str, Any] = REMASK if isinstance(policy, RemaskPolicy) else UNMASK
     (group,) = group_policies([policy] * rows, [[width]] * rows, kernels, CPU)
     return group
 
@@ -171,7 +186,8 @@ def test_wino_remasks_the_least_probable_within_its_budget(
     group = group_of(policy, 6, width)
     previous = torch.randint(1, 31, (6,), generator=torch.Generator().manual_seed(seed)).float()
     params = group.params_at(torch.zeros(6, dtype=torch.int64))
-    remask, memory = group.kernel(view, commit, params, {"prev_accept": previous})
+    kept, remask, memory, _ = group.kernel(view, commit, params, {"prev_accept": previous})
+    assert torch.equal(kept, commit)
     assert torch.equal(memory["prev_accept"], commit.sum(1).float())
     for row in range(6):
         r = view.verified[row].tolist()
@@ -185,19 +201,134 @@ def test_wino_remasks_the_least_probable_within_its_budget(
         assert set(remask[row].nonzero().squeeze(1).tolist()) == set(doubtful)
 
 
-@pytest.mark.parametrize("policy", [*UNMASKS, Wino(), Wino(budget="cur_accept")], ids=str)
+def decide(policy: Any, view: BlockView, commit: Tensor, memory: dict[str, Tensor] | None = None) -> Decision:
+    rows, width = view.masked.shape
+    group = group_of(policy, rows, width)
+    params = group.params_at(torch.zeros(rows, dtype=torch.int64))
+    return group.kernel(view, commit, params, memory or group.initial_memory(width))
+
+
+def chosen(flags: Tensor, row: int) -> set[int]:
+    return set(flags[row].nonzero().squeeze(1).tolist())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    width=st.integers(1, 40),
+    t=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    max_times=st.integers(0, 2),
+    max_share=st.sampled_from([0.0, 0.25, 1.0]),
+    post_steps=st.integers(0, 2),
+    coarse=st.booleans(),
+)
+def test_low_prob_remasks_the_lowest_within_its_share_and_times(
+    seed: int, width: int, t: float, max_times: int, max_share: float, post_steps: int, coarse: bool
+) -> None:
+    view = random_view(seed, 6, width, coarse=coarse)
+    full = torch.arange(6) % 3 == 0  # blocks in which nothing is masked any more
+    view = view._replace(masked=view.masked & ~full.unsqueeze(1))
+    view = view._replace(confidence=torch.where(view.masked, view.confidence, -torch.inf))
+    times = torch.randint(3, (6, width), generator=torch.Generator().manual_seed(seed)).float()
+    policy = LowProb(t, max_times, max_share, post_steps)
+    commit = commits(Threshold(0.5), view)
+    found = decide(policy, view, commit, {"times": times, "posts": torch.ones(6)})
+    assert torch.equal(found.commit, commit)
+    for row in range(6):
+        p, committed = view.visible[row].tolist(), chosen(view.committed, row)
+        doubtful = [j for j in committed if p[j] < torch.tensor(t) and times[row, j] < max_times]
+        limit = max(1, int(max_share * len(committed)))
+        expected = set(sorted(doubtful, key=lambda j: (p[j], j))[:limit])
+        assert chosen(found.remask, row) == expected
+        for j in range(width):
+            assert found.memory["times"][row, j] == times[row, j] + (j in expected)
+        was_full, left = not view.masked[row].any(), chosen(view.masked & ~commit, row) | expected
+        assert found.memory["posts"][row] == 1 + was_full
+        # A block goes on after its last mask, and as long as the forwards after it found something to remask.
+        assert bool(found.holds[row]) == (not left and not was_full and post_steps > 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 40), n=st.integers(1, 5), mu=st.integers(1, 9))
+def test_saber_commits_above_its_mean_and_takes_back_the_largest_drops(
+    seed: int, width: int, n: int, mu: int
+) -> None:
+    view, other = random_view(seed, 6, width), random_view(seed + 1, 6, width)
+    fresh = torch.arange(6) % 3 == 0  # nothing was ever committed there
+    ever = (other.accept < 0.5) & ~fresh.unsqueeze(1)
+    memory = {"ever": ever.float(), "last_confidence": other.order, "top_before": other.top}
+    found = decide(Saber(n, mu), view, torch.zeros_like(view.masked), memory)
+    for row in range(6):
+        masked, c = chosen(view.masked, row), view.confidence[row].tolist()
+        past = [memory["last_confidence"][row, j] for j in chosen(ever, row)]
+        bar = torch.stack(past).mean() if past else torch.tensor(1.0)
+        accepted = {j for j in masked if c[j] > bar}
+        if len(accepted) < n:
+            accepted = set(sorted(masked, key=lambda j: (-c[j], j))[:n])
+        k = min(max(n // 2, -(-len(accepted) // mu)), len(accepted) - 1) if masked - accepted else 0
+        drop = (memory["top_before"][row] - view.top[row]).tolist()
+        back = set(sorted(chosen(view.committed, row) | accepted, key=lambda j: (-drop[j], j))[:k])
+        assert chosen(found.commit, row) == accepted - back
+        assert chosen(found.remask, row) == back - accepted
+        assert chosen(found.memory["ever"] > 0, row) == chosen(ever, row) | accepted
+        for j in accepted:
+            assert found.memory["last_confidence"][row, j] == view.confidence[row, j]
+    assert torch.equal(found.memory["top_before"], view.top)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 40))
+@pytest.mark.parametrize("like", [Wino(0.6, budget="cur_accept"), LowProb(0.6, max_times=2)])
+def test_random_remasks_as_many_as_its_model_from_the_same_candidates(
+    like: Any, seed: int, width: int
+) -> None:
+    view = random_view(seed, 6, width)
+    fields = {name: getattr(like, name) for name in like.__struct_fields__ if name != "tile"}
+    policy = RandomRemask(like.__struct_config__.tag, **fields)
+    commit = commits(CappedThreshold(0.5), view)
+    memory = group_of(policy, 6, width).initial_memory(width)
+    if isinstance(like, LowProb):
+        memory["times"] += torch.randint(3, (6, width), generator=torch.Generator().manual_seed(seed))
+    model = decide(
+        like, view, commit, {name: memory[name] for name in group_of(like, 6, width).initial_memory(1)}
+    )
+    found = decide(policy, view, commit, memory)
+    assert torch.equal(found.commit, commit)
+    for row in range(6):
+        candidates = chosen(view.committed, row)
+        if isinstance(like, LowProb):
+            candidates = {j for j in candidates if memory["times"][row, j] < like.max_times}
+        count = len(chosen(model.remask, row))
+        draw = view.remask_draw[row].tolist()
+        assert chosen(found.remask, row) == set(sorted(candidates, key=lambda j: (-draw[j], j))[:count])
+
+
+REMASKS = (
+    Wino(),
+    Wino(budget="cur_accept"),
+    Saber(),
+    LowProb(post_steps=2),
+    RandomRemask(),
+    RandomRemask("low_prob"),
+)
+
+
+@pytest.mark.parametrize("policy", [*UNMASKS, *REMASKS], ids=str)
 def test_kernels_have_no_data_dependent_control_flow(policy: Any) -> None:
     """`fullgraph=True` raises at the first break of the graph."""
     view, rows, width = random_view(3, 4, 12), 4, 12
     group = group_of(policy, rows, width)
     params = group.params_at(torch.zeros(rows, dtype=torch.int64))
     arguments: tuple[Any, ...] = (view, params)
-    if isinstance(policy, Wino):
+    if isinstance(policy, RemaskPolicy):
         arguments = (view, commits(Threshold(0.5), view), params, group.initial_memory(width))
     torch._dynamo.reset()
     compiled = torch.compile(group.kernel, fullgraph=True, backend="eager")
     got, expected = compiled(*arguments), group.kernel(*arguments)
-    if isinstance(policy, Wino):
-        (got, memory), (expected, expected_memory) = got, expected
-        assert torch.equal(memory["prev_accept"], expected_memory["prev_accept"])
+    if isinstance(policy, RemaskPolicy):
+        assert got.memory.keys() == expected.memory.keys() == group.initial_memory(width).keys()
+        for name in expected.memory:
+            assert torch.equal(got.memory[name], expected.memory[name])
+        assert torch.equal(got.commit, expected.commit)
+        got, expected = got.remask, expected.remask
     assert torch.equal(got, expected)

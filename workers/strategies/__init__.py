@@ -11,6 +11,9 @@ from remask.workers.strategies.bernoulli import bernoulli
 from remask.workers.strategies.capped_threshold import capped_threshold
 from remask.workers.strategies.entropy_bound import entropy_bound
 from remask.workers.strategies.factor import factor
+from remask.workers.strategies.low_prob import low_prob
+from remask.workers.strategies.random_remask import random_remask
+from remask.workers.strategies.saber import saber
 from remask.workers.strategies.schedule import schedule
 from remask.workers.strategies.threshold import threshold
 from remask.workers.strategies.view import BlockView, RemaskKernel, UnmaskKernel
@@ -24,6 +27,11 @@ UNMASK: dict[str, UnmaskKernel] = {
     "entropy_bound": entropy_bound,
     "bernoulli": bernoulli,
 }
-REMASK: dict[str, RemaskKernel] = {"wino": wino}
+REMASK: dict[str, RemaskKernel] = {
+    "wino": wino,
+    "saber": saber,
+    "low_prob": low_prob,
+    "random": random_remask,
+}
 
 __all__ = ["REMASK", "UNMASK", "BlockView"]

@@ -19,7 +19,10 @@ class BlockView(NamedTuple):
             elsewhere.
         margin, neg_entropy: fp32 [R, B]: top-1 minus top-2 probability and -entropy; 0 where nobody needs
             them.
-        order, accept: fp32 [R, B] in (0, 1): random numbers of the streams of these names.
+        visible: fp32 [R, B]: probability of the committed token at its own row where a policy asks; else 1.
+        top: fp32 [R, B]: the row's largest probability of a token that is not M, for masked slots, and for
+            committed ones where a policy asks; else 0.
+        order, accept, remask_draw: fp32 [R, B] in (0, 1): random numbers of these streams.
         block_forwards: int64 [R]: steps taken in this block before this one.
     """
 
@@ -29,8 +32,11 @@ class BlockView(NamedTuple):
     verified: Tensor
     margin: Tensor
     neg_entropy: Tensor
+    visible: Tensor
+    top: Tensor
     order: Tensor
     accept: Tensor
+    remask_draw: Tensor
     block_forwards: Tensor
 
     def select(self, rows: Tensor) -> BlockView:
@@ -48,12 +54,26 @@ class UnmaskKernel(Protocol):
     def __call__(self, view: BlockView, params: Params) -> Tensor: ...
 
 
-class RemaskKernel(Protocol):
-    """The remask set bool [R, B], within `view.committed`, and the new memory; `commit` is this step's."""
+class Decision(NamedTuple):
+    """What a step does to the active blocks of R canvases.
 
-    def __call__(
-        self, view: BlockView, commit: Tensor, params: Params, memory: Memory
-    ) -> tuple[Tensor, Memory]: ...
+    Attributes:
+        commit: bool [R, B], within `view.masked`.
+        remask: bool [R, B], within `view.committed`.
+        memory: the policy's numbers after this step.
+        holds: bool [R]: blocks that are not finished although they may be full; None: none is.
+    """
+
+    commit: Tensor
+    remask: Tensor
+    memory: Memory
+    holds: Tensor | None = None
+
+
+class RemaskKernel(Protocol):
+    """A step's decision; `commit` is what the unmask policy commits, nothing where there is none."""
+
+    def __call__(self, view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision: ...
 
 
 def ranks(score: Tensor, among: Tensor) -> Tensor:

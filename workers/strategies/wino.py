@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remask.workers.strategies.view import BlockView, Memory, Params, best
+from remask.workers.strategies.view import BlockView, Decision, Memory, Params, best
 
 
-def wino(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> tuple[Tensor, Memory]:
+def wino(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision:
     num_commits = commit.sum(1)
     doubtful = view.committed & (view.verified < params["t2"].unsqueeze(1))
     # "cur_accept" is the second of the spec's choices.
@@ -16,4 +16,4 @@ def wino(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> tup
     num_remasks = doubtful.sum(1).minimum(budget - 1)
     num_remasks = torch.where(num_commits > 1, num_remasks, 0)
     remask = best(-view.verified, doubtful, num_remasks)
-    return remask, {"prev_accept": num_commits.float()}
+    return Decision(commit, remask, {"prev_accept": num_commits.float()})
