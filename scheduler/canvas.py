@@ -63,6 +63,10 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.block_length if self.remask is not None and self.remask.needs_shadow_rows() else 0
 
     @property
+    def shadows_see_each_other(self) -> bool:
+        return self.remask is not None and self.remask.shadows_see_each_other()
+
+    @property
     def reads_committed_rows(self) -> bool:
         """Whether the head must look at the rows of committed slots."""
         return self.remask is not None and self.remask.needs_committed_rows()

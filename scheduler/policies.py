@@ -59,6 +59,10 @@ class RemaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
         """Whether a forward needs one extra row a slot of the active block."""
         return False
 
+    def shadows_see_each_other(self) -> bool:
+        """Whether a shadow row sees all shadow rows of its block, or only itself."""
+        return True
+
     def needs_committed_rows(self) -> bool:
         """Whether the kernel reads statistics of the rows of committed slots, too."""
         return False
@@ -165,7 +169,8 @@ class Wino(RemaskPolicy, frozen=True, tag="wino"):
     Attributes:
         t2: tokens below this probability are remasked.
         budget: whose number of commits bounds the remasked.
-        tile: whether a shadow row sees all shadow rows of its block (published) or only itself.
+        tile: whether a shadow row sees all shadow rows of its block (published) or only itself, which in a
+            model of one layer gives the exact leave-one-out probability, and needs fewer rows.
         ban_old: a removed token may not be proposed again at its position in this block.
     """
 
@@ -179,9 +184,10 @@ class Wino(RemaskPolicy, frozen=True, tag="wino"):
     def needs_shadow_rows(self) -> bool:
         return True
 
+    def shadows_see_each_other(self) -> bool:
+        return self.tile == "all"
+
     def check(self, unmask: UnmaskPolicy | None) -> None:
-        if self.tile != "all":
-            raise InvalidRequest("remask.tile", self.tile, "is not supported yet; use 'all'")
         _refuse_ban_old(self.ban_old)
 
 
@@ -246,6 +252,7 @@ class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
     like: Literal["wino", "low_prob"] = "wino"
     t2: Probability = 0.9
     budget: Literal["prev_accept", "cur_accept"] = "prev_accept"
+    tile: Literal["all", "self"] = "all"
     t: Probability = 0.3
     max_times: Annotated[int, Meta(ge=0, le=2**20)] = 1
     max_share: Probability = 0.25
@@ -256,6 +263,9 @@ class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
 
     def needs_shadow_rows(self) -> bool:
         return self.like == "wino"
+
+    def shadows_see_each_other(self) -> bool:
+        return self.tile == "all"
 
     def needs_committed_rows(self) -> bool:
         return self.like == "low_prob"

@@ -5,9 +5,9 @@ A *plan* says which canvases share a pack and holds what does not change while t
 adds what the current step needs. Main rows (prompt and canvas) of all canvases come first, then those of the
 second copies that guidance needs, in which fixed tokens are hidden behind masks. The shadow rows of canvases
 whose remask policy verifies come last: one for each slot of the active block, masked or not, because they see
-each other; none while nothing of the block is committed, because no other row sees them. The *candidates* are
-the rows that somebody reads: masked slots (and committed ones, where a policy looks at them), the same in
-second copies, then the shadow rows of committed slots.
+each other (where they do not, only of the committed ones); none while nothing of the block is committed,
+because no other row sees them. The *candidates* are the rows that somebody reads: masked slots (and committed
+ones, where a policy looks at them), the same in second copies, then the shadow rows of committed slots.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class PackPlan:
         shadow_starts: int64 [S]: where in the flat tokens the sequence of each of them begins.
         cu_shadow_slots: int64: boundaries of the verifying canvases in `shadow_slots`.
         shadow_owners: the place in the pack of each verifying canvas.
+        sees_block: whether the shadow rows of each of these see each other.
     """
 
     num_canvases: int
@@ -119,6 +120,7 @@ class PackPlan:
     shadow_starts: Tensor
     cu_shadow_slots: Tensor
     shadow_owners: tuple[int, ...]
+    sees_block: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,9 @@ def plan_pack(
         shadow_starts=repeated(starts[: len(canvases)], shadows),
         cu_shadow_slots=ints((0, *itertools.accumulate(n for n in shadows if n))),
         shadow_owners=tuple(place for place, n in enumerate(shadows) if n),
+        sees_block=tuple(
+            specs[c].shadows_see_each_other for c, n in zip(canvases, shadows, strict=True) if n
+        ),
     )
 
 
@@ -294,8 +299,10 @@ def _needed_shadows(plan: PackPlan, valid: Tensor, masked: Tensor) -> tuple[Tens
     [S]."""
     in_block = valid[plan.shadow_slots]
     is_read = in_block & ~masked[plan.shadow_slots]
-    verifies = _counts(is_read, plan.cu_shadow_slots) > 0
-    return in_block & verifies.repeat_interleave(plan.cu_shadow_slots.diff()), is_read
+    # Rows that nobody reads are there to be seen by the others.
+    sees_block = torch.tensor(plan.sees_block, dtype=torch.bool, device=valid.device)
+    whole = (_counts(is_read, plan.cu_shadow_slots) > 0) & sees_block
+    return (in_block & whole.repeat_interleave(plan.cu_shadow_slots.diff())) | is_read, is_read
 
 
 def _shadow_segments(
@@ -303,7 +310,8 @@ def _shadow_segments(
 ) -> tuple[tuple[ShadowSegment, ...], tuple[ShadowSegment, ...]]:
     """The segments of all shadow rows as queries, and of those only that are read.
 
-    A shadow row sees all main rows but the one at its own position, and every shadow row of its block.
+    A shadow row sees all main rows but the one at its own position, and every shadow row of its block, or of
+    these only itself.
     """
     cu_keys, cu_read = (
         (0, *itertools.accumulate(_counts(flags, plan.cu_shadow_slots).tolist()))
@@ -318,6 +326,8 @@ def _shadow_segments(
         length = plan.cu_seqlens[sequence + 1] - plan.cu_seqlens[sequence]
         mask = torch.ones(last - first, length + last - first, dtype=torch.bool, device=positions.device)
         mask.scatter_(1, positions[first:last].unsqueeze(1), False)
+        if not plan.sees_block[i]:
+            mask[:, length:] = torch.eye(last - first, dtype=torch.bool, device=mask.device)
         every.append(ShadowSegment(sequence, keys, keys, mask))
         read.append(ShadowSegment(sequence, (cu_read[i], cu_read[i + 1]), keys, mask[read_rows[first:last]]))
     return tuple(every), tuple(read)

@@ -51,7 +51,7 @@ def test_an_object_and_its_json_mean_the_same() -> None:
         ({"rank": "best"}, "rank"),
         ({"ignore_eos": "yes"}, "ignore_eos"),
         ({"unmask": "threshold:2"}, "unmask.t"),
-        ({"remask": "wino:tile=self"}, "remask.tile"),
+        ({"remask": "wino:tile=none"}, "remask.tile"),
         ({"remask": "wino:ban_old=true"}, "remask.ban_old"),
         ({"remask": "threshold"}, "remask"),
         ({"preset": "winno"}, "preset"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
@@ -26,13 +29,15 @@ from remask import (
 from remask.scheduler.canvas import REAL, TOKEN, Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.burst import BurstState
 from remask.workers.keyed_random import stream_keys
-from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.rows import HeadQuery, PackedRows, pack_rows
 from remask.workers.step import plan_packs
 from remask.workers.worker import Worker
 
+MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 PROMPT = [33, 11, 12, 14]
 
 
@@ -64,6 +69,7 @@ POLICIES = (
     {"unmask": CappedThreshold(0.3), "remask": Wino(0.9)},
     {"unmask": Threshold(0.4), "remask": Wino(0.95, budget="cur_accept")},
     {"unmask": Schedule(6), "remask": Wino(0.9)},
+    {"unmask": CappedThreshold(0.3), "remask": Wino(0.9, tile="self")},
     {"unmask": EntropyBound(1.0)},
     {"unmask": Bernoulli(2.0)},
     {"unmask": Threshold(0.3), "remask": LowProb(0.6, max_times=2, post_steps=3)},
@@ -329,9 +335,52 @@ def test_pairs_that_cannot_work_are_refused_by_name(fields: dict, named: str) ->
     assert caught.value.parameter == named
 
 
-def test_policies_that_cannot_work_together_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match=r"remask\.tile"):
-        resolve(SamplingParams(remask=Wino(tile="self")))
+def test_shadow_rows_that_see_only_themselves_stand_for_committed_slots_alone(
+    golden_model: TransformerDenoiser,
+) -> None:
+    own = canvas(SamplingParams(max_tokens=16, block_length=8, unmask=Schedule(), remask=Wino(tile="self")))
+    other = canvas(SamplingParams(max_tokens=16, block_length=8, unmask=Schedule(), remask=Wino()))
+    rows, _ = packed(golden_model, [own, other], [after(golden_model, c, 3) for c in (own, other)])
+    assert len(rows.ids_T) == 2 * 20 + 3 + 8
+    small, whole = rows.layout.shadows
+    assert torch.equal(small.mask[:, 20:], torch.eye(3, dtype=torch.bool))
+    assert whole.mask[:, 20:].all()
+    assert (small.mask[:, :20].sum(1) == 19).all()
+
+
+@torch.inference_mode()
+def test_in_one_layer_a_lone_shadow_row_is_the_exact_leave_one_out(tmp_path: Path) -> None:
+    config = json.loads((MODELS / "llada-124m" / "config.json").read_text())
+    config |= {"d_model": 64, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1, "mlp_hidden_size": 96}
+    config |= {"vocab_size": 200, "embedding_size": 200, "mask_token_id": 0, "eos_token_id": 1}
+    config.pop("eot_token_id", None)
+    config.pop("pad_token_id", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_denoiser(tmp_path, dtype="float32", device="cpu", load_format="dummy")
+    model.model.head.mul_(0.1)  # so that probabilities are neither 0 nor 1
+    errors = {}
+    for tile in ("self", "all"):
+        own = canvas(
+            SamplingParams(max_tokens=12, block_length=8, unmask=Schedule(), remask=Wino(0, tile=tile))
+        )
+        state = after(model, own, 5)
+        rows, query = packed(model, [own], [state])
+        found = model.statistics(rows, query)
+        tokens = torch.from_numpy(state.token_array().astype(np.int64))
+        errors[tile] = 0.0
+        committed = [slot for slot in range(8) if tokens[4 + slot] != 0]
+        for place, slot in enumerate(committed, start=rows.num_main_slots):
+            hole = tokens.clone()
+            hole[4 + slot] = 0
+            every, bounds = torch.arange(16), (0, 16)
+            layout = VarlenLayout(bounds, bounds, ())
+            alone = PackedRows(hole, every, layout, every, layout, every, 16)
+            p = model.model.logits(model.model(alone, model.attention))[4 + slot].softmax(-1)
+            difference = float(found.given_prob[place] - p[tokens[4 + slot]])
+            errors[tile] = max(errors[tile], abs(difference))
+        assert len(committed) == 5
+    assert errors["self"] < 1e-5
+    assert errors["all"] > 1e-3, "there is a difference to see"
 
 
 def test_a_later_forward_draws_other_tokens_from_the_same_canvas(golden_model: TransformerDenoiser) -> None:
