@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from remask.workers.attention.varlen import VarlenLayout
-from remask.workers.models.config import ModelConfig
+from remask.workers.models.config import TransformerConfig
 from remask.workers.models.transformer import Block, Transformer
 from remask.workers.rows import PackedRows
 
@@ -68,14 +68,14 @@ class Work:
         ]
 
 
-def pack_flops(config: ModelConfig, rows: PackedRows) -> int:
+def pack_flops(config: TransformerConfig, rows: PackedRows) -> int:
     """Arithmetic of one forward and the head."""
     pairs = (config.num_layers - 1) * visible_pairs(rows.layout) + visible_pairs(rows.candidate_layout)
     attention = 4 * pairs * config.num_heads * config.head_dim
     return linear_flops(config, len(rows.ids_T), len(rows.candidates_H)) + attention
 
 
-def linear_flops(config: ModelConfig, num_rows: int, num_candidates: int) -> int:
+def linear_flops(config: TransformerConfig, num_rows: int, num_candidates: int) -> int:
     """Arithmetic of the linear layers of one forward, and of the head."""
     d, head_dim = config.hidden_size, config.head_dim
     keys_and_values = 2 * config.num_kv_heads * head_dim

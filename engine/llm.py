@@ -21,7 +21,8 @@ from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
 from remask.workers.executor import InProcessExecutor
 from remask.workers.knee import knee
-from remask.workers.models.denoiser import load_denoiser
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.load import load_model
 
 
 class LLM:
@@ -110,15 +111,17 @@ class LLM:
             self.tokenizer = load_tokenizer(
                 directory if tokenizer is None else Path(tokenizer), tokenizer is not None
             )
-            denoiser = load_denoiser(directory, dtype=dtype, device=device, load_format=load_format)
+            denoiser = load_model(directory, dtype=dtype, device=device, load_format=load_format)
         config = denoiser.config
         max_len = config.max_len if max_model_len is None else max_model_len
         if not isinstance(max_len, int) or not 2 <= max_len <= config.max_len:
             raise InvalidRequest(
                 "max_model_len", max_model_len, f"must lie between 2 and the model's {config.max_len}"
             )
+        if max_num_rows is None:
+            max_num_rows = knee(denoiser) if isinstance(denoiser, TransformerDenoiser) else denoiser.pack_rows
         scheduler = Scheduler(
-            max_num_rows=knee(denoiser) if max_num_rows is None else max_num_rows,
+            max_num_rows=max_num_rows,
             max_num_seqs=max_num_seqs,
             burst=burst,
         )

@@ -1,19 +1,33 @@
-"""What every family's `config.json` is turned into: the shape of the transformer and its special ids."""
+"""What a `config.json` is turned into: the ids and lengths of a model, and the shape of a transformer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape and special ids of a masked diffusion transformer.
+    """What requests must know of a model.
 
     Attributes:
         vocab_size: ids a request may use.
-        embedding_size: rows of the embedding and the head; at least `vocab_size`.
         max_len: largest sequence (prompt and canvas) in tokens.
         eos_ids: ids that end a text.
+    """
+
+    vocab_size: int
+    max_len: int
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    eot_id: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(ModelConfig):
+    """The shape of a masked diffusion transformer.
+
+    Attributes:
+        embedding_size: rows of the embedding and the head; at least `vocab_size`.
     """
 
     num_layers: int
@@ -22,13 +36,8 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     ffn_size: int
-    vocab_size: int
     embedding_size: int
     tied_embeddings: bool
     rope_theta: float
     norm_eps: float
-    max_len: int
-    mask_id: int
-    eos_ids: tuple[int, ...]
-    eot_id: int | None
     dtype: str | None  # "float32", "bfloat16" or "float16"; None: not said, the tensors' own

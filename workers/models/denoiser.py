@@ -12,6 +12,7 @@ from remask.scheduler.errors import InvalidRequest
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.head import Statistics, head_statistics
+from remask.workers.models.config import ModelConfig, TransformerConfig
 from remask.workers.models.dummy import dummy_model
 from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.transformer import Transformer
@@ -25,12 +26,14 @@ class Denoiser(ABC):
     """A model of masked sequences.
 
     Attributes:
+        config: its ids and lengths.
         mask_id: M.
         device: where its tensors live.
         pack_rows: rows of a forward beyond which a larger pack is no faster (on a CPU, one that leaves the
             cache is slower).
     """
 
+    config: ModelConfig
     mask_id: int
     device: torch.device
     pack_rows: int
@@ -42,6 +45,8 @@ class Denoiser(ABC):
 
 class TransformerDenoiser(Denoiser):
     """A transformer and its head."""
+
+    config: TransformerConfig
 
     def __init__(self, model: Transformer, attention: AttentionBackend, *, pack_rows: int) -> None:
         self.model, self.attention, self.pack_rows = model, attention, pack_rows

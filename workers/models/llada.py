@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from remask.scheduler.errors import InvalidRequest
-from remask.workers.models.config import ModelConfig
+from remask.workers.models.config import TransformerConfig
 
 ARCHITECTURES = ("LLaDAModelLM",)
 
@@ -31,7 +31,7 @@ _EXPECTED: dict[str, tuple[object, ...]] = {
 }
 
 
-def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
+def parse_config(raw: dict[str, Any], source: str) -> TransformerConfig:
     """The shape in a LLaDA `config.json`.
 
     Args:
@@ -94,7 +94,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         raise InvalidRequest(
             "model", source, f"mask_token_id {raw['mask_token_id']!r} must be one id that does not end a text"
         )
-    return ModelConfig(
+    return TransformerConfig(
         num_layers=positive("n_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
@@ -114,7 +114,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     )
 
 
-def tensor_names(config: ModelConfig) -> dict[str, str]:
+def tensor_names(config: TransformerConfig) -> dict[str, str]:
     """Checkpoint name -> parameter of our transformer.
 
     `blocks.3.qkv[1]` means the second part of a fused matrix (q, k, v; or gate, up).

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from remask.scheduler.errors import InvalidRequest
 from remask.workers.models import llada
-from remask.workers.models.config import ModelConfig
+from remask.workers.models.config import TransformerConfig
 from remask.workers.models.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ MAX_LISTED = 20  # names listed in an error
 class Family:
     """A model family: how to read its config and what its tensors are called."""
 
-    parse_config: Callable[[dict[str, Any], str], ModelConfig]
-    tensor_names: Callable[[ModelConfig], dict[str, str]]
+    parse_config: Callable[[dict[str, Any], str], TransformerConfig]
+    tensor_names: Callable[[TransformerConfig], dict[str, str]]
 
 
 FAMILIES: dict[str, Family] = {
@@ -64,11 +64,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(directory: Path) -> tuple[Family, ModelConfig]:
-    """Family and shape of the checkpoint in a directory.
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """The object in a directory's `config.json`.
 
     Raises:
-        InvalidRequest: no directory, no config.json, an unknown architecture, or values that cannot be.
+        InvalidRequest: no directory, no config.json, or not JSON.
     """
     try:
         is_directory = directory.is_dir()
@@ -83,13 +83,28 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig]:
         raise InvalidRequest(
             "model", str(directory), "holds no config.json; give a Hugging Face checkpoint directory"
         )
-    raw = read_json(path)
+    return read_json(path)
+
+
+def architecture_of(raw: dict[str, Any]) -> str | None:
+    """The first of a config's `architectures`."""
+    architectures = raw.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    return name if isinstance(name, str) else None
+
+
+def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
+    """Family and shape of the checkpoint in a directory.
+
+    Raises:
+        InvalidRequest: no directory, no config.json, an unknown architecture, or values that cannot be.
+    """
+    raw, path = read_raw_config(directory), directory / "config.json"
     generation = directory / "generation_config.json"
     if raw.get("eos_token_id") is None and generation.is_file():
         raw["eos_token_id"] = read_json(generation).get("eos_token_id")
-    architectures = raw.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(name, str) or name not in FAMILIES:
+    name = architecture_of(raw)
+    if name not in FAMILIES:
         raise InvalidRequest(
             "model", str(path), f"architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
         )

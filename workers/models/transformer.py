@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
-from remask.workers.models.config import ModelConfig
+from remask.workers.models.config import TransformerConfig
 from remask.workers.rows import PackedRows
 
 
@@ -44,7 +44,7 @@ def rotate_halves(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """One layer: attention and SwiGLU, each behind a norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         d, heads, kv_heads, head_dim = (
             config.hidden_size,
@@ -100,7 +100,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Embedding, layers, final norm and head; `logits` is for the rows that `remask.workers.head` picks."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = _empty(config.embedding_size, config.hidden_size)

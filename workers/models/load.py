@@ -1,0 +1,23 @@
+"""Whatever can be denoised with, from a directory: a transformer's checkpoint or an exact chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from remask.workers.models.denoiser import Denoiser, load_denoiser
+from remask.workers.models.loading import architecture_of, read_raw_config
+from remask.workers.models.markov import ARCHITECTURE, load_markov
+
+
+def load_model(
+    directory: Path, *, dtype: str = "auto", device: str = "auto", load_format: str = "auto"
+) -> Denoiser:
+    """The model in a local directory, ready to denoise; the arguments are those of `load_denoiser`.
+
+    Raises:
+        InvalidRequest: the device is not here, or the directory is at fault.
+    """
+    raw = read_raw_config(directory)
+    if architecture_of(raw) == ARCHITECTURE:
+        return load_markov(raw, str(directory / "config.json"))
+    return load_denoiser(directory, dtype=dtype, device=device, load_format=load_format)
