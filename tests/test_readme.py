@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from remask.benchmarks import scheduling, throughput
+from remask.benchmarks import exactness, scheduling, throughput
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +122,15 @@ def test_the_speed_table_is_the_committed_measurement() -> None:
         assert int(nfe) == result["nfe"]
         assert seconds == f"{statistics.median(result['seconds']):.2f}"
         assert ratio == f"{times['median']:.2f} ({times['min']:.2f} to {times['max']:.2f})"
+
+
+def test_the_exactness_table_is_the_committed_measurement() -> None:
+    results = json.loads((ROOT / "benchmarks/results/exactness.json").read_text())["results"]
+    header = "| policy | " + " | ".join(
+        f"distance, blocks of {n} | bits | forwards" for n in exactness.BLOCK_LENS
+    )
+    policies = [exactness.CHAIN, *exactness.POLICIES]
+    assert table(f"{header} |") == [exactness.table_cells(policy, results) for policy in policies]
 
 
 def test_the_throughput_table_is_the_committed_measurement() -> None:
