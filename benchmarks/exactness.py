@@ -115,7 +115,7 @@ def sampled_chain(count: int) -> dict[str, Any]:
 
 
 def table_cells(policy: str, results: list[dict[str, Any]]) -> list[str]:
-    """A policy's row of the README table: distance, bits and forwards of each block length (temperature 1)."""
+    """A policy's row of the README table: distance, bits and forwards by block length, at temperature 1."""
     row = [policy]
     for block_len in BLOCK_LENS:
         wanted = (policy, block_len, 1.0)
