@@ -38,7 +38,7 @@ SAMPLE_SECONDS = 1.0
 
 def write_batch_file(path: Path, count: int) -> None:
     """Lines of OpenAI's batch format: half-empty 6x6 sudokus."""
-    prompts, _ = SUDOKU_6X6.sample(np.random.default_rng(0), count, blanks=18)
+    prompts, _ = SUDOKU_6X6.held_out(np.random.default_rng(0), count)
     with path.open("w") as file:
         for i, prompt in enumerate(prompts):
             line = {

@@ -2,7 +2,7 @@
 
     python -m remask.benchmarks.step_cost
 
-Sixty-four puzzles of both sizes in one batch, one step on their way, under every policy of the tiny model's
+Sixty-four puzzles of all kinds in one batch, one step on their way, under every policy of the tiny model's
 table. Of a step everything but the model itself (`Denoiser.statistics`) counts: packing, policies, updates.
 What is done once a burst stands beside it: canvases to tensors, plans, and back. A step may take 5 ms.
 """
@@ -22,7 +22,7 @@ from rich.table import Table
 from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.throughput import find_model, spread, write_report
 from remask.benchmarks.tiny.policies import POLICIES, params
-from remask.benchmarks.tiny.tasks import TASKS
+from remask.benchmarks.tiny.tasks import PUZZLES
 from remask.llm import load_tokenizer
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
@@ -52,17 +52,17 @@ class Timed(Denoiser):
 
 
 def puzzles(directory: Path, model: Denoiser, count: int) -> list[Canvas]:
-    """Canvases of both puzzles in turn, under the policies in turn; one step taken, none finished."""
+    """Canvases of all puzzles in turn, under the policies in turn; one step taken, none finished."""
     tokenizer = load_tokenizer(directory, required=True)
     assert tokenizer is not None, "it is required"
     rng = np.random.default_rng(SEED)
-    tasks, policies = list(TASKS.values()), list(POLICIES)
+    kinds, policies = list(PUZZLES.values()), list(POLICIES)
     canvases: list[Canvas] = []
     worker = Worker(model)
     for i in itertools.count():
-        task = tasks[i % len(tasks)]
-        (text,), _ = task.sample(rng, 1, blanks=task.max_blanks)
-        own = resolve(params(policies[i // len(tasks) % len(policies)], task.num_cells))
+        puzzle = kinds[i % len(kinds)]
+        (text,), _ = puzzle.held_out(rng, 1)
+        own = resolve(params(policies[i // len(kinds) % len(policies)], puzzle.answer_len))
         ids = tokenizer.encode(text)
         canvas = new_canvas(str(i), i, ids, own, seed=i, sample=0, mask_id=model.mask_id, stop_ids=[])
         first = StepBatch(burst_id=0, num_steps=1, specs=[canvas.spec], states=[canvas.state])

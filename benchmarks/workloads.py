@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from remask import LLM, InvalidRequest, SamplingParams
-from remask.benchmarks.tiny.policies import POLICIES
-from remask.benchmarks.tiny.tasks import TASKS, Sudoku
+from remask.benchmarks.tiny.policies import POLICIES, ROOM
+from remask.benchmarks.tiny.tasks import PUZZLES, Puzzle
 from remask.scheduler.policies import did_you_mean
 from remask.workers.models.config import ModelConfig
 
@@ -31,12 +31,12 @@ class Job:
     """One request.
 
     Attributes:
-        puzzle: task and text of the prompt where the answer can be judged.
+        puzzle: puzzle and text of the prompt where the answer can be judged.
     """
 
     prompt: list[int]
     params: SamplingParams
-    puzzle: tuple[Sudoku, str] | None = None
+    puzzle: tuple[Puzzle, str] | None = None
 
 
 def mixed(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
@@ -64,18 +64,18 @@ def fixed(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
 
 
 def tiny(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
-    """Sudokus of both sizes under three policies in turn, for the embedded model."""
+    """Sudokus and additions under three policies in turn, for the embedded model."""
     if llm.tokenizer is None:
         raise InvalidRequest("workload", "tiny", "is text; give a model with a tokenizer, such as 'tiny'")
     rng = np.random.default_rng(SEED)
-    tasks = list(TASKS.values())
+    puzzles = list(PUZZLES.values())
     jobs = []
     for i in range(count):
-        task = tasks[i % len(tasks)]
-        (text,), _ = task.sample(rng, 1, blanks=task.max_blanks)
-        canvas_len = task.num_cells + 4
-        policy = POLICIES[TINY_POLICIES[i % len(TINY_POLICIES)]]
-        jobs.append(Job(llm.tokenizer.encode(text), _params(canvas_len, canvas_len, policy), (task, text)))
+        puzzle = puzzles[i % len(puzzles)]
+        (text,), _ = puzzle.held_out(rng, 1)
+        canvas_len = puzzle.answer_len + ROOM
+        policy = POLICIES[TINY_POLICIES[i // len(puzzles) % len(TINY_POLICIES)]]
+        jobs.append(Job(llm.tokenizer.encode(text), _params(canvas_len, canvas_len, policy), (puzzle, text)))
     return jobs
 
 

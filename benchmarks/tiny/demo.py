@@ -55,15 +55,15 @@ def main() -> None:
     if args.count < 1 or args.grids < 0:
         parser.error("--count must be at least 1 and --grids at least 0")
     console = Console()
-    prompts, _ = TASK.sample(np.random.default_rng(DEMO_SEED), args.count, blanks=TASK.max_blanks)
+    prompts, _ = TASK.held_out(np.random.default_rng(DEMO_SEED), args.count)
     title = f"{args.count} puzzles of 6x6 cells, half of them blank"
     table = Table("policy", "solved", "NFE", "tokens/forward", "seconds", title=title)
     outputs: dict[str, list[RequestOutput]] = {}
     with LLM(args.model) as llm:
-        llm.generate(prompts[:1], params(SHOWN[0], TASK.num_cells))  # first-use costs stay out of the times
+        llm.generate(prompts[:1], params(SHOWN[0], TASK.answer_len))  # first-use costs stay out of the times
         for policy in SHOWN:
             started = time.perf_counter()
-            outputs[policy] = llm.generate(prompts, params(policy, TASK.num_cells))
+            outputs[policy] = llm.generate(prompts, params(policy, TASK.answer_len))
             seconds = time.perf_counter() - started
             samples = [output.outputs[0] for output in outputs[policy]]
             solved = sum(TASK.is_correct(p, s.text or "") for p, s in zip(prompts, samples, strict=True))

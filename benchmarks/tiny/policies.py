@@ -16,7 +16,10 @@ POLICIES: dict[str, dict[str, str]] = {
 }
 
 
-def params(policy: str, num_cells: int) -> SamplingParams:
-    """Parameters for an answer of `num_cells` tokens and the end-of-text token behind it."""
-    canvas = num_cells + 4
+ROOM = 4  # tokens of the canvas behind the longest answer, for the end-of-text token
+
+
+def params(policy: str, answer_len: int) -> SamplingParams:
+    """Parameters for an answer of up to `answer_len` tokens and the end-of-text token behind it."""
+    canvas = answer_len + ROOM
     return SamplingParams(max_tokens=canvas, block_length=canvas, seed=0, **POLICIES[policy])

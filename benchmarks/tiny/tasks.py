@@ -1,23 +1,64 @@
-"""The tiny model's tasks: puzzles whose answers can be checked.
+"""The tiny model's tasks: problems whose answers can be checked.
 
 A task draws problems with a seeded generator and judges answers. Numpy only: the trainer, the evaluation, the
 demo and the tests all draw from here. The tokens of an answer depend on each other (a cell fixes its row,
-column and box), so a decoder that commits too many of them at once writes grids that break the rules.
+column and box, a digit needs the carry from its right), so a decoder that commits too many of them at once
+writes answers that break the rules.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
 BLANK = "."
 ANSWER_MARK = "="  # ends a prompt; the chat template adds it after the user's message
 
+Problems: TypeAlias = tuple[list[str], list[str]]
+"""Prompts of equal length, and one right answer each."""
+
+
+class Task(ABC):
+    """What the trainer and the evaluation ask of a task."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def answer_len(self) -> int:
+        """Tokens of the longest answer, without the one that ends it."""
+
+    @abstractmethod
+    def sample(self, rng: np.random.Generator, count: int) -> Problems:
+        """Problems to train on."""
+
+    @abstractmethod
+    def held_out(self, rng: np.random.Generator, count: int) -> Problems:
+        """Problems to evaluate on: the hardest, or such as `sample` never draws."""
+
+    @abstractmethod
+    def score(self, prompt: str, answer: str) -> float:
+        """How good an answer is, from 0 to 1."""
+
+
+class Puzzle(Task):
+    """A task whose answers are right or wrong."""
+
+    @abstractmethod
+    def is_correct(self, prompt: str, answer: str) -> bool: ...
+
+    def score(self, prompt: str, answer: str) -> float:
+        return float(self.is_correct(prompt, answer))
+
 
 @dataclass(frozen=True)
-class Sudoku:
+class Sudoku(Puzzle):
     """Sudoku of `size` x `size` cells with boxes of `box_height` x `box_width`, written row by row without
     separators.
 
@@ -35,13 +76,13 @@ class Sudoku:
         return f"sudoku{self.size}x{self.size}"
 
     @property
-    def num_cells(self) -> int:
+    def answer_len(self) -> int:
         return self.size * self.size
 
     @property
     def max_blanks(self) -> int:
         """Blank cells of the hardest problems drawn (half of 6x6, 9 of 16 in 4x4)."""
-        return self.num_cells // 2 + (1 if self.size == 4 else 0)
+        return self.answer_len // 2 + (1 if self.size == 4 else 0)
 
     @cached_property
     def _pool(self) -> np.ndarray:
@@ -85,9 +126,7 @@ class Sudoku:
             count, n, n
         )
 
-    def sample(
-        self, rng: np.random.Generator, count: int, blanks: int | None = None
-    ) -> tuple[list[str], list[str]]:
+    def sample(self, rng: np.random.Generator, count: int, blanks: int | None = None) -> Problems:
         """Prompts and one answer each; `blanks` empty cells, or 2/3 of `max_blanks` up to all of them."""
         solutions = self.solutions(rng, count).reshape(count, -1)
         num_blanks = (
@@ -95,7 +134,7 @@ class Sudoku:
             if blanks is not None
             else rng.integers(self.max_blanks * 2 // 3, self.max_blanks + 1, size=count)
         )
-        order = np.argsort(rng.random((count, self.num_cells)), axis=1).argsort(axis=1)
+        order = np.argsort(rng.random((count, self.answer_len)), axis=1).argsort(axis=1)
         answers = ["".join(map(str, row)) for row in solutions]
         prompts = [
             "".join(BLANK if hidden else digit for digit, hidden in zip(answer, row < k, strict=True))
@@ -104,11 +143,14 @@ class Sudoku:
         ]
         return prompts, answers
 
+    def held_out(self, rng: np.random.Generator, count: int) -> Problems:
+        return self.sample(rng, count, blanks=self.max_blanks)
+
     def is_correct(self, prompt: str, answer: str) -> bool:
         """Whether `answer` keeps the givens and every row, column and box holds each digit once."""
         puzzle = prompt.removesuffix(ANSWER_MARK)
         n = self.size
-        if len(answer) != self.num_cells or any(c not in "123456789"[:n] for c in answer):
+        if len(answer) != self.answer_len or any(c not in "123456789"[:n] for c in answer):
             return False
         if any(given not in (BLANK, cell) for given, cell in zip(puzzle, answer, strict=True)):
             return False
@@ -126,6 +168,41 @@ def _shuffled_lines(rng: np.random.Generator, count: int, n: int, group: int) ->
     return np.take_along_axis(lines, order[:, :, None], axis=1).reshape(count, n)
 
 
+@dataclass(frozen=True)
+class Addition(Puzzle):
+    """Two numbers of `digits` digits, `123+456=`, and their sum `0579`: zeros in front make lengths equal.
+
+    Every 17th pair of numbers is never trained on; those are the held-out problems.
+    """
+
+    digits: int
+
+    @property
+    def name(self) -> str:
+        return f"addition{self.digits}"
+
+    @property
+    def answer_len(self) -> int:
+        return self.digits + 1
+
+    def sample(self, rng: np.random.Generator, count: int) -> Problems:
+        pairs = rng.integers(10 ** (2 * self.digits), size=count)
+        return self._problems(pairs + (pairs % 17 == 0))
+
+    def held_out(self, rng: np.random.Generator, count: int) -> Problems:
+        return self._problems(rng.integers(-(-(10 ** (2 * self.digits)) // 17), size=count) * 17)
+
+    def _problems(self, pairs: np.ndarray) -> Problems:
+        numbers = [divmod(int(pair), 10**self.digits) for pair in pairs]
+        prompts = [f"{a:0{self.digits}}+{b:0{self.digits}}{ANSWER_MARK}" for a, b in numbers]
+        return prompts, [f"{a + b:0{self.answer_len}}" for a, b in numbers]
+
+    def is_correct(self, prompt: str, answer: str) -> bool:
+        a, b = prompt.removesuffix(ANSWER_MARK).split("+")
+        return answer == f"{int(a) + int(b):0{self.answer_len}}"
+
+
 SUDOKU_4X4 = Sudoku(size=4, box_height=2, box_width=2, pool_len=200)
 SUDOKU_6X6 = Sudoku(size=6, box_height=2, box_width=3, pool_len=1000)
-TASKS = {task.name: task for task in (SUDOKU_4X4, SUDOKU_6X6)}
+ADDITION = Addition(digits=3)
+PUZZLES = {puzzle.name: puzzle for puzzle in (SUDOKU_4X4, SUDOKU_6X6, ADDITION)}

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 MASK, EOS, EOT = "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>"
 SPECIALS = (MASK, EOS, EOT)
+MASK_ID, EOS_ID, EOT_ID = range(len(SPECIALS))
 VOCAB_SIZE = len(SPECIALS) + 256
 
 # A user's message becomes the message and `=`; an assistant's is the answer and the end-of-turn id.

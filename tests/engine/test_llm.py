@@ -298,7 +298,7 @@ def test_the_embedded_model_solves_sudokus(tiny_llm: LLM) -> None:
     """The committed evaluation has the exact rates (400 puzzles); this guards against a broken model."""
     import numpy as np
 
-    prompts, _ = SUDOKU_6X6.sample(np.random.default_rng(5), 24, blanks=18)
+    prompts, _ = SUDOKU_6X6.held_out(np.random.default_rng(5), 24)
     outputs = tiny_llm.generate(prompts, SamplingParams(max_tokens=40, block_length=40, unmask="schedule"))
     solved = sum(
         SUDOKU_6X6.is_correct(prompt, output.outputs[0].text or "")
