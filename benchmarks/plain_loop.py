@@ -59,4 +59,4 @@ def _rows(canvas: PlainCanvas) -> PackedRows:
         shadows = (ShadowSegment(0, (0, width), (0, width), mask),)
     layout = VarlenLayout((0, length), (0, length), shadows)
     rows = torch.arange(length + width)
-    return PackedRows(ids, positions, layout, rows, layout, rows)
+    return PackedRows(ids, positions, layout, rows, layout, rows, len(rows))

@@ -58,7 +58,7 @@ def decode_batch(
         ids_BT, positions_BT, visible_BTT = _padded(canvases, length)
         rows = torch.arange(ids_BT.numel())
         layout = VarlenLayout((0, len(rows)), (0, len(rows)), ())
-        packed = PackedRows(ids_BT.flatten(), positions_BT.flatten(), layout, rows, layout, rows)
+        packed = PackedRows(ids_BT.flatten(), positions_BT.flatten(), layout, rows, layout, rows, len(rows))
         logits = model.model.logits(model.model(packed, PaddedAttention(visible_BTT)))
         given_BT = ids_BT.gather(1, positions_BT + _num_pads(canvases, length).unsqueeze(1))
         statistics = dense_statistics(logits, given_BT.flatten(), model.mask_id)

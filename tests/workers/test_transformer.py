@@ -6,20 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from remask.benchmarks.tiny.model import TrainableLLaDA
+from remask.benchmarks.tiny.checkpoint import read_llada
+from remask.benchmarks.tiny.model import Shape, TinyTransformer
 from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.rows import PackedRows
 
 
 @pytest.fixture(scope="module")
-def reference(golden_checkpoint: Path) -> TrainableLLaDA:
-    model = TrainableLLaDA(82, 192, 6, 4, 512, 10000.0)
-    tensors = load_file(golden_checkpoint / "model.safetensors")
-    model.load_state_dict({n.removeprefix("model.transformer."): t.float() for n, t in tensors.items()})
+def reference(golden_checkpoint: Path) -> TinyTransformer:
+    model = TinyTransformer(Shape(vocab_size=82), causal=False)
+    read_llada(model, golden_checkpoint)
     return model
 
 
@@ -37,6 +36,7 @@ def pack(sequences: list[Tensor], wanted: list[list[int]] | None = None) -> Pack
         candidates_H=torch.tensor(candidates),
         candidate_layout=VarlenLayout(cu_wanted, cu, ()),
         slots_N=torch.zeros(len(candidates), dtype=torch.int64),
+        num_main_slots=len(candidates),
     )
 
 
@@ -51,11 +51,11 @@ def sequences() -> list[Tensor]:
 
 
 def test_logits_equal_an_independent_implementation(
-    golden_model: TransformerDenoiser, reference: TrainableLLaDA
+    golden_model: TransformerDenoiser, reference: TinyTransformer
 ) -> None:
     for ids in sequences():
         with torch.inference_mode():
-            expected = reference(ids.unsqueeze(0))[0]
+            expected = reference(ids.unsqueeze(0), len(ids))[0]
         torch.testing.assert_close(logits(golden_model, pack([ids])), expected, rtol=1e-4, atol=1e-4)
 
 
