@@ -83,6 +83,12 @@ def report(task: Task, policy: str, prompts: list[str], texts: list[str], nfe: l
     }
 
 
+def table_header() -> list[str]:
+    """The header of README's table."""
+    measured = [f"{name} {'words known' if name == TEXT.name else 'solved'}" for name in TASKS]
+    return ["policy", *(cell for column in measured for cell in (column, "forwards"))]
+
+
 def table_cells(policy: str, results: list[dict[str, Any]]) -> list[str]:
     """A policy's row of README's table: score and forwards of every task."""
     row = [policy]
