@@ -80,7 +80,8 @@ def test_a_users_error_is_told_and_status_2(
 def test_a_stopped_process_is_resumed(
     batch_file: Callable[[int], Path], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
-    source, output = batch_file(100), tmp_path / "out.jsonl"
+    count = 500  # some seconds
+    source, output = batch_file(count), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     command = [*COMMAND, "-i", source, "-o", output, "--max-num-seqs", "4", "--resume"]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
@@ -95,13 +96,13 @@ def test_a_stopped_process_is_resumed(
         assert "interrupted; what is done is safe, --resume goes on" in told
     assert not output.exists()
     num_done = partial.read_bytes().count(b"\n")
-    assert 0 < num_done < 100
+    assert 0 < num_done < count
     again = remask("-i", source, "-o", output, "--max-num-seqs", "4", "--resume")
     assert again.returncode == 0, again.stderr
-    assert f"100 results ({num_done} were done before)" in again.stdout
-    assert len({json.loads(line)["custom_id"] for line in output.read_text().splitlines()}) == 100
+    assert f"{count} results ({num_done} were done before)" in again.stdout
+    assert len({json.loads(line)["custom_id"] for line in output.read_text().splitlines()}) == count
     finished = remask("-i", source, "-o", output, "--max-num-seqs", "4", "--resume")
-    assert finished.stdout == f"{output} is finished: 100 results\n"
+    assert finished.stdout == f"{output} is finished: {count} results\n"
 
 
 def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
