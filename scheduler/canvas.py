@@ -56,7 +56,11 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def memory_fields(self) -> tuple[MemoryField, ...]:
-        return sum((p.memory for p in (self.unmask, self.remask) if p is not None), ())
+        return sum((policy.memory for policy in self.policies), ())
+
+    @property
+    def policies(self) -> list[UnmaskPolicy | RemaskPolicy]:
+        return [policy for policy in (self.unmask, self.remask) if policy is not None]
 
     @property
     def num_shadow_rows(self) -> int:
@@ -70,6 +74,10 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def reads_committed_rows(self) -> bool:
         """Whether the head must look at the rows of committed slots."""
         return self.remask is not None and self.remask.needs_committed_rows()
+
+    def num_rows(self, sequence_len: int) -> int:
+        """Rows of one forward, at most."""
+        return sequence_len * (1 + self.is_guided) + self.num_shadow_rows
 
     @property
     def is_guided(self) -> bool:
@@ -123,7 +131,7 @@ class Canvas:
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
         self.request_id, self.ordinal, self.spec, self.state = request_id, ordinal, spec, state
-        self.num_rows = state.sequence_len * (1 + spec.is_guided) + spec.num_shadow_rows
+        self.num_rows = spec.num_rows(state.sequence_len)
         self.order: tuple[float, int] = (0.0, ordinal)
         self.last_burst: int | None = None
         self.aborted = False

@@ -210,7 +210,7 @@ def _cross_check(
         raise InvalidRequest(
             "block_length", block_length, f"is larger than max_tokens {params.max_tokens}; use at most that"
         )
-    is_random = any(policy.is_random() for policy in (unmask, remask) if policy is not None)
+    is_random = any(policy.random_streams() for policy in (unmask, remask) if policy is not None)
     if params.n > 1 and params.temperature == 0 and not is_random:
         raise InvalidRequest("n", params.n, "gives equal samples at temperature 0; set a temperature, or n=1")
     if remask is not None:

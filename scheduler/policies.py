@@ -40,9 +40,9 @@ class UnmaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
         """Statistics beyond the proposal's probability that the kernel reads: of "margin" and "entropy"."""
         return frozenset()
 
-    def is_random(self) -> bool:
-        """Whether the policy itself draws random numbers, whatever the temperature."""
-        return False
+    def random_streams(self) -> frozenset[str]:
+        """Which of the streams order, accept and remask the kernel reads, whatever the temperature."""
+        return frozenset()
 
     def block_params(self, block_lens: Sequence[int]) -> dict[str, list[float]]:
         """Parameters that differ from block to block, one value a block, for blocks of these lengths."""
@@ -67,9 +67,9 @@ class RemaskPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
         """Whether the kernel reads statistics of the rows of committed slots, too."""
         return False
 
-    def is_random(self) -> bool:
-        """Whether the policy itself draws random numbers, whatever the temperature."""
-        return False
+    def random_streams(self) -> frozenset[str]:
+        """Which of the streams order, accept and remask the kernel reads, whatever the temperature."""
+        return frozenset()
 
     def check(self, unmask: UnmaskPolicy | None) -> None:
         """Raises InvalidRequest where this policy cannot work together with `unmask`."""
@@ -90,8 +90,8 @@ class Schedule(UnmaskPolicy, frozen=True, tag="schedule"):
     def head_needs(self) -> frozenset[str]:
         return frozenset({self.score}) & {"margin", "entropy"}
 
-    def is_random(self) -> bool:
-        return self.score == "random"
+    def random_streams(self) -> frozenset[str]:
+        return frozenset({"order"} if self.score == "random" else ())
 
     def block_params(self, block_lens: Sequence[int]) -> dict[str, list[float]]:
         total = self.steps if self.steps is not None else sum(block_lens)
@@ -148,8 +148,8 @@ class Bernoulli(UnmaskPolicy, frozen=True, tag="bernoulli"):
 
     k: Annotated[float, Meta(ge=0.0, le=1e6)] = 1.0
 
-    def is_random(self) -> bool:
-        return True
+    def random_streams(self) -> frozenset[str]:
+        return frozenset({"accept"})
 
 
 WINO_MEMORY = (MemoryField("prev_accept", per_slot=False, initial=30.0),)
@@ -270,8 +270,8 @@ class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
     def needs_committed_rows(self) -> bool:
         return self.like == "low_prob"
 
-    def is_random(self) -> bool:
-        return True
+    def random_streams(self) -> frozenset[str]:
+        return frozenset({"remask"})
 
     def check(self, unmask: UnmaskPolicy | None) -> None:
         _refuse_ban_old(self.ban_old)

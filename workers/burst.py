@@ -71,6 +71,9 @@ class BurstState:
         self.unmask = group_policies([spec.unmask for spec in specs], block_lens, UNMASK, device)
         self.remask = group_policies([spec.remask for spec in specs], block_lens, REMASK, device)
         self.reads_committed = torch.tensor([spec.reads_committed_rows for spec in specs], device=device)
+        self.random_streams = frozenset[str]().union(
+            *(policy.random_streams() for spec in specs for policy in spec.policies)
+        )
         self.needs = frozenset[str]().union(
             *(spec.unmask.head_needs() for spec in specs if spec.unmask is not None)
         )

@@ -40,7 +40,9 @@ class SamplingTables:
         self.top_k = torch.tensor([s.top_k for s in samplings], device=device)
         self.rank_by_top = torch.tensor([s.rank == "top" for s in samplings], device=device)
         self.filters = (self.temperature > 0) & ((self.top_p < 1) | (self.min_p > 0) | (self.top_k > 0))
-        self.any_filter = bool(self.filters.any())
+        self.any_filter = any(
+            s.temperature > 0 and (s.top_p < 1 or s.min_p > 0 or s.top_k > 0) for s in samplings
+        )
         self.biased = ids([list(s.logit_bias) for s in samplings])
         self.bias = _padded([list(s.logit_bias.values()) for s in samplings], 0.0, torch.float32, device)
         self.banned, self.allowed, self.unranked = (

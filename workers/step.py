@@ -22,10 +22,7 @@ def plan_packs(state: BurstState, model: Denoiser) -> list[PackPlan]:
     """Cuts the canvases that go on into packs of the size that the model is best fed with."""
     live = (~state.paused).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
-    num_rows = [
-        length * (1 + spec.is_guided) + spec.num_shadow_rows
-        for length, spec in zip(lens, state.specs, strict=True)
-    ]
+    num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
     groups = group_canvases(num_rows, live, model.pack_rows)
     return [plan_pack(group, state.specs, state.cu_tokens, state.device) for group in groups]
 
@@ -70,8 +67,11 @@ def _block_view(
         state.sampling.rank_by_top.unsqueeze(1), main.top_prob.view(shape), main.proposal_prob.view(shape)
     )
     committed = blocks.valid & ~blocks.masked
+    unread = torch.zeros(shape, device=state.device)
     order, accept, remask_draw = (
         uniform_at(stream_keys(state.keys.unsqueeze(1), purpose, state.num_forwards.unsqueeze(1), slots))
+        if purpose.name.lower() in state.random_streams
+        else unread
         for purpose in (Purpose.ORDER, Purpose.ACCEPT, Purpose.REMASK)
     )
     return BlockView(

@@ -123,8 +123,8 @@ def main() -> None:
         results.append(result)
         sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
-    report = {"environment": environment_stamp(), "results": results}
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    content = {"environment": environment_stamp(), "results": results}
+    args.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

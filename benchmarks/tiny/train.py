@@ -32,9 +32,7 @@ from remask.benchmarks.tiny.recipe import RECIPE, Stage
 from remask.benchmarks.tiny.tasks import PUZZLES, Puzzle
 
 ADAM_LR_FACTOR = 1 / 8  # of Muon's learning rate
-MICRO_BATCH_TOKENS = (
-    5000  # so many at once are the fastest: more leave the caches, fewer leave products small
-)
+MICRO_BATCH_TOKENS = 5000  # of one forward and backward pass
 
 
 class Trainer:

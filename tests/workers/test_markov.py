@@ -151,3 +151,11 @@ def test_what_is_no_chain_is_refused(tmp_path: Path, initial: Any, transition: A
     write_markov(tmp_path, initial, transition)
     with pytest.raises(InvalidRequest, match="model"):
         LLM(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16"}, {"device": "cuda"}, {"load_format": "dummy"}], ids=str
+)
+def test_options_that_a_chain_cannot_honour_are_refused(chain: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="a Markov chain takes only"):
+        LLM(chain, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from remask.scheduler.errors import InvalidRequest
 from remask.workers.models.denoiser import Denoiser, load_denoiser
 from remask.workers.models.loading import architecture_of, read_raw_config
 from remask.workers.models.markov import ARCHITECTURE, load_markov
@@ -19,5 +20,12 @@ def load_model(
     """
     raw = read_raw_config(directory)
     if architecture_of(raw) == ARCHITECTURE:
+        for name, value, honoured in (
+            ("dtype", dtype, ("auto", "float64")),
+            ("device", device, ("auto", "cpu")),
+            ("load_format", load_format, ("auto",)),
+        ):
+            if value not in honoured:
+                raise InvalidRequest(name, value, f"a Markov chain takes only {' or '.join(honoured)}")
         return load_markov(raw, str(directory / "config.json"))
     return load_denoiser(directory, dtype=dtype, device=device, load_format=load_format)

@@ -22,7 +22,8 @@ class BlockView(NamedTuple):
         visible: fp32 [R, B]: probability of the committed token at its own row where a policy asks; else 1.
         top: fp32 [R, B]: the row's largest probability of a token that is not M, for masked slots, and for
             committed ones where a policy asks; else 0.
-        order, accept, remask_draw: fp32 [R, B] in (0, 1): random numbers of these streams.
+        order, accept, remask_draw: fp32 [R, B] in (0, 1): random numbers of these streams; 0 where
+            nobody reads them.
         block_forwards: int64 [R]: steps taken in this block before this one.
     """
 
