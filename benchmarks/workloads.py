@@ -15,7 +15,7 @@ import numpy as np
 from remask import LLM, InvalidRequest, SamplingParams
 from remask.benchmarks.tiny.policies import POLICIES, ROOM
 from remask.benchmarks.tiny.tasks import PUZZLES, Puzzle
-from remask.scheduler.policies import did_you_mean
+from remask.scheduler.errors import did_you_mean
 from remask.workers.models.config import ModelConfig
 
 SEED = 2**31 + 3

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
 
 class RemaskError(Exception):
     """Base of every error that remask raises on purpose."""
@@ -32,3 +39,17 @@ class InvalidRequest(RemaskError, ValueError):
 
 class EngineDead(RemaskError):
     """The engine was closed or has failed; make a new one (5xx)."""
+
+
+def did_you_mean(name: object, known: Sequence[str] | dict[str, Any]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def invalid_field(parent: str, fields: dict[str, Any], error: msgspec.ValidationError) -> InvalidRequest:
+    """msgspec's message, with the field it names put in front and the value that was given behind."""
+    problem, _, path = str(error).partition(" - at ")
+    found = re.search(r"\$\.(\w+)", path)
+    name = found.group(1) if found else ""
+    value = fields.get(name, fields)
+    return InvalidRequest(".".join(filter(None, (parent, name))), value, problem[:1].lower() + problem[1:])

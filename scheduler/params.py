@@ -12,16 +12,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
 from remask.scheduler.policies import (
     PRESETS,
     RemaskPolicy,
     Threshold,
     UnmaskPolicy,
-    did_you_mean,
-    invalid_field,
-    parse_policy,
 )
+from remask.scheduler.policy_parsing import parse_policy
 from remask.scheduler.sampling import Sampling
 
 DEFAULT_BLOCK_LENGTH = 32

@@ -1,5 +1,4 @@
-"""Decoding policies as a user writes them: torch-free structs, their validation, the rows and memory they
-need.
+"""Decoding policies: torch-free structs, their bounds, the rows and memory they need.
 
 Each policy has two halves. The *spec* here is what travels on the wire and what planning reads; the *kernel*
 in `remask.workers.strategies` is the tensor function of the same name. `UNMASK` and `REMASK` are the
@@ -9,8 +8,6 @@ computes is specified by the papers and reference decoders named in the docstrin
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -317,88 +314,3 @@ def share_steps(total: int, block_lens: Sequence[int]) -> list[int]:
     for i in by_remainder[: total - sum(shares)]:
         shares[i] += 1
     return [max(1, share) for share in shares]
-
-
-def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
-    """A policy struct from what a user may write, every bound checked.
-
-    Args:
-        parameter: the field the policy is for; names it in errors and picks the registry.
-        value: a policy object, a dict `{"type": "threshold", "t": 0.9}`, or text `threshold:0.9` or
-            `wino:t2=0.9`.
-
-    Raises:
-        InvalidRequest: unknown policy or field, value out of range, text that does not parse.
-    """
-    registry: dict[str, Any] = UNMASK if parameter == "unmask" else REMASK
-    if isinstance(value, str):
-        fields = _parse_text(parameter, value, registry)
-    elif isinstance(value, dict):
-        fields = dict(value)
-    elif type(value) in registry.values():
-        fields = {"type": value.__struct_config__.tag, **msgspec.structs.asdict(value)}  # type: ignore[type-var]
-    else:
-        raise InvalidRequest(
-            parameter, value, f"give a policy object, a dict or text such as {example(registry)!r}"
-        )
-    name = fields.get("type")
-    if not isinstance(name, str) or name not in registry:
-        raise InvalidRequest(parameter, name, f"unknown policy; {did_you_mean(name, registry)}")
-    unknown = [field for field in fields if field != "type" and field not in registry[name].__struct_fields__]
-    if unknown:
-        known = registry[name].__struct_fields__
-        raise InvalidRequest(
-            f"{parameter}.{unknown[0]}",
-            fields[unknown[0]],
-            f"unknown field of {name}; {did_you_mean(unknown[0], known)}",
-        )
-    try:
-        return msgspec.convert(fields, type=registry[name])
-    except msgspec.ValidationError as error:
-        raise invalid_field(parameter, fields, error) from None
-
-
-def _parse_text(parameter: str, text: str, registry: dict[str, Any]) -> dict[str, Any]:
-    name, _, arguments = text.partition(":")
-    if name not in registry:
-        raise InvalidRequest(parameter, text, f"unknown policy; {did_you_mean(name, registry)}")
-    positional = list(registry[name].__struct_fields__)
-    fields: dict[str, Any] = {"type": name}
-    for i, argument in enumerate(arguments.split(",") if arguments else ()):
-        key, equals, raw = (part.strip() for part in argument.partition("="))
-        if not equals:
-            if not key or i >= len(positional) or len(fields) != i + 1:
-                raise InvalidRequest(
-                    parameter, text, f"cannot place {argument!r}; {name} takes {', '.join(positional)}"
-                )
-            key, raw = positional[i], key
-        if key in fields:
-            raise InvalidRequest(f"{parameter}.{key}", text, "is given twice")
-        fields[key] = _parse_value(raw)
-    return fields
-
-
-def _parse_value(raw: str) -> Any:
-    """A JSON scalar where the text is one (Python's True, False and None included), else the text."""
-    try:
-        return msgspec.json.decode({"True": "true", "False": "false", "None": "null"}.get(raw, raw))
-    except msgspec.DecodeError:
-        return raw
-
-
-def did_you_mean(name: object, known: Sequence[str] | dict[str, Any]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def example(registry: dict[str, Any]) -> str:
-    return "threshold:0.9" if registry is UNMASK else "wino:t2=0.9"
-
-
-def invalid_field(parent: str, fields: dict[str, Any], error: msgspec.ValidationError) -> InvalidRequest:
-    """msgspec's message, with the field it names put in front and the value that was given behind."""
-    problem, _, path = str(error).partition(" - at ")
-    found = re.search(r"\$\.(\w+)", path)
-    name = found.group(1) if found else ""
-    value = fields.get(name, fields)
-    return InvalidRequest(".".join(filter(None, (parent, name))), value, problem[:1].lower() + problem[1:])

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.errors import InvalidRequest, did_you_mean
 from remask.scheduler.params import SamplingParams
-from remask.scheduler.policies import PRESETS, did_you_mean
+from remask.scheduler.policies import PRESETS
 
 CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 ROLES = ("system", "developer", "user", "assistant")

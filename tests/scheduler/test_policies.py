@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remask import CappedThreshold, Factor, InvalidRequest, Schedule, Threshold, Wino
-from remask.scheduler.policies import REMASK, UNMASK, parse_policy, share_steps
+from remask.scheduler.policies import REMASK, UNMASK, share_steps
+from remask.scheduler.policy_parsing import parse_policy
 from remask.workers.strategies import REMASK as REMASK_KERNELS
 from remask.workers.strategies import UNMASK as UNMASK_KERNELS
 
