@@ -54,8 +54,20 @@ POLICIES: dict[str, dict[str, Any]] = {
         "unmask": "capped_threshold:0.5",
         "remask": "low_prob:0.3,post_steps=16",
     },
+    "capped 0.5, oracle 0.8": {"unmask": "capped_threshold:0.5", "remask": "oracle_loo:0.8"},
+    "capped 0.5, WINO 0.8, removed banned": {
+        "unmask": "capped_threshold:0.5",
+        "remask": "wino:0.8,ban_old=true",
+    },
     "Saber": {"remask": "saber"},
+    "RCR, five steps": {"unmask": f"schedule:steps={CANVAS_LEN // 2}", "remask": "rcr"},
+    "ReMDM cap": {"remask": "remdm:schedule=cap"},
+    "ReMDM rescale 0.5": {"remask": "remdm:schedule=rescale,eta=0.5"},
+    "ReMDM conf": {"remask": "remdm:schedule=conf"},
+    "Dream origin": {"unmask": "dream:alg=origin"},
+    "Dream entropy, five steps": {"unmask": f"dream:steps={CANVAS_LEN // 2}"},
 }
+WHOLE_CANVAS = ("Dream origin", "Dream entropy, five steps")  # one block, whatever its length
 
 
 def chain_distribution() -> NDArray[np.float64]:
@@ -119,16 +131,13 @@ def table_cells(policy: str, results: list[dict[str, Any]]) -> list[str]:
     row = [policy]
     for block_len in BLOCK_LENS:
         wanted = (policy, block_len, 1.0)
-        (own,) = [
+        own = [
             r
             for r in results
             if (r["policy"], r.get("block_length", block_len), r.get("temperature", 1.0)) == wanted
         ]
-        row += [
-            f"{own['distance']:.3f}",
-            f"{own['entropy_bits']:.2f}",
-            f"{own['nfe']:.1f}" if "nfe" in own else "",
-        ]
+        row += [f"{own[0]['distance']:.3f}", f"{own[0]['entropy_bits']:.2f}"] if own else ["", ""]
+        row += [f"{own[0]['nfe']:.1f}" if own and "nfe" in own[0] else ""]
     return row
 
 
@@ -143,7 +152,11 @@ def main() -> None:
         parser.error(f"--count must be a multiple of {SAMPLES_A_REQUEST}")
     torch.set_num_threads(1)
     results = [sampled_chain(args.count)]
-    settings = list(itertools.product(POLICIES, BLOCK_LENS, TEMPERATURES))
+    settings = [
+        (policy, block_len, temperature)
+        for policy, block_len, temperature in itertools.product(POLICIES, BLOCK_LENS, TEMPERATURES)
+        if policy not in WHOLE_CANVAS or block_len == CANVAS_LEN
+    ]
     with tempfile.TemporaryDirectory() as directory:
         write_markov(Path(directory), INITIAL, TRANSITION)
         with LLM(directory) as llm:

@@ -19,8 +19,8 @@ from remask.scheduler.policies import (
     Threshold,
     UnmaskPolicy,
     Wino,
-    share_steps,
 )
+from remask.scheduler.policies.base import share_steps
 from remask.scheduler.sampling import Sampling
 
 Reals = NDArray[np.float64]

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput, Trace
 from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.policies import (
     Bernoulli,
     CappedThreshold,
+    Dream,
     EntropyBound,
     Factor,
     LowProb,
+    MemoryField,
+    OracleLoo,
     RandomRemask,
+    Rcr,
+    RemaskPolicy,
+    Remdm,
     Saber,
     Schedule,
     Threshold,
+    UnmaskPolicy,
     Wino,
 )
 
@@ -33,19 +40,27 @@ __all__ = [
     "Bernoulli",
     "CappedThreshold",
     "CompletionOutput",
+    "Dream",
     "EngineDead",
     "EntropyBound",
     "Factor",
     "InvalidRequest",
     "LowProb",
+    "MemoryField",
+    "OracleLoo",
     "RandomRemask",
+    "Rcr",
     "RemaskError",
+    "RemaskPolicy",
+    "Remdm",
     "RequestMetrics",
     "RequestOutput",
     "Saber",
     "SamplingParams",
     "Schedule",
     "Threshold",
+    "Trace",
+    "UnmaskPolicy",
     "Wino",
 ]
 

@@ -140,6 +140,7 @@ class Intake:
             priority=params.priority,
             stop_token_ids=stop_token_ids,
             include_stop_in_text=params.include_stop_str_in_output,
+            logprobs=params.logprobs,
             find_stop=StopStrings(params.stop, self.decode) if params.stop and self.decode else None,
             arrival_time=time.monotonic(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class LLM:
         max_num_rows: rows of a batch; a larger canvas runs alone. None: the knee, from which on more rows
             only take longer; it is measured once (some seconds) and kept under `~/.cache/remask`.
         max_num_seqs: canvases of a batch.
+        batch_invariant: the same tokens, forwards and confidences to the bit, whatever else is in the batch.
+            Every canvas is a forward of its own then, which is slower.
         burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
 
     An engine serves one call at a time; give each thread an engine of its own.
@@ -86,7 +89,7 @@ class LLM:
             ("num_gpus_per_worker", num_gpus_per_worker, (None,)),
             ("num_cpus_per_worker", num_cpus_per_worker, (1,)),
             ("placement_group", placement_group, (None,)),
-            ("batch_invariant", batch_invariant, (False,)),
+            ("batch_invariant", batch_invariant, (False, True)),
             ("attention_backend", attention_backend, ("auto", "sdpa")),
             ("gpu_memory_utilization", gpu_memory_utilization, (0.9,)),
         ):
@@ -105,8 +108,7 @@ class LLM:
             raise InvalidRequest("model", model, "give a local checkpoint directory, or 'tiny'")
         if tokenizer is not None and not isinstance(tokenizer, str | Path):
             raise InvalidRequest("tokenizer", tokenizer, "give a local directory")
-        with as_file(files("remask") / "tiny") as tiny:
-            directory = tiny if model == "tiny" else Path(model)
+        with model_directory(model) as directory:
             # The tokenizer first: it is small, and what is wrong with it shows before weights are read.
             self.tokenizer = load_tokenizer(
                 directory if tokenizer is None else Path(tokenizer), tokenizer is not None
@@ -120,6 +122,9 @@ class LLM:
             )
         if max_num_rows is None:
             max_num_rows = knee(denoiser) if isinstance(denoiser, TransformerDenoiser) else denoiser.pack_rows
+        if batch_invariant:
+            # Products of other shapes round differently; alone, a canvas has the same shapes in any company.
+            denoiser.pack_rows = 1
         scheduler = Scheduler(
             max_num_rows=max_num_rows,
             max_num_seqs=max_num_seqs,
@@ -215,6 +220,13 @@ class LLM:
                         yield request_output(request, self._intake.decode)
         finally:
             self._core.abort(live)
+
+
+@contextmanager
+def model_directory(model: str | Path) -> Generator[Path, None, None]:
+    """The checkpoint directory of a model's name."""
+    with as_file(files("remask") / "tiny") as tiny:
+        yield tiny if model == "tiny" else Path(model)
 
 
 def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase | None:

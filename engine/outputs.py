@@ -8,8 +8,32 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from remask.scheduler.canvas import REAL, TOKEN, Canvas
+from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas
 from remask.scheduler.request import Request
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to a canvas: an entry for each event in all of the lists, by step, then by position.
+
+    Attributes:
+        step: the forward, counted from 1.
+        position: which slot of the canvas, counted from 0.
+        block: the slot's block.
+        token: the token committed, or the one removed.
+        is_commit: committed; else remasked.
+        confidence: of a commit. Of a remasking what the policy held against the token: its leave-one-out
+            probability (`wino`, `oracle_loo`), its probability at its own row (`low_prob`, `saber`), or the
+            confidence that it was committed with.
+        canvas_len: slots of the canvas; those behind an end of text may be empty.
+    """
+
+    step: list[int]
+    position: list[int]
+    block: list[int]
+    token: list[int]
+    is_commit: list[bool]
+    confidence: list[float]
+    canvas_len: int
 
 
 class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +54,10 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
         confidences: for each token of `token_ids` the confidence that it was committed with.
         commit_steps: for each token of `token_ids` the forward (from 1) that committed it.
         seed: key of the random numbers.
+        logprobs: for each token of `token_ids` its log-probability at its commit, of the whole, untempered
+            softmax; None where not asked for.
+        cumulative_logprob: their sum.
+        trace: all commits and remaskings; None where not asked for.
     """
 
     index: int
@@ -42,6 +70,9 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     confidences: list[float]
     commit_steps: list[int]
     seed: int
+    logprobs: list[float] | None = None
+    cumulative_logprob: float | None = None
+    trace: Trace | None = None
 
     @property
     def num_visible_tokens(self) -> int:
@@ -106,6 +137,7 @@ def _completion(
         end = text.index(stop_reason)
         text = text[: end + len(stop_reason) if request.include_stop_in_text else end]
     stopped = num_returned > num_visible or isinstance(stop_reason, str)
+    logprobs = np.frombuffer(state.logprobs, REAL)[:num_returned].tolist() if request.logprobs else None
     return CompletionOutput(
         index=spec.sample,
         text=text,
@@ -117,4 +149,20 @@ def _completion(
         confidences=np.frombuffer(state.confidences, REAL)[:num_returned].tolist(),
         commit_steps=np.frombuffer(state.commit_steps, TOKEN)[:num_returned].tolist(),
         seed=spec.seed,
+        logprobs=logprobs,
+        cumulative_logprob=sum(logprobs) if logprobs is not None else None,
+        trace=_trace(canvas) if spec.trace else None,
+    )
+
+
+def _trace(canvas: Canvas) -> Trace:
+    events = np.frombuffer(canvas.state.events, EVENT)
+    return Trace(
+        step=events["step"].tolist(),
+        position=events["slot"].tolist(),
+        block=(events["slot"] // canvas.spec.block_length).tolist(),
+        token=events["token"].tolist(),
+        is_commit=(events["is_commit"] > 0).tolist(),
+        confidence=events["confidence"].tolist(),
+        canvas_len=canvas.spec.canvas_len,
     )

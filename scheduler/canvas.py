@@ -7,25 +7,28 @@ positions, the slots, are to be denoised, block by block; everything else is con
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
+from typing import Any, Literal, NamedTuple, Union
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from remask.scheduler.params import ResolvedParams
-from remask.scheduler.policies import REMASK, UNMASK, MemoryField, RemaskPolicy, UnmaskPolicy
+from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, registry
 from remask.scheduler.sampling import Sampling
-
-if TYPE_CHECKING:
-    AnyUnmask: TypeAlias = UnmaskPolicy
-    AnyRemask: TypeAlias = RemaskPolicy
-else:  # the tagged unions that decoding needs, built from the registries
-    AnyUnmask = Union[tuple(UNMASK.values())]  # noqa: UP007
-    AnyRemask = Union[tuple(REMASK.values())]  # noqa: UP007
 
 TOKEN = np.dtype("<i4")
 REAL = np.dtype("<f4")
+# What happened to one slot in one step: committed, or remasked (then `token` is the one removed).
+EVENT = np.dtype(
+    [("step", "<i4"), ("slot", "<i4"), ("token", "<i4"), ("confidence", "<f4"), ("is_commit", "<i4")]
+)
+
+
+def _registered(parameter: Literal["unmask", "remask"]) -> Any:
+    """The tagged union that decoding needs. Annotations are evaluated when a canvas is first decoded: by then
+    the packages that bring policies can be loaded."""
+    return Union[tuple(getattr(registry(), parameter).values())]  # noqa: UP007
 
 
 class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,13 +36,14 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     slots: bytes  # int32 [G]: positions of the sequence to denoise, in block order
     block_length: int  # slots a block; the last block may be shorter
-    unmask: AnyUnmask | None  # None where the remask policy brings its own commits
-    remask: AnyRemask | None
+    unmask: _registered("unmask") | None  # type: ignore[valid-type]  # None: the remask policy commits
+    remask: _registered("remask") | None  # type: ignore[valid-type]
     sampling: Sampling
     seed: int  # with `sample`, the key of every random number
     sample: int
     stop_ids: list[int]  # a finished block that holds one ends the canvas
     pause_at_blocks: bool  # a burst takes it no further than a block's end: its text is looked at
+    trace: bool = False  # whether its events are kept
 
     @property
     def canvas_len(self) -> int:
@@ -71,13 +75,34 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.remask is not None and self.remask.shadows_see_each_other()
 
     @property
+    def verifies(self) -> bool:
+        return self.remask is not None and self.remask.verifies()
+
+    @property
     def reads_committed_rows(self) -> bool:
         """Whether the head must look at the rows of committed slots."""
         return self.remask is not None and self.remask.needs_committed_rows()
 
+    @property
+    def num_copies(self) -> int:
+        """Extra sequences of one forward, at most: one for each committed slot of the block."""
+        return self.block_length if self.remask is not None and self.remask.needs_copies() else 0
+
+    @property
+    def bans_removed(self) -> bool:
+        return self.remask is not None and self.remask.bans_removed()
+
     def num_rows(self, sequence_len: int) -> int:
         """Rows of one forward, at most."""
-        return sequence_len * (1 + self.is_guided) + self.num_shadow_rows
+        return sequence_len * (1 + self.is_guided + self.num_copies) + self.num_shadow_rows
+
+    def unmask_params(self) -> dict[str, list[float]]:
+        """The unmask policy's parameters that differ from block to block."""
+        return self.unmask.block_params(self.block_lens) if self.unmask is not None else {}
+
+    def remask_params(self) -> dict[str, list[float]]:
+        """The remask policy's parameters that differ from block to block."""
+        return self.remask.block_params(self.block_lens, self.unmask) if self.remask is not None else {}
 
     @property
     def is_guided(self) -> bool:
@@ -90,8 +115,11 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     tokens: bytes  # int32 [L]: the whole sequence; uncommitted slots hold the mask id
     confidences: bytes  # float32 [G]: the confidence each slot's token was committed with; 0 before
+    logprobs: bytes  # float32 [G]: its log-probability then; 0 before
     commit_steps: bytes  # int32 [G]: the forward (from 1) that committed it; 0 before
     memory: bytes  # float32: the policies' fields one after another (CanvasSpec.memory_fields)
+    removed: bytes = b""  # int32 [block_length, k]: ids not to be proposed at a slot of the block; -1: none
+    events: bytes = b""  # EVENT: all that happened so far, where it is traced
     block: int = 0  # index of the active block
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
@@ -161,10 +189,12 @@ def new_canvas(
         sample=sample,
         stop_ids=stop_ids,
         pause_at_blocks=bool(params.stop),
+        trace=params.trace,
     )
     state = CanvasState(
         tokens=np.array(prompt + [mask_id] * canvas_len, dtype=TOKEN).tobytes(),
         confidences=np.zeros(canvas_len, dtype=REAL).tobytes(),
+        logprobs=np.zeros(canvas_len, dtype=REAL).tobytes(),
         commit_steps=np.zeros(canvas_len, dtype=TOKEN).tobytes(),
         memory=initial_memory(spec),
     )

@@ -13,13 +13,8 @@ import msgspec
 from msgspec import Meta
 
 from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
-from remask.scheduler.policies import (
-    PRESETS,
-    RemaskPolicy,
-    Threshold,
-    UnmaskPolicy,
-)
-from remask.scheduler.policy_parsing import parse_policy
+from remask.scheduler.policies import PRESETS, RemaskPolicy, Threshold, UnmaskPolicy, tag
+from remask.scheduler.policies.parsing import parse_policy
 from remask.scheduler.sampling import Sampling
 
 DEFAULT_BLOCK_LENGTH = 32
@@ -34,7 +29,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         max_tokens: canvas size in tokens, and the limit. It changes the text as well as its length: a
             bidirectional model sees the whole canvas.
         block_length: slots a block; blocks are denoised left to right and the last may be shorter.
-            `max_tokens` means whole-sequence decoding. None: 32, or the canvas where that is smaller.
+            `max_tokens` means whole-sequence decoding. None: 32, or the canvas where that is smaller or the
+            policy (`dream`) works on the whole.
         unmask: which masked positions a step commits: `Threshold(0.9)`, `{"type": "threshold", "t": 0.9}` or
             `"threshold:0.9"`. None: threshold:0.9.
         remask: which committed positions a step turns back into masks; None: none.
@@ -61,6 +57,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             finished; what stands behind the string is dropped.
         stop_token_ids: ids that end the text like the model's own end-of-sequence tokens.
         include_stop_str_in_output: leave what ended the text in it.
+        logprobs: 0 or 1: tell the log-probability of each token at its commit, of the whole, untempered
+            softmax.
+        trace: tell every commit and every remasking.
         priority: the lower, the sooner; each minute of waiting counts as one.
 
     The other fields are not supported yet and refused unless neutral.
@@ -88,16 +87,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cfg_scale: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
     suppress_eos: bool = False
     suppress_eos_confidence: bool = False
-    # Not supported yet (see NEUTRAL).
-    logprobs: int | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=1)] | None = None
     trace: bool = False
+    # Not supported yet (see NEUTRAL).
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SamplingParams:
-        """Published settings by name: `llada` (one token a step), `fast-dllm`, `wino`; overrides win.
+        """Published settings by name (`PRESETS` in `remask.scheduler.policies`); overrides win.
 
         Raises:
             InvalidRequest: no such preset, or an override that is no field.
@@ -109,8 +108,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 # The values of unsupported fields that change nothing and are therefore accepted.
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "logprobs": (None,),
-    "trace": (False,),
     "repetition_penalty": (1.0,),
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
@@ -134,6 +131,8 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[int]
     include_stop_str_in_output: bool
     priority: int
+    logprobs: bool
+    trace: bool
 
 
 def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def resolve(params: SamplingParams | dict[str, Any] | None, **overrides: Any) ->
     unmask = parse_policy("unmask", fields["unmask"]) if fields.get("unmask") is not None else None
     if remask is not None and remask.commits:
         if unmask is not None:
-            fix = f"leave it out: {remask.__struct_config__.tag} brings its own commits"
+            fix = f"leave it out: {tag(remask)} brings its own commits"
             raise InvalidRequest("unmask", fields["unmask"], fix)
     elif unmask is None:
         unmask = Threshold()
@@ -201,19 +200,13 @@ def _check_names(fields: dict[str, Any]) -> None:
 def _cross_check(
     params: SamplingParams, unmask: UnmaskPolicy | None, remask: RemaskPolicy | None
 ) -> ResolvedParams:
-    block_length = params.block_length
-    if block_length is None:
-        block_length = min(DEFAULT_BLOCK_LENGTH, params.max_tokens)
-    elif block_length > params.max_tokens:
-        raise InvalidRequest(
-            "block_length", block_length, f"is larger than max_tokens {params.max_tokens}; use at most that"
-        )
-    is_random = any(policy.random_streams() for policy in (unmask, remask) if policy is not None)
+    policies = [policy for policy in (unmask, remask) if policy is not None]
+    is_random = any(policy.random_streams() for policy in policies)
     if params.n > 1 and params.temperature == 0 and not is_random:
         raise InvalidRequest("n", params.n, "gives equal samples at temperature 0; set a temperature, or n=1")
     if remask is not None:
         remask.check(unmask)
-        if remask.needs_shadow_rows() and params.cfg_scale > 0:
+        if remask.verifies() and params.cfg_scale > 0:
             raise InvalidRequest(
                 "cfg_scale", params.cfg_scale, "cannot guide a policy that verifies; use 0, or another remask"
             )
@@ -222,7 +215,7 @@ def _cross_check(
         raise InvalidRequest("stop", params.stop, "holds an empty string; leave it out")
     return ResolvedParams(
         max_tokens=params.max_tokens,
-        block_length=block_length,
+        block_length=_block_length(params, unmask),
         unmask=unmask,
         remask=remask,
         sampling=Sampling(
@@ -235,6 +228,7 @@ def _cross_check(
             top_p=params.top_p,
             min_p=params.min_p,
             rank=params.rank,
+            ranks_as_drawn=any(policy.ranks_as_drawn() for policy in policies),
         ),
         suppress_eos=params.suppress_eos,
         suppress_eos_confidence=params.suppress_eos_confidence,
@@ -245,4 +239,20 @@ def _cross_check(
         stop_token_ids=params.stop_token_ids or [],
         include_stop_str_in_output=params.include_stop_str_in_output,
         priority=params.priority,
+        logprobs=params.logprobs is not None,
+        trace=params.trace,
     )
+
+
+def _block_length(params: SamplingParams, unmask: UnmaskPolicy | None) -> int:
+    given, whole = params.block_length, unmask is not None and unmask.whole_canvas
+    if given is None:
+        return params.max_tokens if whole else min(DEFAULT_BLOCK_LENGTH, params.max_tokens)
+    if given > params.max_tokens:
+        fix = f"is larger than max_tokens {params.max_tokens}; use at most that"
+        raise InvalidRequest("block_length", given, fix)
+    if whole and given != params.max_tokens:
+        assert unmask is not None, "whole"
+        fix = f"{tag(unmask)} works on the whole canvas; leave it out, or use max_tokens {params.max_tokens}"
+        raise InvalidRequest("block_length", given, fix)
+    return given

@@ -20,6 +20,7 @@ class Request:
             each; None: there are none.
         stop_token_ids: ids that end a text besides the model's own.
         include_stop_in_text: whether the text shows what stopped it.
+        logprobs: whether the output tells log-probabilities.
         arrival_time: monotonic seconds at which the engine took it.
         finish_time: monotonic seconds at which its last canvas finished; None before.
         num_open: canvases that have not finished.
@@ -32,6 +33,7 @@ class Request:
     priority: int
     stop_token_ids: list[int]
     include_stop_in_text: bool
+    logprobs: bool
     find_stop: Callable[[Canvas, CanvasState], TextStop | None] | None
     arrival_time: float
     finish_time: float | None = field(default=None)

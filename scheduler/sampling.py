@@ -20,6 +20,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             probable (0: all), those of at least `min_p` of the largest probability, and of these the fewest
             whose share is at least `top_p`.
         rank: what confidence means: the probability of the token drawn, or the row's largest.
+        ranks_as_drawn: what is ranked are probabilities after temperature and filters.
         unranked_ids: their logits are -inf for ranking only: such a proposal ranks with confidence 0.
     """
 
@@ -32,4 +33,5 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     top_p: float = 1.0
     min_p: float = 0.0
     rank: Literal["proposal", "top"] = "proposal"
+    ranks_as_drawn: bool = False
     unranked_ids: list[int] = []

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
+from remask.workers.events import EventLog
 from remask.workers.keyed_random import stream_keys
 from remask.workers.rows import ActiveBlocks
 from remask.workers.sampling import SamplingTables
-from remask.workers.strategies import REMASK, UNMASK
 from remask.workers.strategies.groups import PolicyGroup, group_policies
-from remask.workers.strategies.view import RemaskKernel, UnmaskKernel
 
 
 class BurstState:
@@ -26,12 +25,14 @@ class BurstState:
         tokens: int64 [sum of L + 1]: all sequences one behind the other, then a place for what padding
             writes.
         slot_rows: int64 [R, G + 1]: where in `tokens` each slot stands.
-        confidences, commit_steps: [R, G + 1].
+        confidences, logprobs, commit_steps: [R, G + 1].
         block, num_forwards, block_forwards: int64 [R].
         finished: bool [R].
         paused: bool [R]: takes no more steps in this burst: finished, or at the end of a block whose text is
             to be looked at.
         memory: for each group of `unmask` and `remask`, its policies' memory.
+        removed: int64 [R, B, K]: ids that may not be proposed at a slot any more, -1 where there is none;
+            None where no policy bans what it removes.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BurstState:
         rows = [own.astype(np.int64) + start for own, start in zip(slots, self.cu_tokens, strict=False)]
         self.slot_rows = self._table(rows, fill=self.cu_tokens[-1])
         self.confidences = self._table([np.frombuffer(s.confidences, REAL) for s in states], fill=0.0)
+        self.logprobs = self._table([np.frombuffer(s.logprobs, REAL) for s in states], fill=0.0)
         self.commit_steps = self._table(
             [np.frombuffer(s.commit_steps, TOKEN).astype(np.int64) for s in states], fill=0
         )
@@ -67,23 +69,35 @@ class BurstState:
         self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
         num_stops = max(1, *(len(spec.stop_ids) for spec in specs)) if len(specs) else 1
         self.stop_ids = ints([spec.stop_ids + [-1] * (num_stops - len(spec.stop_ids)) for spec in specs])  # type: ignore[list-item]
-        block_lens = [spec.block_lens for spec in specs]
-        self.unmask = group_policies([spec.unmask for spec in specs], block_lens, UNMASK, device)
-        self.remask = group_policies([spec.remask for spec in specs], block_lens, REMASK, device)
+        self.unmask = group_policies(
+            [spec.unmask for spec in specs], [spec.unmask_params() for spec in specs], device
+        )
+        self.remask = group_policies(
+            [spec.remask for spec in specs], [spec.remask_params() for spec in specs], device
+        )
         self.reads_committed = torch.tensor([spec.reads_committed_rows for spec in specs], device=device)
+        self.verifies = torch.tensor([spec.verifies for spec in specs], device=device)
         self.random_streams = frozenset[str]().union(
             *(policy.random_streams() for spec in specs for policy in spec.policies)
         )
         self.needs = frozenset[str]().union(
-            *(spec.unmask.head_needs() for spec in specs if spec.unmask is not None)
+            *(policy.head_needs() for spec in specs for policy in spec.policies)
         )
         self.memory = [self._unpack_memory(group, states) for group in self._groups()]
+        self.bans_removed = torch.tensor([spec.bans_removed for spec in specs], device=device)
+        self.removed = self._unpack_removed(states) if any(spec.bans_removed for spec in specs) else None
+        self.events = EventLog(specs, states, device)
 
-    def resume(self) -> None:
-        """Makes the canvases ready for another burst."""
+    def begin(self, num_steps: int) -> None:
+        """Makes the canvases ready for a burst of so many steps."""
         self.paused = self.finished.clone()
+        if self.removed is not None:
+            # A slot must be filled again before it can lose another token.
+            num_held = int((self.removed >= 0).sum(2).max())
+            room = num_held + (num_steps + 1) // 2 - self.removed.shape[2]
+            self.removed = torch.nn.functional.pad(self.removed, (0, max(0, room)), value=-1)
 
-    def _groups(self) -> list[PolicyGroup[UnmaskKernel] | PolicyGroup[RemaskKernel]]:
+    def _groups(self) -> list[PolicyGroup]:
         return [*self.unmask, *self.remask]
 
     def _table(self, rows: Sequence[np.ndarray], fill: float) -> Tensor:
@@ -111,16 +125,14 @@ class BurstState:
     def to_states(self) -> list[CanvasState]:
         """The canvases as they go back to the scheduler."""
         tokens = self.tokens.cpu().numpy().astype(TOKEN)
-        confidences, commit_steps = (
-            self.confidences.cpu().numpy(),
-            self.commit_steps.cpu().numpy().astype(TOKEN),
-        )
+        confidences, logprobs = self.confidences.cpu().numpy(), self.logprobs.cpu().numpy()
+        commit_steps = self.commit_steps.cpu().numpy().astype(TOKEN)
         counters = (
             torch.stack([self.block, self.num_forwards, self.block_forwards, self.finished.long()])
             .cpu()
             .tolist()
         )
-        memories = self._pack_memory()
+        memories, events = self._pack_memory(), self.events.packed()
         states = []
         for i, spec in enumerate(self.specs):
             length = spec.canvas_len
@@ -129,8 +141,11 @@ class BurstState:
                 CanvasState(
                     tokens=tokens[self.cu_tokens[i] : self.cu_tokens[i + 1]].tobytes(),
                     confidences=confidences[i, :length].tobytes(),
+                    logprobs=logprobs[i, :length].tobytes(),
                     commit_steps=commit_steps[i, :length].tobytes(),
                     memory=memories[i],
+                    removed=self._pack_removed(i),
+                    events=events.get(i, b""),
                     block=block,
                     num_forwards=num_forwards,
                     num_block_forwards=block_forwards,
@@ -148,9 +163,7 @@ class BurstState:
             start = end
         return slices
 
-    def _unpack_memory(
-        self, group: PolicyGroup[UnmaskKernel] | PolicyGroup[RemaskKernel], states: Sequence[CanvasState]
-    ) -> dict[str, Tensor]:
+    def _unpack_memory(self, group: PolicyGroup, states: Sequence[CanvasState]) -> dict[str, Tensor]:
         memory = group.initial_memory(self.max_block_len)
         for place, canvas in enumerate(group.canvases.tolist() if memory else ()):
             numbers, slices = np.frombuffer(states[canvas].memory, REAL), self._memory_slices(canvas)
@@ -174,3 +187,20 @@ class BurstState:
                         (values[: self.specs[canvas].block_length] if field.per_slot else values).tobytes()
                     )
         return [b"".join(part) for part in parts]
+
+    def _unpack_removed(self, states: Sequence[CanvasState]) -> Tensor:
+        tables = [
+            np.frombuffer(state.removed, TOKEN).reshape(spec.block_length, -1)
+            for state, spec in zip(states, self.specs, strict=True)
+        ]
+        width = max(table.shape[1] for table in tables)
+        removed = np.full((len(tables), self.max_block_len, width), -1, dtype=np.int64)
+        for own, table in zip(removed, tables, strict=True):
+            own[: table.shape[0], : table.shape[1]] = table
+        return torch.from_numpy(removed).to(self.device)
+
+    def _pack_removed(self, canvas: int) -> bytes:
+        if self.removed is None or not self.specs[canvas].bans_removed:
+            return b""
+        own = self.removed[canvas, : self.specs[canvas].block_length].cpu().numpy()
+        return own[:, : (own >= 0).sum(1).max()].astype(TOKEN).tobytes()

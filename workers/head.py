@@ -7,53 +7,83 @@ the mask id is excluded from proposals only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from remask.workers.keyed_random import gumbel
 from remask.workers.rows import HeadQuery
-from remask.workers.sampling import ban
 
 CHUNK_BYTES = 32 << 20  # fp32 logits of one chunk; about five times as much is in use at the peak
 GUMBEL_SHARE = 8  # rows that draw tokens are done in chunks this many times smaller: 64-bit words are large
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What strategies may know about N rows.
 
     Attributes:
-        proposal: int64 [N]: the token to commit, never M.
-        proposal_prob: fp32 [N]: its probability.
-        top_prob: fp32 [N]: the largest probability of a token that is not M.
-        given_prob: fp32 [N]: probability of the token asked about.
-        margin: fp32 [N]: top_prob minus the second largest; 0 where not needed.
-        neg_entropy: fp32 [N]: sum p log p, in nats; 0 where not needed.
+        ids: int64 [2, N]: `proposal`, the token to commit, and `top_token`, the most probable; never M.
+        reals: fp32 [7, N]: `proposal_prob`, `top_prob` (the largest of a token that is not M), `given_prob`
+            (of the token asked about), `margin` (top_prob minus the second largest; 0 where not needed) and
+            `neg_entropy` (sum p log p, in nats; 0 where not needed), of the softmax that is ranked by; and
+            `proposal_logprob`, `top_logprob` of the whole, untempered softmax.
     """
 
-    proposal: Tensor
-    proposal_prob: Tensor
-    top_prob: Tensor
-    given_prob: Tensor
-    margin: Tensor
-    neg_entropy: Tensor
+    ids: Tensor
+    reals: Tensor
 
     @classmethod
     def blank(cls, num_rows: int, device: torch.device) -> Statistics:
         """Zeros, to be filled row by row."""
-        reals = (torch.zeros(num_rows, device=device) for _ in range(5))
-        return cls(torch.zeros(num_rows, dtype=torch.int64, device=device), *reals)
+        return cls(
+            torch.zeros(2, num_rows, dtype=torch.int64, device=device),
+            torch.zeros(7, num_rows, device=device),
+        )
 
     def part(self, rows: slice) -> Statistics:
         """The statistics of some rows."""
-        return Statistics(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Statistics(self.ids[:, rows], self.reals[:, rows])
 
     def put(self, rows: Tensor | slice, other: Statistics) -> None:
         """Writes the statistics of some rows."""
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(other, field.name)
+        self.ids[:, rows], self.reals[:, rows] = other.ids, other.reals
+
+    @property
+    def proposal(self) -> Tensor:
+        return self.ids[0]
+
+    @property
+    def top_token(self) -> Tensor:
+        return self.ids[1]
+
+    @property
+    def proposal_prob(self) -> Tensor:
+        return self.reals[0]
+
+    @property
+    def top_prob(self) -> Tensor:
+        return self.reals[1]
+
+    @property
+    def given_prob(self) -> Tensor:
+        return self.reals[2]
+
+    @property
+    def margin(self) -> Tensor:
+        return self.reals[3]
+
+    @property
+    def neg_entropy(self) -> Tensor:
+        return self.reals[4]
+
+    @property
+    def proposal_logprob(self) -> Tensor:
+        return self.reals[5]
+
+    @property
+    def top_logprob(self) -> Tensor:
+        return self.reals[6]
 
 
 def head_statistics(
@@ -97,59 +127,95 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
     """Statistics of a chunk of logits; overwrites them. `rows` are the chunk's rows in the query."""
     owners, sampling = query.owners[rows], query.sampling
     sampling.edit(logits_NV, owners)
-    found, norm_N, mask_logit_N = _ranking(logits_NV, query.given[rows], query.needs, mask_id)
-    proposal, proposal_prob = found.proposal, found.proposal_prob
+    excluded_NK = _excluded(query, rows, mask_id)
+    found, norm_N, held_NK = _ranking(logits_NV, query.given[rows], query.needs, excluded_NK)
     hot = (query.temperature[rows] > 0).nonzero().squeeze(1)
     if len(hot):
-        proposal[hot] = _draw(logits_NV, query, rows, hot)
-        proposal_prob = logits_NV.gather(1, proposal.unsqueeze(1)).squeeze(1).exp() / norm_N
-    found = replace(found, proposal_prob=proposal_prob)
-    if sampling.unranked is not None:
-        unranked = sampling.unranked[owners]
-        limited = (unranked >= 0).any(1).nonzero().squeeze(1)
-        again_NV = logits_NV[limited]
-        again_NV[:, mask_id] = mask_logit_N[limited]
-        ban(again_NV, unranked[limited])
-        ranked, _, _ = _ranking(again_NV, proposal[limited], query.needs, mask_id)
-        found.put(
-            limited,
-            replace(
-                ranked,
-                proposal=proposal[limited],
-                proposal_prob=ranked.given_prob,
-                given_prob=found.given_prob[limited],
-            ),
+        drawn = _draw(logits_NV, query, rows, hot)
+        found.proposal[hot] = drawn
+        logit = logits_NV[hot].gather(1, drawn.unsqueeze(1)).squeeze(1)
+        found.proposal_prob[hot] = logit.exp() / norm_N[hot]
+        found.proposal_logprob[hot] = logit - norm_N[hot].log()
+    if sampling.any_reranked:
+        again = sampling.reranked[owners].nonzero().squeeze(1)
+        again_NV, ids_NK = logits_NV[again], excluded_NK[again]
+        impossible_NV = sampling.improbable(again_NV, owners[again]) if sampling.any_filter else None
+        again_NV.scatter_(1, ids_NK, held_NK[again])
+        sampling.narrow(again_NV, impossible_NV, owners[again])
+        ranked, _, _ = _ranking(
+            again_NV, found.proposal[again], query.needs, ids_NK, sampling.entropy_floor[owners[again]]
+        )
+        found.reals[:5, again] = torch.stack(
+            [ranked.given_prob, ranked.top_prob, found.given_prob[again], ranked.margin, ranked.neg_entropy]
         )
     return found
 
 
-def _ranking(
-    logits_NV: Tensor, given_N: Tensor, needs: frozenset[str], mask_id: int
-) -> tuple[Statistics, Tensor, Tensor]:
-    """Statistics with the most probable tokens as proposals, the softmax's norm, and M's logit.
+def _excluded(query: HeadQuery, rows: slice, mask_id: int) -> Tensor:
+    """Ids that may not be proposed, int64 [N, K]: M, and what was removed from a slot for good."""
+    removed_NK = query.removed[rows] if query.removed is not None else None
+    count = len(query.given[rows])
+    mask_N1 = torch.full((count, 1), mask_id, device=query.given.device)
+    if removed_NK is None:
+        return mask_N1
+    return torch.cat([mask_N1, torch.where(removed_NK >= 0, removed_NK, mask_id)], dim=1)
 
-    The logits become relative to the row's largest, and those of M -inf.
+
+def _ranking(
+    logits_NV: Tensor,
+    given_N: Tensor,
+    needs: frozenset[str],
+    excluded_NK: Tensor,
+    entropy_floor_N: Tensor | None = None,
+) -> tuple[Statistics, Tensor, Tensor]:
+    """Statistics with the most probable tokens as proposals, the softmax's norm, and the logits of what is
+    excluded.
+
+    The logits become relative to the row's largest, and those of what is excluded -inf.
     """
     # Relative to the largest, so that probabilities near 1 keep their last bits: policies compare those.
-    logits_NV -= logits_NV.amax(-1, keepdim=True)
+    # (A row of which nothing may be ranked has probabilities of 0.)
+    logits_NV -= logits_NV.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     exp_NV = logits_NV.exp()
-    norm_N = exp_NV.sum(-1)
+    norm_N = exp_NV.sum(-1).clamp(min=1)
     neg_entropy = margin = torch.zeros_like(norm_N)
-    if "entropy" in needs:
+    if "entropy" not in needs:
+        pass
+    elif entropy_floor_N is None:
         neg_entropy = (exp_NV.mul_(logits_NV)).nansum(-1) / norm_N - norm_N.log()
+    else:
+        p_NV = exp_NV / norm_N.unsqueeze(1)
+        neg_entropy = (p_NV * (p_NV + entropy_floor_N.unsqueeze(1)).log()).nansum(-1)
     del exp_NV
     given_prob = logits_NV.gather(1, given_N.unsqueeze(1)).squeeze(1).exp() / norm_N
-    mask_logit_N = logits_NV[:, mask_id].clone()
-    logits_NV[:, mask_id] = -torch.inf
+    held_NK = _exclude(logits_NV, excluded_NK)
     top_logit, proposal = logits_NV.max(-1)
     top_prob = top_logit.exp() / norm_N
     if "margin" in needs:
         margin = top_prob - logits_NV.topk(2, dim=-1).values[:, 1].exp() / norm_N
+    logprob = top_logit - norm_N.log()
     return (
-        Statistics(proposal, top_prob.clone(), top_prob, given_prob, margin, neg_entropy),
+        Statistics(
+            torch.stack([proposal, proposal]),
+            torch.stack([top_prob, top_prob, given_prob, margin, neg_entropy, logprob, logprob]),
+        ),
         norm_N,
-        mask_logit_N,
+        held_NK,
     )
+
+
+def _exclude(logits_NV: Tensor, excluded_NK: Tensor) -> Tensor:
+    """Sets the logits of ids to -inf, in place, and returns what they were; the first of them is M.
+
+    Where nothing would be left to propose, only M is excluded.
+    """
+    held_NK = logits_NV.gather(1, excluded_NK)
+    logits_NV.scatter_(1, excluded_NK, -torch.inf)
+    if excluded_NK.shape[1] > 1:
+        is_empty = logits_NV.amax(-1, keepdim=True).isneginf()
+        may_return = is_empty & (excluded_NK != excluded_NK[:, :1])
+        logits_NV.scatter_(1, excluded_NK, torch.where(may_return, held_NK, -torch.inf))
+    return held_NK
 
 
 def _draw(logits_NV: Tensor, query: HeadQuery, rows: slice, hot: Tensor) -> Tensor:

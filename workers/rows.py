@@ -8,6 +8,9 @@ whose remask policy verifies come last: one for each slot of the active block, m
 each other (where they do not, only of the committed ones); none while nothing of the block is committed,
 because no other row sees them. The *candidates* are the rows that somebody reads: masked slots (and committed
 ones, where a policy looks at them), the same in second copies, then the shadow rows of committed slots.
+
+A policy may ask for the exact answer instead of shadow rows: then there is one more copy of the sequence for
+each committed slot, with that slot masked, behind the other main rows.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ class HeadQuery:
         keys: int64 [N]: keys of the token stream.
         needs: which of "margin" and "entropy" somebody reads.
         guidance: None where nobody is guided: the hidden states are those of the N slots.
+        removed: int64 [N, K]: ids that may not be proposed, -1 where there is none; None: nobody has any.
     """
 
     owners: Tensor
@@ -69,6 +73,7 @@ class HeadQuery:
     keys: Tensor
     needs: frozenset[str]
     guidance: Guidance | None = None
+    removed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,9 @@ class PackPlan:
         cu_shadow_slots: int64: boundaries of the verifying canvases in `shadow_slots`.
         shadow_owners: the place in the pack of each verifying canvas.
         sees_block: whether the shadow rows of each of these see each other.
+        copy_slots: int64 [C]: the slots that a copy of the sequence may verify.
+        copy_owners: int64 [C]: the place in the pack of each one's canvas.
+        copy_starts: int64 [C]: where in the flat tokens its sequence begins.
     """
 
     num_canvases: int
@@ -121,6 +129,9 @@ class PackPlan:
     cu_shadow_slots: Tensor
     shadow_owners: tuple[int, ...]
     sees_block: tuple[bool, ...]
+    copy_slots: Tensor
+    copy_owners: Tensor
+    copy_starts: Tensor
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,7 @@ def plan_pack(
     lens = [cu_tokens[c + 1] - cu_tokens[c] for c in sequences]
     blocks = [specs[c].block_length for c in sequences]
     shadows = [specs[c].num_shadow_rows for c in canvases]
+    copies = [specs[c].num_copies for c in canvases]
     cu_seqlens = (0, *itertools.accumulate(lens))
     has_second = [specs[c].is_guided for c in canvases] + [False] * len(guided)
     return PackPlan(
@@ -202,6 +214,9 @@ def plan_pack(
         sees_block=tuple(
             specs[c].shadows_see_each_other for c, n in zip(canvases, shadows, strict=True) if n
         ),
+        copy_slots=joined(range(c * width, c * width + n) for c, n in zip(canvases, copies, strict=True)),
+        copy_owners=repeated(range(len(canvases)), copies),
+        copy_starts=repeated(starts[: len(canvases)], copies),
     )
 
 
@@ -225,6 +240,7 @@ def pack_rows(
     sampling: SamplingTables,
     keys: Tensor,
     needs: frozenset[str],
+    removed: Tensor | None,
 ) -> tuple[PackedRows, HeadQuery]:
     """The rows of one forward, and what is asked about the candidates among them.
 
@@ -236,6 +252,7 @@ def pack_rows(
         sampling: the parameters of all canvases of the burst.
         keys: int64 [R, B]: keys of the token stream.
         needs: statistics beyond the proposal's probability.
+        removed: int64 [R, B, K] or None: ids that may not be proposed at a slot.
     """
     valid, masked, read_slots, held, places = (
         part.flatten() for part in (blocks.valid, blocks.masked, blocks.read, blocks.tokens, blocks.rows)
@@ -249,24 +266,32 @@ def pack_rows(
     shadow_positions = places[shadow] - plan.shadow_starts[is_shadow]
     every, read = _shadow_segments(plan, shadow_positions, is_shadow, is_read)
     shadow_candidates = is_read[is_shadow].nonzero().squeeze(1)
-    slots_N = torch.cat([main[:num_main_slots], shadow[shadow_candidates]])
     ids_T = tokens[plan.token_index]
     if plan.is_hidden is not None:
         ids_T = ids_T.masked_fill(plan.is_hidden, mask_id)
+    copies = _copies(plan, valid & ~masked, places, ids_T, mask_id)
+    cu_seqlens = copies.cu_seqlens
+    slots_N = torch.cat([main[:num_main_slots], copies.slots, shadow[shadow_candidates]])
     rows = PackedRows(
-        ids_T=torch.cat([ids_T, torch.full_like(shadow, mask_id)]),
-        positions_T=torch.cat([plan.positions, shadow_positions]),
-        layout=VarlenLayout(plan.cu_seqlens, plan.cu_seqlens, every),
+        ids_T=torch.cat([ids_T, copies.ids_T, torch.full_like(shadow, mask_id)]),
+        positions_T=torch.cat([plan.positions, copies.positions_T, shadow_positions]),
+        layout=VarlenLayout(cu_seqlens, cu_seqlens, every),
         candidates_H=torch.cat(
-            [places[main] + plan.slot_shifts[is_candidate], shadow_candidates + plan.cu_seqlens[-1]]
+            [
+                places[main] + plan.slot_shifts[is_candidate],
+                copies.candidates,
+                shadow_candidates + cu_seqlens[-1],
+            ]
         ),
-        candidate_layout=VarlenLayout((0, *itertools.accumulate(num_candidates)), plan.cu_seqlens, read),
+        candidate_layout=VarlenLayout(
+            (0, *itertools.accumulate([*num_candidates, *[1] * len(copies.slots)])), cu_seqlens, read
+        ),
         slots_N=slots_N,
         num_main_slots=num_main_slots,
     )
     owners = slots_N // keys.shape[1]
     temperature = sampling.temperature[owners]
-    temperature[num_main_slots:] = 0  # proposals of shadow rows are not used
+    temperature[num_main_slots:] = 0  # proposals of rows that verify are not used
     query = HeadQuery(
         owners=owners,
         sampling=sampling,
@@ -275,8 +300,48 @@ def pack_rows(
         keys=keys.flatten()[slots_N],
         needs=needs,
         guidance=_guidance(plan, is_candidate, len(main), rows) if plan.is_hidden is not None else None,
+        removed=removed.flatten(0, 1)[slots_N] if removed is not None else None,
     )
     return rows, query
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Sequences once more, each with the token of one committed slot masked, behind the others of a pack.
+
+    Attributes:
+        ids_T, positions_T: int64: their rows.
+        cu_seqlens: boundaries of all sequences of the pack, theirs included.
+        slots: int64 [C]: the slot that each of them verifies.
+        candidates: int64 [C]: that slot's row.
+    """
+
+    ids_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: tuple[int, ...]
+    slots: Tensor
+    candidates: Tensor
+
+
+def _copies(plan: PackPlan, committed: Tensor, places: Tensor, ids_T: Tensor, mask_id: int) -> _Copies:
+    """The copies that the committed slots of a pack need; `ids_T` are its main rows."""
+    is_copied = committed[plan.copy_slots]
+    slots = plan.copy_slots[is_copied]
+    if not len(slots):
+        return _Copies(ids_T[:0], ids_T[:0], plan.cu_seqlens, slots, slots)
+    first = plan.cu_seqlens[-1]
+    owners = plan.copy_owners[is_copied].tolist()
+    bounds = [range(plan.cu_seqlens[owner], plan.cu_seqlens[owner + 1]) for owner in owners]
+    ends = tuple(first + end for end in itertools.accumulate(map(len, bounds)))
+
+    def ints(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=ids_T.device)
+
+    sources = ints(itertools.chain(*bounds))
+    candidates = places[slots] - plan.copy_starts[is_copied] + ints((first, *ends[:-1]))
+    ids = ids_T[sources]
+    ids[candidates - first] = mask_id
+    return _Copies(ids, plan.positions[sources], plan.cu_seqlens + ends, slots, candidates)
 
 
 def _guidance(plan: PackPlan, is_candidate: Tensor, num_main: int, rows: PackedRows) -> Guidance:

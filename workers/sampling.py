@@ -23,7 +23,10 @@ class SamplingTables:
         temperature, top_p, min_p, cfg_scale: fp32 [R].
         top_k: int64 [R]; 0: off.
         rank_by_top: bool [R].
-        filters: bool [R]: canvases that draw from a part of the vocabulary.
+        ranks_as_drawn: bool [R]: what is ranked are probabilities after temperature and filters.
+        filters: bool [R]: canvases for which a part of the vocabulary counts.
+        reranked: bool [R]: canvases that rank by another softmax than the untempered one.
+        entropy_floor: fp32 [R]: what is added to a probability inside the logarithm (Dream's code: 1e-10).
         biased, banned, allowed, unranked: int64 [R, ids] padded with -1, or None where nobody has any.
         bias: fp32 like `biased`.
     """
@@ -39,10 +42,15 @@ class SamplingTables:
         self.cfg_scale = reals("cfg_scale")
         self.top_k = torch.tensor([s.top_k for s in samplings], device=device)
         self.rank_by_top = torch.tensor([s.rank == "top" for s in samplings], device=device)
-        self.filters = (self.temperature > 0) & ((self.top_p < 1) | (self.min_p > 0) | (self.top_k > 0))
-        self.any_filter = any(
-            s.temperature > 0 and (s.top_p < 1 or s.min_p > 0 or s.top_k > 0) for s in samplings
-        )
+        self.ranks_as_drawn = torch.tensor([s.ranks_as_drawn for s in samplings], device=device)
+        self.entropy_floor = torch.where(self.ranks_as_drawn, 1e-10, 0.0)
+        filters = [
+            (s.temperature > 0 or s.ranks_as_drawn) and (s.top_p < 1 or s.min_p > 0 or s.top_k > 0)
+            for s in samplings
+        ]
+        self.filters, self.any_filter = torch.tensor(filters, device=device), any(filters)
+        reranked = [s.ranks_as_drawn or bool(s.unranked_ids) for s in samplings]
+        self.reranked, self.any_reranked = torch.tensor(reranked, device=device), any(reranked)
         self.biased = ids([list(s.logit_bias) for s in samplings])
         self.bias = _padded([list(s.logit_bias.values()) for s in samplings], 0.0, torch.float32, device)
         self.banned, self.allowed, self.unranked = (
@@ -73,7 +81,7 @@ class SamplingTables:
         """
         ordered, ids = logits_NV.sort(dim=-1, descending=True, stable=True)
         heat, top_p, min_p = (
-            table[owners_N].unsqueeze(1) for table in (self.temperature, self.top_p, self.min_p)
+            table[owners_N].unsqueeze(1) for table in (self._heat(), self.top_p, self.min_p)
         )
         weight = ((ordered - ordered[:, :1]) / heat).double().exp()
         place = torch.arange(logits_NV.shape[1], device=logits_NV.device)
@@ -82,6 +90,26 @@ class SamplingTables:
         before = weight.cumsum(-1) - weight
         kept = (weight > 0) & ((before < top_p * weight.sum(-1, keepdim=True)) | (place == 0))
         return torch.empty_like(kept).scatter_(1, ids, ~kept)
+
+    def narrow(self, logits_NV: Tensor, impossible_NV: Tensor | None, owners_N: Tensor) -> None:
+        """Makes of logits those that are ranked by, in place, for canvases that are `reranked`.
+
+        Args:
+            logits_NV: edited logits.
+            impossible_NV: tokens that filters leave out, bool [N, V]; None where nobody filters.
+            owners_N: the rows' canvases.
+        """
+        as_drawn = self.ranks_as_drawn[owners_N].unsqueeze(1)
+        logits_NV /= torch.where(as_drawn, self._heat()[owners_N].unsqueeze(1), 1.0)
+        if impossible_NV is not None:
+            narrows = as_drawn & self.filters[owners_N].unsqueeze(1)
+            logits_NV.masked_fill_(impossible_NV & narrows, -torch.inf)
+        if self.unranked is not None:
+            ban(logits_NV, self.unranked[owners_N])
+
+    def _heat(self) -> Tensor:
+        """The temperature that tokens' probabilities are taken at: 1 where the most probable is proposed."""
+        return torch.where(self.temperature > 0, self.temperature, 1.0)
 
 
 def ban(logits_NV: Tensor, ids_NK: Tensor) -> None:

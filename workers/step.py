@@ -7,6 +7,8 @@ one canvas ever enters the decision about another.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -45,17 +47,15 @@ def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
             sampling=state.sampling,
             keys=keys,
             needs=state.needs,
+            removed=state.removed,
         )
         found = model.statistics(rows, query)
         num_rows += len(rows.ids_T)
-        own, shadow = slice(rows.num_main_slots), slice(rows.num_main_slots, None)
+        own, verifying = slice(rows.num_main_slots), slice(rows.num_main_slots, None)
         main.put(rows.slots_N[own], found.part(own))
-        verified.view(-1)[rows.slots_N[shadow]] = found.given_prob[shadow]
+        verified.view(-1)[rows.slots_N[verifying]] = found.given_prob[verifying]
     view = _block_view(state, blocks, main, verified, slots)
-    commit, remask, holds = _decide(state, view)
-    _update(
-        state, slots, blocks, commit, remask, holds, main.proposal.view(shape), view.confidence, model.mask_id
-    )
+    _update(state, slots, blocks, view, main, _decide(state, view), model.mask_id)
     return num_rows
 
 
@@ -90,10 +90,19 @@ def _block_view(
     )
 
 
-def _decide(state: BurstState, view: BlockView) -> tuple[Tensor, Tensor, Tensor]:
-    """Commit and remask sets bool [R, B], and which blocks go on, bool [R]; the policies' memory moves on."""
+class _Outcome(NamedTuple):
+    """Decisions about all canvases: `commit` and `remask` bool [R, B], `holds` and `takes_top` bool [R]."""
+
+    commit: Tensor
+    remask: Tensor
+    holds: Tensor
+    takes_top: Tensor
+
+
+def _decide(state: BurstState, view: BlockView) -> _Outcome:
+    """What the policies decide; their memory moves on."""
     commit, remask = torch.zeros_like(view.masked), torch.zeros_like(view.masked)
-    holds = torch.zeros_like(state.paused)
+    holds, takes_top = torch.zeros_like(state.paused), torch.zeros_like(state.paused)
     for group in state.unmask:
         commit[group.canvases] = group.kernel(view.select(group.canvases), group.params_at(state.block))
     for i, group in enumerate(state.remask, start=len(state.unmask)):
@@ -102,33 +111,46 @@ def _decide(state: BurstState, view: BlockView) -> tuple[Tensor, Tensor, Tensor]
         commit[own], remask[own] = decision.commit, decision.remask
         if decision.holds is not None:
             holds[own] = decision.holds
+        if decision.takes_top is not None:
+            takes_top[own] = decision.takes_top
         paused = state.paused[own]  # nothing changes for those that take no step
         state.memory[i] = {
             name: torch.where(paused.view(-1, *[1] * (old.ndim - 1)), old, decision.memory[name])
             for name, old in state.memory[i].items()
         }
-    return commit, remask, holds
+    return _Outcome(commit, remask, holds, takes_top)
 
 
 def _update(
     state: BurstState,
     slots: Tensor,
     blocks: ActiveBlocks,
-    commit: Tensor,
-    remask: Tensor,
-    holds: Tensor,
-    proposal: Tensor,
-    confidence: Tensor,
+    view: BlockView,
+    main: Statistics,
+    outcome: _Outcome,
     mask_id: int,
 ) -> None:
     """Writes the decisions into the canvases and moves on those whose block is finished."""
     running = ~state.paused
     state.num_forwards += running
     state.block_forwards += running
+    commit, remask, holds, _ = outcome
+    takes_top = outcome.takes_top.unsqueeze(1)
+    proposal = torch.where(takes_top, main.top_token.view(slots.shape), main.proposal.view(slots.shape))
+    logprob = torch.where(
+        takes_top, main.top_logprob.view(slots.shape), main.proposal_logprob.view(slots.shape)
+    )
+    confidence = torch.where(takes_top, view.top, view.confidence)
+    if len(state.events.canvases):
+        _record(state, slots, blocks, view, outcome, proposal, confidence)
     tokens = torch.where(remask, mask_id, torch.where(commit, proposal, blocks.tokens))
     state.tokens[blocks.rows] = tokens
     when = state.num_forwards.unsqueeze(1).expand_as(slots)
-    for table, committed_value in ((state.confidences, confidence), (state.commit_steps, when)):
+    for table, committed_value in (
+        (state.confidences, confidence),
+        (state.logprobs, logprob),
+        (state.commit_steps, when),
+    ):
         value = torch.where(commit, committed_value, table.gather(1, slots))
         table.scatter_(1, slots, torch.where(remask, torch.zeros_like(value), value))
     block_done = running & ~(blocks.valid & (tokens == mask_id)).any(1) & ~holds
@@ -142,3 +164,40 @@ def _update(
         done = block_done[group.canvases]
         for name, fresh in group.initial_memory(state.max_block_len).items():
             memory[name] = torch.where(done.view(-1, *[1] * (fresh.ndim - 1)), fresh, memory[name])
+    if state.removed is not None:
+        state.removed = _with_removed(state, state.removed, blocks, remask)
+        state.removed[block_done] = -1
+
+
+def _record(
+    state: BurstState,
+    slots: Tensor,
+    blocks: ActiveBlocks,
+    view: BlockView,
+    outcome: _Outcome,
+    proposal: Tensor,
+    confidence: Tensor,
+) -> None:
+    """Tells the traced canvases' events. What a token is remasked for is its leave-one-out probability, or
+    that at its own row, where the policy asks for them; else the confidence that it was committed with."""
+    doubt = torch.where(
+        state.verifies.unsqueeze(1),
+        view.verified,
+        torch.where(state.reads_committed.unsqueeze(1), view.visible, state.confidences.gather(1, slots)),
+    )
+    state.events.add(
+        step=state.num_forwards,
+        slots=slots,
+        commit=outcome.commit,
+        remask=outcome.remask,
+        token=torch.where(outcome.remask, blocks.tokens, proposal),
+        confidence=torch.where(outcome.remask, doubt, confidence),
+    )
+
+
+def _with_removed(state: BurstState, removed: Tensor, blocks: ActiveBlocks, remask: Tensor) -> Tensor:
+    """The removed ids [R, B, K] with those of this step behind the others of their slot."""
+    place = torch.arange(removed.shape[2], device=removed.device)
+    is_next = place == (removed >= 0).sum(2, keepdim=True)
+    is_new = is_next & (remask & state.bans_removed.unsqueeze(1)).unsqueeze(2)
+    return torch.where(is_new, blocks.tokens.unsqueeze(2), removed)

@@ -33,6 +33,7 @@ class Worker:
         """
         started = time.perf_counter()
         state = self._unpack(batch)
+        state.begin(batch.num_steps)
         num_rows = advance(state, batch.num_steps, self._model)
         states = state.to_states()
         self._last, self._tensors = (batch.burst_id, states), state
@@ -50,7 +51,6 @@ class Worker:
             last_id, before = self._last
             assert last_id == batch.follows, f"burst {batch.follows} is not the last one here"
             if tensors is not None and batch.states == list(range(len(before))):
-                tensors.resume()
                 return tensors
         states = [before[state] if isinstance(state, int) else state for state in batch.states]
         return BurstState(batch.specs, states, self._model.device)

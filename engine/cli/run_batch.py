@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.policies import PRESETS
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 
@@ -38,7 +39,7 @@ def run_batch(
     ] = None,
     block_length: Annotated[int | None, typer.Option(help="Likewise: slots a block.  [default: 32]")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Likewise: published settings: llada, fast-dllm, wino, saber.")
+        str | None, typer.Option(help=f"Likewise: published settings: {', '.join(PRESETS)}.")
     ] = None,
     unmask: Annotated[
         str | None, typer.Option(help="Likewise: unmask policy.  [default: threshold:0.9]")
@@ -78,6 +79,9 @@ def run_batch(
     seed: Annotated[int, typer.Option(help="With a line's place, the seed of lines that give none.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="The same bits in any batch; slower.")
+    ] = False,
     max_num_rows: Annotated[int | None, typer.Option(help="Rows of a batch.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Canvases of a batch.")] = 1024,
 ) -> None:
@@ -114,6 +118,7 @@ def run_batch(
     options = BatchOptions(
         model=model,
         dtype=dtype,
+        batch_invariant=batch_invariant,
         seed=seed,
         defaults={name: value for name, value in given.items() if value is not None},
         chat=chat,
@@ -128,6 +133,7 @@ def run_batch(
             model,
             dtype=dtype,  # type: ignore[arg-type]
             device=device,
+            batch_invariant=batch_invariant,
             seed=seed,
             max_num_rows=max_num_rows,
             max_num_seqs=max_num_seqs,

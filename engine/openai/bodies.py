@@ -26,6 +26,7 @@ ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     "store": (False,),
     "metadata": ({},),
     "service_tier": ("auto", "default"),
+    "trace": (False,),
 }
 CHAT_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     **ASKS_NOTHING,
@@ -46,6 +47,7 @@ CHAT_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
 }
 COMPLETION_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     **ASKS_NOTHING,
+    "logprobs": (),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remask import CappedThreshold, Factor, InvalidRequest, Schedule, Threshold, Wino
-from remask.scheduler.policies import REMASK, UNMASK, share_steps
-from remask.scheduler.policy_parsing import parse_policy
-from remask.workers.strategies import REMASK as REMASK_KERNELS
-from remask.workers.strategies import UNMASK as UNMASK_KERNELS
+from remask.scheduler.policies import registry
+from remask.scheduler.policies.base import share_steps
+from remask.scheduler.policies.parsing import parse_policy
+from remask.workers.strategies import KERNELS
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,8 @@ def test_wino_reads_its_fields_from_text() -> None:
     ("value", "named", "hint"),
     [
         ("treshold:0.9", "unmask", "'threshold'"),
-        ("wino", "unmask", "known: schedule"),
+        ("wino", "unmask", "is a policy for remask"),
+        ("confidence", "unmask", "known: schedule"),
         ("threshold:1.5", "unmask.t", "1"),
         ("threshold:-0.1", "unmask.t", "0"),
         ("threshold:high", "unmask.t", "float"),
@@ -61,8 +62,7 @@ def test_a_wrong_policy_is_refused_by_name_with_the_fix(value: object, named: st
 
 
 def test_every_spec_has_a_kernel() -> None:
-    assert UNMASK.keys() == UNMASK_KERNELS.keys()
-    assert REMASK.keys() == REMASK_KERNELS.keys()
+    assert {*registry().unmask, *registry().remask} == KERNELS.keys()
 
 
 @given(st.integers(1, 500), st.lists(st.integers(1, 64), min_size=1, max_size=12))

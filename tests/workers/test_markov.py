@@ -106,10 +106,10 @@ def test_tokens_committed_together_are_drawn_independently(chain: Path) -> None:
     assert p_value(counts, 2048 * np.array(list(expected.values()))) < 1e-6, "and not from the chain"
 
 
-@pytest.mark.parametrize("tile", ["all", "self"])
-def test_shadow_rows_are_exact_leave_one_outs(tile: str) -> None:
+@pytest.mark.parametrize("remask", ["wino:tile=all", "wino:tile=self", "oracle_loo"])
+def test_what_verifies_is_the_exact_leave_one_out(remask: str) -> None:
     model = MarkovDenoiser(torch.tensor(INITIAL), torch.tensor(TRANSITION))
-    params = resolve(SamplingParams(max_tokens=5, block_length=5, remask=f"wino:tile={tile}"))
+    params = resolve(SamplingParams(max_tokens=5, block_length=5, remask=remask))
     own = new_canvas("r", 0, [0], params, seed=0, sample=0, mask_id=MASK, stop_ids=[])
     ids = [0, 1, MASK, 2, 2, MASK]
     half_way = msgspec.structs.replace(own.state, tokens=np.array(ids, dtype=TOKEN).tobytes())
@@ -124,6 +124,7 @@ def test_shadow_rows_are_exact_leave_one_outs(tile: str) -> None:
         sampling=state.sampling,
         keys=stream_keys(state.keys.unsqueeze(1), slots),
         needs=frozenset(),
+        removed=None,
     )
     found = model.statistics(rows, query).given_prob[rows.num_main_slots :]
     for value, place in zip(found.tolist(), (1, 3, 4), strict=True):

@@ -29,7 +29,13 @@ MASK, VOCAB = 3, 12
 OTHER = Sampling(temperature=0.5, top_k=2, banned_ids=[1, 4], logit_bias={2: 5.0}, unranked_ids=[7])
 
 
-def answer(logits: Tensor, samplings: list[Sampling], owners: list[int], seed: int = 0) -> Statistics:
+def answer(
+    logits: Tensor,
+    samplings: list[Sampling],
+    owners: list[int],
+    seed: int = 0,
+    removed: list[list[int]] | None = None,
+) -> Statistics:
     """Statistics of rows [N, V] of several canvases."""
     tables = SamplingTables(samplings, CPU)
     rows = torch.tensor(owners)
@@ -40,6 +46,7 @@ def answer(logits: Tensor, samplings: list[Sampling], owners: list[int], seed: i
         temperature=tables.temperature[rows],
         keys=stream_keys(torch.arange(len(rows)) + seed * len(rows)),
         needs=frozenset({"margin", "entropy"}),
+        removed=torch.tensor(removed) if removed is not None else None,
     )
     return head_statistics(logits, torch.clone, VOCAB, query, MASK)
 
@@ -172,6 +179,78 @@ def test_an_end_that_is_proposed_ranks_last_and_the_others_are_renormalised() ->
     plain = logits[1].double().softmax(-1)
     assert float(found.given_prob[1]) == pytest.approx(float(plain[1]), rel=1e-5), "ranking alone changes"
     assert float(found.proposal_prob[2]) == pytest.approx(float(logits[2].double().softmax(-1)[2]), rel=1e-5)
+
+
+def test_what_was_removed_is_not_proposed_and_keeps_its_probability() -> None:
+    logits = torch.stack([row_of(11), row_of(11), row_of(12), row_of(11)])
+    first, second, third = row_of(11).masked_fill(torch.arange(VOCAB) == MASK, -9).topk(3).indices.tolist()
+    removed = [[-1, -1], [first, -1], [2, 5], [second, first]]
+    found = answer(logits.clone(), [Sampling()], [0] * 4, removed=removed)
+    p = row_of(11).double().softmax(-1)
+    assert found.proposal.tolist()[:2] == [first, second]
+    assert found.proposal.tolist()[3] == third
+    for row, token in ((0, first), (1, second), (3, third)):
+        assert float(found.proposal_prob[row]) == pytest.approx(float(p[token]), rel=1e-5)
+        assert float(found.top_prob[row]) == float(found.proposal_prob[row])
+        assert float(found.proposal_logprob[row]) == pytest.approx(float(p[token].log()), rel=1e-5)
+    assert float(found.margin[1]) == pytest.approx(float(p[second] - p[third]), rel=1e-4)
+    draws = 500
+    many = row_of(11).expand(draws, VOCAB).clone()
+    hot = answer(many, [Sampling(temperature=2.0)], [0] * draws, removed=[[first, -1]] * draws)
+    assert first not in hot.proposal.tolist()
+
+
+def test_where_nothing_else_may_be_proposed_what_was_removed_may() -> None:
+    sampling = Sampling(allowed_ids=[1, 2, MASK])
+    logits = torch.stack([row_of(13)] * 2)
+    found = answer(logits, [sampling], [0, 0], removed=[[1, -1], [1, 2]])
+    assert found.proposal.tolist() == [2, int(row_of(13)[[1, 2]].argmax()) + 1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.sampled_from([0.0, 0.5, 2.0]),
+    top_k=st.integers(0, 4),
+    top_p=st.sampled_from([1.0, 0.7, 0.2]),
+    min_p=st.sampled_from([0.0, 0.3]),
+    unranked=st.lists(st.integers(4, VOCAB - 1), max_size=2),
+)
+def test_a_policy_that_ranks_as_drawn_sees_the_tempered_and_filtered_softmax(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, unranked: list[int]
+) -> None:
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        ranks_as_drawn=True,
+        unranked_ids=unranked,
+    )
+    raw = row_of(seed)
+    found = answer(torch.stack([raw, raw]), [sampling, Sampling()], [0, 1])
+    heat = temperature or 1.0
+    filters = Sampling(temperature=heat, top_k=top_k, top_p=top_p, min_p=min_p)
+    drawn = torch.tensor(expected_probabilities(raw, filters), dtype=torch.float64)
+    if top_k == 0 and top_p == 1 and min_p == 0:
+        drawn = (raw.double() / heat).softmax(-1)  # M belongs to the softmax where nothing is left out
+    drawn[unranked] = 0
+    drawn = drawn / drawn.sum().clamp(min=1e-30)
+    proposal = int(found.proposal[0])
+    assert float(found.proposal_prob[0]) == pytest.approx(float(drawn[proposal]), rel=1e-4, abs=1e-7)
+    proposable = drawn.clone()
+    proposable[MASK] = 0
+    best = proposable.topk(2).values
+    assert float(found.top_prob[0]) == pytest.approx(float(best[0]), rel=1e-4, abs=1e-7)
+    assert float(found.margin[0]) == pytest.approx(float(best[0] - best[1]), rel=1e-3, abs=1e-6)
+    entropy = float((drawn * (drawn + 1e-10).log()).sum())
+    if float(drawn.sum()) > 0:
+        assert float(found.neg_entropy[0]) == pytest.approx(entropy, rel=1e-3, abs=1e-5)
+    whole = raw.double().log_softmax(-1)
+    assert float(found.proposal_logprob[0]) == pytest.approx(float(whole[proposal]), rel=1e-4)
+    plain = answer(raw.unsqueeze(0), [Sampling()], [0])
+    for name in ("proposal", "proposal_prob", "top_prob", "margin", "neg_entropy", "proposal_logprob"):
+        assert torch.equal(getattr(plain, name)[0], getattr(found, name)[1])
 
 
 def canvas(prompt: list[int], **fields: Any) -> Canvas:

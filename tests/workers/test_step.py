@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from remask import (
     Bernoulli,
     CappedThreshold,
+    Dream,
     EntropyBound,
     Factor,
     InvalidRequest,
     LowProb,
+    OracleLoo,
     RandomRemask,
+    Rcr,
+    Remdm,
     Saber,
     SamplingParams,
     Schedule,
@@ -76,16 +80,28 @@ POLICIES = (
     {"remask": Saber(3, 2)},
     {"unmask": CappedThreshold(0.3), "remask": RandomRemask(t2=0.95)},
     {"unmask": Threshold(0.3), "remask": RandomRemask("low_prob", t=0.6)},
+    {"unmask": Dream(), "block_length": None},
+    {"unmask": Dream(12, "origin"), "block_length": None},
+    {"unmask": Dream(7, "maskgit_plus", alg_temp=0.3), "block_length": None, "top_p": 0.9},
+    {"unmask": Schedule(9), "remask": Rcr()},
+    {"unmask": Schedule(14), "remask": Rcr("margin"), "top_k": 5},
+    {"remask": Remdm(10, "cap", 0.3)},
+    {"remask": Remdm(schedule="conf")},
+    {"unmask": CappedThreshold(0.3), "remask": OracleLoo(0.9)},
+    {"unmask": CappedThreshold(0.2), "remask": Wino(0.95, ban_old=True)},
+    {"unmask": Threshold(0.2), "remask": LowProb(0.7, max_times=3, ban_old=True)},
 )
 
 requests = st.builds(
     lambda policy, canvas_len, block_len, temperature, rank, prompt_len: canvas(
         SamplingParams(
-            max_tokens=canvas_len,
-            block_length=min(block_len, canvas_len),
-            temperature=temperature,
-            rank=rank,
-            **policy,
+            **{
+                "max_tokens": canvas_len,
+                "block_length": min(block_len, canvas_len),
+                "temperature": temperature,
+                "rank": rank,
+                **policy,
+            },
         ),
         (PROMPT * 5)[:prompt_len],
     ),
@@ -103,7 +119,13 @@ slow_model = settings(
 
 def most_forwards(own: Canvas) -> int:
     """The bound that the policies promise."""
-    remask, canvas_len = own.spec.remask, own.spec.canvas_len
+    unmask, remask, canvas_len = own.spec.unmask, own.spec.remask, own.spec.canvas_len
+    if isinstance(unmask, Dream):
+        return unmask.steps or canvas_len
+    if isinstance(remask, Rcr):
+        return max(unmask.steps, len(own.spec.block_lens))  # one a block at least
+    if isinstance(remask, Remdm):
+        return max(remask.steps or canvas_len, len(own.spec.block_lens)) + len(own.spec.block_lens)
     if isinstance(remask, LowProb) or (isinstance(remask, RandomRemask) and remask.like == "low_prob"):
         return canvas_len * (1 + remask.max_times) + remask.post_steps * len(own.spec.block_lens)
     return canvas_len
@@ -117,7 +139,7 @@ def test_every_canvas_fills_up_within_its_forwards_and_never_with_the_mask(
     for own, state in zip(canvases, finish(golden_model, canvases), strict=True):
         tokens = state.token_array()
         assert not (tokens[np.frombuffer(own.spec.slots, TOKEN)] == 0).any()
-        assert (tokens[: own.num_rows - own.spec.num_shadow_rows - own.spec.canvas_len] != 0).all()
+        assert (tokens[: len(tokens) - own.spec.canvas_len] != 0).all()
         assert state.num_forwards <= most_forwards(own)
         steps = np.frombuffer(state.commit_steps, TOKEN)
         assert steps.min() >= 1
@@ -150,6 +172,9 @@ def test_company_and_bursts_change_no_token(
         {"unmask": Threshold(0.05), "remask": LowProb(0.6, max_times=3, post_steps=4)},
         {"remask": Saber(4, 2)},
         {"unmask": CappedThreshold(0.05), "remask": RandomRemask()},
+        {"unmask": CappedThreshold(0.05), "remask": OracleLoo()},
+        {"unmask": Schedule(8), "remask": Rcr()},
+        {"remask": Remdm(20, "rescale", 0.5)},
     ],
     ids=str,
 )
@@ -208,6 +233,7 @@ def packed(
         sampling=state.sampling,
         keys=stream_keys(state.keys.unsqueeze(1), slots),
         needs=frozenset(),
+        removed=state.removed,
     )
 
 
@@ -324,7 +350,17 @@ def test_a_policy_that_asks_for_committed_rows_gets_their_own_probabilities(
         ({"unmask": Threshold(), "remask": Saber()}, "unmask"),
         ({"remask": "random:like=wino,t=0.5"}, "remask.t"),
         ({"remask": "random:like=low_prob,t2=0.5"}, "remask.t2"),
-        ({"remask": "low_prob:ban_old=true"}, "remask.ban_old"),
+        ({"unmask": "dream", "remask": "wino"}, "remask"),
+        ({"unmask": "dream", "remask": "low_prob"}, "remask"),
+        ({"unmask": "dream", "remask": "random"}, "remask"),
+        ({"unmask": "dream", "remask": "oracle_loo"}, "remask"),
+        ({"unmask": "dream", "block_length": 8}, "block_length"),
+        ({"remask": "rcr"}, "remask"),
+        ({"unmask": "threshold", "remask": "rcr"}, "remask"),
+        ({"unmask": "schedule:score=random", "remask": "rcr"}, "unmask.score"),
+        ({"unmask": "schedule", "remask": "remdm"}, "unmask"),
+        ({"remask": "remdm:schedule=conf,eta=0.1"}, "remask.eta"),
+        ({"remask": "oracle_loo", "cfg_scale": 1.0}, "cfg_scale"),
         ({"remask": "saber:n=0"}, "remask.n"),
     ],
     ids=str,
@@ -389,3 +425,28 @@ def test_a_later_forward_draws_other_tokens_from_the_same_canvas(golden_model: T
     first, second, again = Worker(golden_model).run(burst([own] * 3, [own.state, later, later], 1)).states
     assert first.tokens != second.tokens
     assert second.tokens == again.tokens
+
+
+@torch.inference_mode()
+def test_the_oracle_asks_once_for_each_committed_token_without_it(golden_model: TransformerDenoiser) -> None:
+    own = canvas(SamplingParams(max_tokens=16, block_length=8, unmask=Schedule(), remask=OracleLoo()))
+    guided = canvas(SamplingParams(max_tokens=16, block_length=8, unmask=Schedule(), cfg_scale=1.0))
+    other = canvas(SamplingParams(max_tokens=16, block_length=8, unmask=Schedule(), remask=Wino()))
+    canvases = [guided, own, other]
+    states = [after(golden_model, each, 11) for each in canvases]
+    assert own.num_rows == 20 * 9
+    rows, query = packed(golden_model, canvases, states)
+    assert len(rows.ids_T) == 40 + 20 + 20 + 3 * 20 + 8
+    assert len(rows.slots_N) == 5 + 5 + 5 + 3 + 3
+    found = golden_model.statistics(rows, query)
+    tokens = torch.from_numpy(states[1].token_array().astype(np.int64))
+    committed = [slot for slot in range(12, 20) if tokens[slot] != 0]
+    assert len(committed) == 3
+    every, bounds = torch.arange(20), (0, 20)
+    layout = VarlenLayout(bounds, bounds, ())
+    for place, slot in enumerate(committed, start=15):
+        hole = tokens.clone()
+        hole[slot] = 0
+        alone = PackedRows(hole, every, layout, every, layout, every, 20)
+        p = golden_model.model.logits(golden_model.model(alone, golden_model.attention))[slot].softmax(-1)
+        assert float(found.given_prob[place]) == pytest.approx(float(p[tokens[slot]]), rel=1e-4)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,17 +16,21 @@ from torch import Tensor
 from remask import (
     Bernoulli,
     CappedThreshold,
+    Dream,
     EntropyBound,
     Factor,
     LowProb,
+    OracleLoo,
     RandomRemask,
+    Rcr,
+    Remdm,
     Saber,
     Schedule,
     Threshold,
     Wino,
 )
 from remask.scheduler.policies import RemaskPolicy
-from remask.workers.strategies import REMASK, UNMASK
+from remask.workers.keyed_random import stream_keys, uniform_at
 from remask.workers.strategies.groups import PolicyGroup, group_policies
 from remask.workers.strategies.view import BlockView, Decision
 
@@ -76,9 +83,12 @@ def random_view(seed: int, rows: int, width: int, *, coarse: bool = False) -> Bl
     )
 
 
-def group_of(policy: Any, rows: int, width: int) -> PolicyGroup[Any]:
-    kernels: dict[str, Any] = REMASK if isinstance(policy, RemaskPolicy) else UNMASK
-    (group,) = group_policies([policy] * rows, [[width]] * rows, kernels, CPU)
+def group_of(policy: Any, rows: int, width: int, beside: Any = None) -> PolicyGroup:
+    if isinstance(policy, RemaskPolicy):
+        params = policy.block_params([width], beside)
+    else:
+        params = policy.block_params([width])
+    (group,) = group_policies([policy] * rows, [params] * rows, CPU)
     return group
 
 
@@ -186,7 +196,7 @@ def test_wino_remasks_the_least_probable_within_its_budget(
     group = group_of(policy, 6, width)
     previous = torch.randint(1, 31, (6,), generator=torch.Generator().manual_seed(seed)).float()
     params = group.params_at(torch.zeros(6, dtype=torch.int64))
-    kept, remask, memory, _ = group.kernel(view, commit, params, {"prev_accept": previous})
+    kept, remask, memory, *_ = group.kernel(view, commit, params, {"prev_accept": previous})
     assert torch.equal(kept, commit)
     assert torch.equal(memory["prev_accept"], commit.sum(1).float())
     for row in range(6):
@@ -201,9 +211,15 @@ def test_wino_remasks_the_least_probable_within_its_budget(
         assert set(remask[row].nonzero().squeeze(1).tolist()) == set(doubtful)
 
 
-def decide(policy: Any, view: BlockView, commit: Tensor, memory: dict[str, Tensor] | None = None) -> Decision:
+def decide(
+    policy: Any,
+    view: BlockView,
+    commit: Tensor,
+    memory: dict[str, Tensor] | None = None,
+    beside: Any = None,
+) -> Decision:
     rows, width = view.masked.shape
-    group = group_of(policy, rows, width)
+    group = group_of(policy, rows, width, beside)
     params = group.params_at(torch.zeros(rows, dtype=torch.int64))
     return group.kernel(view, commit, params, memory or group.initial_memory(width))
 
@@ -260,8 +276,8 @@ def test_saber_commits_above_its_mean_and_takes_back_the_largest_drops(
     found = decide(Saber(n, mu), view, torch.zeros_like(view.masked), memory)
     for row in range(6):
         masked, c = chosen(view.masked, row), view.confidence[row].tolist()
-        past = [memory["last_confidence"][row, j] for j in chosen(ever, row)]
-        bar = torch.stack(past).mean() if past else torch.tensor(1.0)
+        past = [float(memory["last_confidence"][row, j]) for j in chosen(ever, row)]
+        bar = sum(past) / len(past) if past else 1.0
         accepted = {j for j in masked if c[j] > bar}
         if len(accepted) < n:
             accepted = set(sorted(masked, key=lambda j: (-c[j], j))[:n])
@@ -303,21 +319,189 @@ def test_random_remasks_as_many_as_its_model_from_the_same_candidates(
         assert chosen(found.remask, row) == set(sorted(candidates, key=lambda j: (-draw[j], j))[:count])
 
 
+DREAMS = (
+    Dream(),
+    Dream(5),
+    Dream(9, "maskgit_plus"),
+    Dream(4, "topk_margin", eps=0.1),
+    Dream(8, "origin"),
+    Dream(60, "origin"),
+    Dream(6, "entropy", alg_temp=0.5),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 40), coarse=st.booleans())
+@pytest.mark.parametrize("policy", DREAMS, ids=str)
+def test_dream_commits_its_timesteps_share_of_the_masks(
+    policy: Dream, seed: int, width: int, coarse: bool
+) -> None:
+    view = random_view(seed, 6, width, coarse=coarse)
+    if policy.alg_temp:
+        view = view._replace(order=view.order.clamp(0.01, 0.99))
+    found, steps = commits(policy, view), policy.steps or width
+    for row in range(6):
+        masked, k = chosen(view.masked, row), int(view.block_forwards[row])
+        slope = (1 - float(torch.tensor(policy.eps))) / steps
+        share = 1 - (1 - (k + 1) * slope) / (1 - k * slope)
+        is_last = k + 1 >= steps
+        if policy.alg == "origin":
+            assert chosen(found, row) == {j for j in masked if is_last or view.accept[row, j] < share}
+            continue
+        score = {
+            "entropy": view.neg_entropy,
+            "maskgit_plus": view.confidence,
+            "topk_margin": view.margin,
+        }[policy.alg][row].tolist()
+        if policy.alg_temp:
+            order = view.order[row].tolist()
+            score = [s / policy.alg_temp - math.log(-math.log(u)) for s, u in zip(score, order, strict=True)]
+        count = len(masked) if is_last else math.floor(len(masked) * share)
+        assert chosen(found, row) == set(sorted(masked, key=lambda j: (-score[j], j))[:count])
+
+
+def test_dream_draws_positions_from_the_tempered_softmax() -> None:
+    """The first of the positions drawn without replacement has the softmax's frequencies."""
+    scores, heat, draws = torch.tensor([0.1, 0.5, 0.9, 0.3]), 0.4, 40_000
+    everywhere = torch.ones(draws, 4, dtype=torch.bool)
+    uniform = uniform_at(stream_keys(torch.arange(draws).unsqueeze(1), torch.arange(4)))
+    view = random_view(0, 1, 4).select(torch.zeros(draws, dtype=torch.int64))
+    view = view._replace(
+        masked=everywhere,
+        confidence=scores.expand(draws, 4),
+        order=uniform,
+        block_forwards=torch.zeros(draws, dtype=torch.int64),
+    )
+    # Four masks, three steps: one position in the first.
+    counts = commits(Dream(3, "maskgit_plus", alg_temp=heat), view).sum(0)
+    assert int(counts.sum()) == draws
+    expected = (scores / heat).softmax(0) * draws
+    assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # chi-square, 3 degrees, p = 0.001
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    width=st.integers(1, 40),
+    steps=st.integers(1, 50),
+    conf=st.sampled_from(["prob", "margin", "entropy"]),
+    coarse=st.booleans(),
+)
+def test_rcr_leaves_the_lowest_stored_masked(
+    seed: int, width: int, steps: int, conf: Any, coarse: bool
+) -> None:
+    view, beside = random_view(seed, 6, width, coarse=coarse), Schedule(steps)
+    stored = random_view(seed + 1, 6, width, coarse=coarse).top
+    commit = commits(beside, view)
+    found = decide(Rcr(conf), view, commit, {"stored": stored}, beside)
+    numbers = {"prob": view.confidence, "margin": view.margin, "entropy": view.neg_entropy}[conf]
+    for row in range(6):
+        masked, committed = chosen(view.masked, row), chosen(view.committed, row)
+        now = [float(numbers[row, j] if j in masked else stored[row, j]) for j in range(width)]
+        m0, k = len(masked | committed), int(view.block_forwards[row]) + 1
+        left = math.floor(Fraction(m0) * (1 - Fraction(k, steps))) if k < steps else 0
+        lowest = set(sorted(masked | committed, key=lambda j: (now[j], j))[:left])
+        assert chosen(found.commit, row) == masked - lowest
+        assert chosen(found.remask, row) == committed & lowest
+        for j in masked | committed:
+            assert float(found.memory["stored"][row, j]) == now[j]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    width=st.integers(1, 40),
+    policy=st.sampled_from(
+        [Remdm(9), Remdm(4, "cap", 0.4), Remdm(5, "rescale"), Remdm(6, "rescale", 0.7), Remdm(7, "conf")]
+    ),
+)
+def test_remdm_commits_and_remasks_with_the_probabilities_of_its_schedule(
+    seed: int, width: int, policy: Remdm
+) -> None:
+    view = random_view(seed, 6, width)
+    stored = random_view(seed + 1, 6, width).top
+    found = decide(policy, view, torch.zeros_like(view.masked), {"stored": stored})
+    assert found.takes_top is not None
+    for row in range(6):
+        masked, committed, k = (
+            chosen(view.masked, row),
+            chosen(view.committed, row),
+            int(view.block_forwards[row]),
+        )
+        steps = policy.steps
+        assert steps is not None
+        assert bool(found.takes_top[row]) == (k >= steps)
+        if k >= steps:
+            assert chosen(found.commit, row) == masked
+            assert chosen(found.remask, row) == set()
+            continue
+        times = np.linspace(1, 1e-5, steps + 1)
+        alpha_t, alpha_s = 1 - times[k], 1 - times[k + 1]
+        largest = min(1, (1 - alpha_s) / alpha_t) if alpha_t else 1
+        p_stay = 0.0
+        if policy.schedule == "conf":
+            weights = {j: math.exp(-float(stored[row, j])) for j in committed}
+            back = {j: largest * w / sum(weights.values()) for j, w in weights.items()}
+        else:
+            eta = policy.eta or {"cap": 0.008, "rescale": 0.015}[policy.schedule]
+            p_stay = min(eta, largest) if policy.schedule == "cap" else eta * largest
+            back = dict.fromkeys(committed, p_stay)
+        p_commit = (alpha_s - (1 - p_stay) * alpha_t) / (1 - alpha_t)
+        assert chosen(found.commit, row) == {j for j in masked if view.accept[row, j] < p_commit}
+        assert chosen(found.remask, row) == {j for j in committed if view.remask_draw[row, j] < back[j]}
+        for j in chosen(found.commit, row):
+            assert found.memory["stored"][row, j] == view.confidence[row, j]
+
+
 REMASKS = (
     Wino(),
     Wino(budget="cur_accept"),
+    OracleLoo(),
+    Rcr(),
     Saber(),
+    Remdm(5),
+    Remdm(5, "conf"),
     LowProb(post_steps=2),
     RandomRemask(),
     RandomRemask("low_prob"),
 )
 
 
-@pytest.mark.parametrize("policy", [*UNMASKS, *REMASKS], ids=str)
+@pytest.mark.parametrize("policy", [*UNMASKS, *DREAMS, *REMASKS], ids=str)
+def test_padding_of_longer_blocks_beside_changes_no_bit(policy: Any) -> None:
+    view = random_view(11, 50, 13)
+    wider = BlockView(
+        *(
+            torch.nn.functional.pad(x, (0, 50), value=-torch.inf if name == "confidence" else 0)
+            if x.ndim == 2
+            else x
+            for name, x in zip(BlockView._fields, view, strict=True)
+        )
+    )
+    found = []
+    for each in (view, wider):
+        if isinstance(policy, RemaskPolicy):
+            group = group_of(policy, 50, 13, Schedule())
+            memory = group.initial_memory(each.masked.shape[1])
+            for name, number in memory.items():
+                memory[name] = number + (each.top if number.ndim == 2 else 0)
+            commit = torch.nn.functional.pad(
+                commits(CappedThreshold(0.3), view), (0, each.masked.shape[1] - 13)
+            )
+            params = group.params_at(torch.zeros(50, dtype=torch.int64))
+            decision = group.kernel(each, commit, params, memory)
+            found.append((decision.commit[:, :13], decision.remask[:, :13]))
+        else:
+            group = group_of(policy, 50, 13)
+            found.append((group.kernel(each, group.params_at(torch.zeros(50, dtype=torch.int64)))[:, :13],))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("policy", [*UNMASKS, *DREAMS, *REMASKS], ids=str)
 def test_kernels_have_no_data_dependent_control_flow(policy: Any) -> None:
     """`fullgraph=True` raises at the first break of the graph."""
     view, rows, width = random_view(3, 4, 12), 4, 12
-    group = group_of(policy, rows, width)
+    group = group_of(policy, rows, width, Schedule())
     params = group.params_at(torch.zeros(rows, dtype=torch.int64))
     arguments: tuple[Any, ...] = (view, params)
     if isinstance(policy, RemaskPolicy):

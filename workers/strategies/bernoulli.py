@@ -8,7 +8,8 @@ from remask.workers.strategies.view import BlockView, Params, best
 
 
 def bernoulli(view: BlockView, params: Params) -> Tensor:
-    probability = view.confidence.clamp(0, 1) ** params["k"].unsqueeze(1)
+    # In fp64: the last bit of an fp32 power depends on where in a vector it is computed.
+    probability = view.confidence.clamp(0, 1).double() ** params["k"].double().unsqueeze(1)
     drawn = view.masked & (view.accept < probability)
     fallback = (~drawn.any(1)).long()  # an empty draw commits the best one
     return drawn | best(view.confidence, view.masked, fallback)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remask.workers.strategies.view import BlockView, Params, best, ranks
+from remask.workers.strategies.view import BlockView, Params, best, exact_cumsum, ranks
 
 
 def entropy_bound(view: BlockView, params: Params) -> Tensor:
@@ -20,6 +20,6 @@ def entropy_bound(view: BlockView, params: Params) -> Tensor:
     entropy = torch.where(view.masked, -view.neg_entropy, 0.0).clamp(min=0)
     sorted_entropy = torch.zeros_like(entropy).scatter_(1, place, entropy)
     # The bound never shrinks from one k to the next.
-    bound = sorted_entropy.cumsum(1) - sorted_entropy.cummax(1).values
+    bound = exact_cumsum(sorted_entropy) - sorted_entropy.cummax(1).values
     num_kept = (bound <= params["g"].unsqueeze(1)).sum(1)
     return best(score, view.masked, num_kept.clamp(min=1))

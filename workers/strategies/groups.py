@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import msgspec
 import torch
 from torch import Tensor
 
-from remask.scheduler.policies import MemoryField
+from remask.scheduler.policies import MemoryField, Policy
+from remask.workers.strategies import kernel_of
 from remask.workers.strategies.view import Memory, Params
-
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class PolicyGroup(Generic[Kernel]):
+class PolicyGroup:
     """The canvases of a burst that share a policy kind.
 
     Attributes:
@@ -29,7 +27,7 @@ class PolicyGroup(Generic[Kernel]):
         memory_fields: what the kind carries from step to step.
     """
 
-    kernel: Kernel
+    kernel: Callable[..., Any]
     canvases: Tensor
     fields: Params
     block_fields: Params
@@ -65,54 +63,48 @@ def _choices(policy: type) -> dict[str, tuple[str, ...]]:
 
 
 def group_policies(
-    policies: Sequence[Any],
-    block_lens: Sequence[Sequence[int]],
-    kernels: dict[str, Kernel],
-    device: torch.device,
-) -> list[PolicyGroup[Kernel]]:
-    """One group for each kind among the policies of a burst's canvases (None: no policy)."""
-    by_kind: dict[type, list[int]] = {}
+    policies: Sequence[Policy | None], block_params: Sequence[dict[str, list[float]]], device: torch.device
+) -> list[PolicyGroup]:
+    """One group for each kind among the policies of a burst's canvases (None: no policy).
+
+    Args:
+        policies: one for each canvas.
+        block_params: their parameters that differ from block to block.
+        device: where the tensors go.
+    """
+    by_kind: dict[type[Policy], list[int]] = {}
     for canvas, policy in enumerate(policies):
         if policy is not None:
             by_kind.setdefault(type(policy), []).append(canvas)
     groups = []
     for kind, canvases in by_kind.items():
-        members = [policies[canvas] for canvas in canvases]
         choices = _choices(kind)
 
         def number(name: str, value: Any, choices: dict[str, tuple[str, ...]] = choices) -> float:
             return float(choices[name].index(value)) if name in choices else float(value or 0)
 
         fields = {
-            name: torch.tensor([number(name, getattr(p, name)) for p in members], device=device)
+            name: torch.tensor([number(name, getattr(policies[c], name)) for c in canvases], device=device)
             for name in kind.__struct_fields__
         }
         groups.append(
             PolicyGroup(
-                kernel=kernels[_kind_name(kind)],
+                kernel=kernel_of(kind),
                 canvases=torch.tensor(canvases, device=device),
                 fields=fields,
-                block_fields=_block_tables(
-                    [
-                        members[i].block_params(block_lens[c]) if hasattr(kind, "block_params") else {}
-                        for i, c in enumerate(canvases)
-                    ],
-                    device,
-                ),
+                block_fields=_block_tables([block_params[c] for c in canvases], device),
                 memory_fields=kind.memory,
             )
         )
     return groups
 
 
-def _kind_name(kind: type) -> str:
-    return msgspec.inspect.type_info(kind).tag  # type: ignore[attr-defined]
-
-
 def _block_tables(rows: list[dict[str, list[float]]], device: torch.device) -> Params:
-    """fp32 [Rg, blocks] for each name, short rows padded with zeros."""
+    """fp32 [Rg, blocks] for each name, short rows padded with their last number."""
     width = max((len(values) for row in rows for values in row.values()), default=0)
     return {
-        name: torch.tensor([row[name] + [0.0] * (width - len(row[name])) for row in rows], device=device)
+        name: torch.tensor(
+            [row[name] + row[name][-1:] * (width - len(row[name])) for row in rows], device=device
+        )
         for name in rows[0]
     }

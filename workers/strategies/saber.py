@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remask.workers.strategies.view import BlockView, Decision, Memory, Params, best
+from remask.workers.strategies.view import BlockView, Decision, Memory, Params, best, exact_sum
 
 
 def saber(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision:
     n = params["n"].long()
     ever = memory["ever"] > 0
-    mean = torch.where(ever, memory["last_confidence"], 0.0).sum(1) / ever.sum(1).clamp(min=1)
+    mean = exact_sum(torch.where(ever, memory["last_confidence"], 0.0)) / ever.sum(1).clamp(min=1)
     bar = torch.where(ever.any(1), mean, 1.0).unsqueeze(1)
     above = view.masked & (view.confidence > bar)
     few = (above.sum(1) < n).unsqueeze(1)

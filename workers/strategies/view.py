@@ -63,12 +63,14 @@ class Decision(NamedTuple):
         remask: bool [R, B], within `view.committed`.
         memory: the policy's numbers after this step.
         holds: bool [R]: blocks that are not finished although they may be full; None: none is.
+        takes_top: bool [R]: canvases that commit the most probable tokens instead of those drawn; None: none.
     """
 
     commit: Tensor
     remask: Tensor
     memory: Memory
     holds: Tensor | None = None
+    takes_top: Tensor | None = None
 
 
 class RemaskKernel(Protocol):
@@ -90,3 +92,16 @@ def ranks(score: Tensor, among: Tensor) -> Tensor:
 def best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     """The `count` [R] slots of `among` with the largest score, bool [R, B]; all where there are fewer."""
     return among & (ranks(score, among) < count.unsqueeze(1))
+
+
+FIXED_POINT = 2.0**40  # exact for fp32 numbers from 2^-16 on
+
+
+def exact_sum(values: Tensor) -> Tensor:
+    """Sums fp64 [R] of numbers [R, B], taken in fixed point: no padding, order or device changes a bit."""
+    return (values.double() * FIXED_POINT).round().long().sum(1).double() / FIXED_POINT
+
+
+def exact_cumsum(values: Tensor) -> Tensor:
+    """Running sums fp64 [R, B], as `exact_sum`."""
+    return (values.double() * FIXED_POINT).round().long().cumsum(1).double() / FIXED_POINT

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import msgspec
 
 from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
-from remask.scheduler.policies import REMASK, UNMASK
+from remask.scheduler.policies.base import Policy, tag
+from remask.scheduler.policies.registry import registry
 
 
 def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
@@ -21,39 +22,50 @@ def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
     Raises:
         InvalidRequest: unknown policy or field, value out of range, text that does not parse.
     """
-    registry: dict[str, Any] = UNMASK if parameter == "unmask" else REMASK
+    kinds: dict[str, Any] = getattr(registry(), parameter)
     if isinstance(value, str):
-        fields = _parse_text(parameter, value, registry)
+        fields = _parse_text(parameter, value, kinds)
     elif isinstance(value, dict):
         fields = dict(value)
-    elif type(value) in registry.values():
-        fields = {"type": value.__struct_config__.tag, **msgspec.structs.asdict(value)}  # type: ignore[type-var]
+    elif isinstance(value, Policy) and type(value) in kinds.values():
+        fields = {"type": tag(value), **msgspec.structs.asdict(value)}
     else:
-        raise InvalidRequest(
-            parameter, value, f"give a policy object, a dict or text such as {example(registry)!r}"
-        )
+        example = "threshold:0.9" if parameter == "unmask" else "wino:t2=0.9"
+        raise InvalidRequest(parameter, value, f"give a policy object, a dict or text such as {example!r}")
     name = fields.get("type")
-    if not isinstance(name, str) or name not in registry:
-        raise InvalidRequest(parameter, name, f"unknown policy; {did_you_mean(name, registry)}")
-    unknown = [field for field in fields if field != "type" and field not in registry[name].__struct_fields__]
+    _check_name(parameter, name, name, kinds)
+    assert isinstance(name, str), "checked"
+    unknown = [field for field in fields if field != "type" and field not in kinds[name].__struct_fields__]
     if unknown:
-        known = registry[name].__struct_fields__
+        known = kinds[name].__struct_fields__
         raise InvalidRequest(
             f"{parameter}.{unknown[0]}",
             fields[unknown[0]],
             f"unknown field of {name}; {did_you_mean(unknown[0], known)}",
         )
     try:
-        return msgspec.convert(fields, type=registry[name])
+        return msgspec.convert(fields, type=kinds[name])
     except msgspec.ValidationError as error:
         raise invalid_field(parameter, fields, error) from None
 
 
-def _parse_text(parameter: str, text: str, registry: dict[str, Any]) -> dict[str, Any]:
+def _check_name(parameter: str, name: object, value: object, kinds: dict[str, Any]) -> None:
+    """Raises InvalidRequest where there is no policy of a name; `value` is what the user wrote."""
+    if isinstance(name, str) and name in kinds:
+        return
+    if isinstance(name, str) and name in registry().broken:
+        problem = f"the package that brings it cannot be used: {registry().broken[name]}"
+        raise InvalidRequest(parameter, value, problem)
+    other = "remask" if parameter == "unmask" else "unmask"
+    if isinstance(name, str) and name in getattr(registry(), other):
+        raise InvalidRequest(parameter, value, f"is a policy for {other}; give it there")
+    raise InvalidRequest(parameter, value, f"unknown policy; {did_you_mean(name, kinds)}")
+
+
+def _parse_text(parameter: str, text: str, kinds: dict[str, Any]) -> dict[str, Any]:
     name, _, arguments = text.partition(":")
-    if name not in registry:
-        raise InvalidRequest(parameter, text, f"unknown policy; {did_you_mean(name, registry)}")
-    positional = list(registry[name].__struct_fields__)
+    _check_name(parameter, name, text, kinds)
+    positional = list(kinds[name].__struct_fields__)
     fields: dict[str, Any] = {"type": name}
     for i, argument in enumerate(arguments.split(",") if arguments else ()):
         key, equals, raw = (part.strip() for part in argument.partition("="))
@@ -75,7 +87,3 @@ def _parse_value(raw: str) -> Any:
         return msgspec.json.decode({"True": "true", "False": "false", "None": "null"}.get(raw, raw))
     except msgspec.DecodeError:
         return raw
-
-
-def example(registry: dict[str, Any]) -> str:
-    return "threshold:0.9" if registry is UNMASK else "wino:t2=0.9"

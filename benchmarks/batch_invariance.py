@@ -1,0 +1,86 @@
+"""What `batch_invariant=True` costs: the same requests with it and without, in interleaved repetitions.
+
+    python -m remask.benchmarks.batch_invariance --output benchmarks/results/batch_invariance.json
+
+64 problems under three policies on the embedded model, and the 16 mixed requests of the throughput benchmark
+on 124 million random parameters, on one CPU thread. A ratio is seconds with it over seconds without, within a
+repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from remask import LLM
+from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.throughput import find_model, spread, write_report
+from remask.benchmarks.workloads import Job, workload
+from remask.workers.models.denoiser import load_denoiser
+
+CASES = (("tiny", "tiny", 64), ("llada-124m", "mixed", 16))  # model, workload, requests
+
+
+def seconds_of(llm: LLM, jobs: Sequence[Job]) -> float:
+    """Seconds to serve the jobs together."""
+    started = time.perf_counter()
+    llm.generate([job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False)
+    return time.perf_counter() - started
+
+
+def measure(model: str, workload_name: str, count: int, repetitions: int) -> dict[str, Any]:
+    """Seconds of both modes and their ratio."""
+    directory, load_format = find_model(model)
+    config = load_denoiser(directory, dtype="float32", load_format=load_format).config
+    modes = [
+        LLM(directory, dtype="float32", load_format=load_format, batch_invariant=is_invariant)
+        for is_invariant in (False, True)
+    ]
+    jobs = workload(workload_name, modes[0], config, count)
+    for llm in modes:
+        seconds_of(llm, jobs[:2])  # warms up
+    pairs = [[seconds_of(llm, jobs) for llm in modes] for _ in range(repetitions)]
+    return {
+        "model": model,
+        "workload": workload_name,
+        "num_requests": count,
+        "seconds": spread([plain for plain, _ in pairs]),
+        "seconds_invariant": spread([invariant for _, invariant in pairs]),
+        "ratio": spread([invariant / plain for plain, invariant in pairs]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    if args.repetitions < 1:
+        parser.error("--repetitions must be at least 1")
+    torch.set_num_threads(1)
+    results = [measure(*case, args.repetitions) for case in CASES]
+    table = Table("model", "requests", "seconds", "batch_invariant", "ratio (min to max)")
+    for r in results:
+        plain, invariant, ratio = r["seconds"], r["seconds_invariant"], r["ratio"]
+        cells = (f"{plain['median']:.1f}", f"{invariant['median']:.1f}")
+        spread_cell = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        table.add_row(r["model"], str(r["num_requests"]), *cells, spread_cell)
+    Console().print(table)
+    if args.output is not None:
+        environment = environment_stamp()
+        write_report(
+            {"environment": environment, "repetitions": args.repetitions, "results": results}, args.output
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What a decoding policy is: a torch-free struct that travels on the wire and that planning reads.
+
+Everything the engine must know before it runs a policy is asked here: rows, memory, random numbers,
+statistics. The answer to "which positions" is the kernel's, a tensor function (`remask.workers.strategies`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from remask.scheduler.errors import InvalidRequest
+
+Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
+Steps = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+
+class MemoryField(NamedTuple):
+    """One fp32 tensor that a policy carries from step to step; it is reset when a block begins."""
+
+    name: str
+    per_slot: bool  # one number a slot of the block, else one a canvas
+    initial: float
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """What unmask and remask policies have in common.
+
+    Attributes:
+        memory: what the kernel carries from step to step.
+        kernel: the tensor function of a third party's policy (a static method); remask's own stand in
+            `remask.workers.strategies`.
+    """
+
+    memory: ClassVar[tuple[MemoryField, ...]] = ()
+    kernel: ClassVar[Callable[..., Any] | None] = None
+
+    def head_needs(self) -> frozenset[str]:
+        """Statistics beyond the proposal's probability that the kernel reads: of "margin" and "entropy"."""
+        return frozenset()
+
+    def random_streams(self) -> frozenset[str]:
+        """Which of the streams order, accept and remask the kernel reads, whatever the temperature."""
+        return frozenset()
+
+    def ranks_as_drawn(self) -> bool:
+        """Whether confidence, margin and entropy are those of the softmax that tokens are drawn from (after
+        temperature and filters), instead of the untempered one."""
+        return False
+
+
+class UnmaskPolicy(Policy, frozen=True):
+    """Decides which masked positions of the active block are committed in a step.
+
+    Attributes:
+        whole_canvas: the canvas is one block.
+    """
+
+    whole_canvas: ClassVar[bool] = False
+
+    def block_params(self, block_lens: Sequence[int]) -> dict[str, list[float]]:
+        """Parameters that differ from block to block, one value a block, for blocks of these lengths."""
+        return {}
+
+
+class RemaskPolicy(Policy, frozen=True):
+    """Decides which committed positions of the active block turn back into masks in a step.
+
+    Attributes:
+        commits: brings its own commits: there is no unmask policy beside it.
+    """
+
+    commits: ClassVar[bool] = False
+
+    def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
+        """As `UnmaskPolicy.block_params`, beside that policy."""
+        return {}
+
+    def needs_shadow_rows(self) -> bool:
+        """Whether a forward needs one extra row a slot of the active block."""
+        return False
+
+    def shadows_see_each_other(self) -> bool:
+        """Whether a shadow row sees all shadow rows of its block, or only itself."""
+        return True
+
+    def needs_copies(self) -> bool:
+        """Whether a forward needs one extra sequence a committed slot of the active block, with that slot
+        masked."""
+        return False
+
+    def needs_committed_rows(self) -> bool:
+        """Whether the kernel reads statistics of the rows of committed slots, too."""
+        return False
+
+    def bans_removed(self) -> bool:
+        """Whether a removed token may not be proposed again at its position in this block."""
+        return False
+
+    def verifies(self) -> bool:
+        """Whether it asks what the model says of a token that it does not see."""
+        return self.needs_shadow_rows() or self.needs_copies()
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
+        """Raises InvalidRequest where this policy cannot work together with `unmask`."""
+        if unmask is not None and unmask.whole_canvas:
+            name, other = tag(unmask), tag(self)
+            raise InvalidRequest("remask", other, f"cannot work with {name}; use another of the two, or none")
+
+
+def tag(policy: Policy | type[Policy]) -> str:
+    """The name of a policy's kind."""
+    return str(policy.__struct_config__.tag)
+
+
+def share_steps(total: int, block_lens: Sequence[int]) -> list[int]:
+    """Steps for each block, by length: largest remainder (the lower block first), at least one each."""
+    slots = sum(block_lens)
+    shares = [total * length // slots for length in block_lens]
+    by_remainder = sorted(range(len(block_lens)), key=lambda i: (-(total * block_lens[i] % slots), i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return [max(1, share) for share in shares]
+
+
+def block_steps(steps: int | None, block_lens: Sequence[int]) -> dict[str, list[float]]:
+    """The blocks' shares of `steps` (None: one for each slot), as a kernel reads them."""
+    total = sum(block_lens) if steps is None else steps
+    return {"block_steps": [float(n) for n in share_steps(total, block_lens)]}

@@ -1,0 +1,95 @@
+"""Which policies there are: remask's own, those that installed packages add, and published settings by name.
+
+A package adds policies with entry points of the group `remask.strategies`: the entry's name is the policy's,
+its value the spec, a subclass of `UnmaskPolicy` or `RemaskPolicy` with a `kernel`. They are loaded when a
+policy is first looked up, not at import: a package's module imports remask itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NamedTuple
+
+from remask.scheduler.policies.base import Policy, RemaskPolicy, UnmaskPolicy, tag
+from remask.scheduler.policies.remask import LowProb, OracleLoo, RandomRemask, Rcr, Remdm, Saber, Wino
+from remask.scheduler.policies.unmask import (
+    Bernoulli,
+    CappedThreshold,
+    Dream,
+    EntropyBound,
+    Factor,
+    Schedule,
+    Threshold,
+)
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINTS = "remask.strategies"
+WHOLE_CANVAS = 2**31 - 1  # a preset's block length is cut to the canvas
+
+_OWN: tuple[type[Policy], ...] = (
+    Schedule, Threshold, Factor, CappedThreshold, EntropyBound, Bernoulli, Dream,
+    Wino, Rcr, Saber, Remdm, LowProb, RandomRemask, OracleLoo,
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llada": {"unmask": Schedule()},
+    "fast-dllm": {"unmask": Threshold(0.9)},
+    "wino": {"unmask": CappedThreshold(0.6), "remask": Wino(0.9), "block_length": 128},
+    "dream": {"unmask": Dream(steps=512, alg="origin")},
+    "rcr": {"unmask": Schedule(), "remask": Rcr(), "block_length": WHOLE_CANVAS},
+    "saber": {"remask": Saber(), "block_length": WHOLE_CANVAS},
+    "remdm": {"remask": Remdm(), "temperature": 1.0, "top_p": 0.9, "block_length": WHOLE_CANVAS},
+}
+
+
+class Registry(NamedTuple):
+    """Policies by name, and why an entry point gave none, by its name."""
+
+    unmask: dict[str, type[UnmaskPolicy]]
+    remask: dict[str, type[RemaskPolicy]]
+    broken: dict[str, str]
+
+
+@cache
+def registry() -> Registry:
+    """All policies of this environment."""
+    found = Registry({}, {}, {})
+    for policy in _OWN:
+        _add(found, policy)
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            _add(found, _load(entry, found))
+        except (
+            Exception
+        ) as error:  # a third party's import may fail in any way, and must not take others along
+            found.broken[entry.name] = f"{entry.value}: {error!r}"
+            logger.warning("policy %s of %s is left out: %r", entry.name, entry.value, error)
+    return found
+
+
+def _add(found: Registry, policy: type[Policy]) -> None:
+    if issubclass(policy, UnmaskPolicy):
+        found.unmask[tag(policy)] = policy
+    elif issubclass(policy, RemaskPolicy):
+        found.remask[tag(policy)] = policy
+
+
+def _load(entry: EntryPoint, found: Registry) -> type[Policy]:
+    """The policy of an entry point.
+
+    Raises:
+        TypeError, ValueError: it is none, or its name is taken.
+    """
+    policy = entry.load()
+    if not isinstance(policy, type) or not issubclass(policy, UnmaskPolicy | RemaskPolicy):
+        raise TypeError("is no subclass of UnmaskPolicy or RemaskPolicy")
+    if policy.kernel is None:
+        raise TypeError("has no kernel")
+    if tag(policy) != entry.name:
+        raise ValueError(f"its tag is {tag(policy)!r}; give the entry point that name")
+    if entry.name in {**found.unmask, **found.remask}:
+        raise ValueError("there is a policy of that name")
+    return policy

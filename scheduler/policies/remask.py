@@ -1,0 +1,238 @@
+"""Remask policies: which committed positions of the active block turn back into masks in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.policies.base import (
+    MemoryField,
+    Probability,
+    RemaskPolicy,
+    Steps,
+    UnmaskPolicy,
+    block_steps,
+    tag,
+)
+from remask.scheduler.policies.unmask import Schedule
+
+WINO_MEMORY = (MemoryField("prev_accept", per_slot=False, initial=30.0),)
+LOW_PROB_MEMORY = (
+    MemoryField("times", per_slot=True, initial=0.0),
+    MemoryField("posts", per_slot=False, initial=0.0),
+)
+
+
+class Wino(RemaskPolicy, frozen=True, tag="wino"):
+    """Remasks committed tokens whose leave-one-out probability, read off shadow rows, is below t2 (WINO,
+    arXiv 2507.18578).
+
+    Nothing is remasked in a step that commits a single token, and fewer tokens are remasked than were
+    committed: by the step before (`prev_accept`, the published code) or by this one (`cur_accept`).
+
+    Attributes:
+        t2: tokens below this probability are remasked.
+        budget: whose number of commits bounds the remasked.
+        tile: whether a shadow row sees all shadow rows of its block (published) or only itself, which in a
+            model of one layer gives the exact leave-one-out probability, and needs fewer rows.
+        ban_old: a removed token may not be proposed again at its position in this block.
+    """
+
+    t2: Probability = 0.9
+    budget: Literal["prev_accept", "cur_accept"] = "prev_accept"
+    tile: Literal["all", "self"] = "all"
+    ban_old: bool = False
+
+    memory: ClassVar[tuple[MemoryField, ...]] = WINO_MEMORY
+
+    def needs_shadow_rows(self) -> bool:
+        return True
+
+    def shadows_see_each_other(self) -> bool:
+        return self.tile == "all"
+
+    def bans_removed(self) -> bool:
+        return self.ban_old
+
+
+class Saber(RemaskPolicy, frozen=True, tag="saber"):
+    """Commits what is surer than the block's commits were on average, at least n, and takes back the tokens
+    whose row lost most certainty since the step before (Saber, arXiv 2510.18165). Brings its own commits.
+
+    Attributes:
+        n: least commits of a step; n // 2 are taken back at least.
+        mu: one token is taken back for each `mu` commits.
+    """
+
+    n: Annotated[int, Meta(ge=1, le=2**20)] = 2
+    mu: Annotated[int, Meta(ge=1, le=2**20)] = 8
+
+    commits: ClassVar[bool] = True
+    memory: ClassVar[tuple[MemoryField, ...]] = (
+        MemoryField("ever", per_slot=True, initial=0.0),
+        MemoryField("last_confidence", per_slot=True, initial=0.0),
+        MemoryField("top_before", per_slot=True, initial=0.0),
+    )
+
+    def needs_committed_rows(self) -> bool:
+        return True
+
+
+class LowProb(RemaskPolicy, frozen=True, tag="low_prob"):
+    """Remasks visible tokens whose probability at their own row fell below t, the lowest first (targeted
+    remasking).
+
+    Attributes:
+        t: tokens below this probability are remasked.
+        max_times: how often a position of a block may be remasked.
+        max_share: of the tokens committed before the step, the share that it may remask; at least one.
+        post_steps: forwards after the last mask, until one of them remasks nothing; 0: the block ends then.
+        ban_old: a removed token may not be proposed again at its position in this block.
+    """
+
+    t: Probability = 0.3
+    max_times: Annotated[int, Meta(ge=0, le=2**20)] = 1
+    max_share: Probability = 0.25
+    post_steps: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    ban_old: bool = False
+
+    memory: ClassVar[tuple[MemoryField, ...]] = LOW_PROB_MEMORY
+
+    def needs_committed_rows(self) -> bool:
+        return True
+
+    def bans_removed(self) -> bool:
+        return self.ban_old
+
+
+class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
+    """Remasks as many positions as another policy would, drawn from the same candidates: the control arm of a
+    comparison, at that policy's cost.
+
+    Attributes:
+        like: the policy that says how many; the other fields are that policy's.
+    """
+
+    like: Literal["wino", "low_prob"] = "wino"
+    t2: Probability = 0.9
+    budget: Literal["prev_accept", "cur_accept"] = "prev_accept"
+    tile: Literal["all", "self"] = "all"
+    t: Probability = 0.3
+    max_times: Annotated[int, Meta(ge=0, le=2**20)] = 1
+    max_share: Probability = 0.25
+    post_steps: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    ban_old: bool = False
+
+    memory: ClassVar[tuple[MemoryField, ...]] = WINO_MEMORY + LOW_PROB_MEMORY
+
+    def needs_shadow_rows(self) -> bool:
+        return self.like == "wino"
+
+    def shadows_see_each_other(self) -> bool:
+        return self.tile == "all"
+
+    def needs_committed_rows(self) -> bool:
+        return self.like == "low_prob"
+
+    def random_streams(self) -> frozenset[str]:
+        return frozenset({"remask"})
+
+    def bans_removed(self) -> bool:
+        return self.ban_old
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
+        super().check(unmask)
+        own = (Wino if self.like == "wino" else LowProb).__struct_fields__
+        for name, value in msgspec.structs.asdict(self).items():
+            if name not in ("like", *own) and value != getattr(RandomRemask(), name):
+                raise InvalidRequest(f"remask.{name}", value, f"is no parameter of {self.like}; leave it out")
+
+
+class Rcr(RemaskPolicy, frozen=True, tag="rcr"):
+    """Proposes at all masked positions in every step and masks again the positions of the block whose last
+    proposal was the least confident, as many as the schedule leaves masked (running confidence remasking,
+    arXiv 2508.13148). Beside `schedule`, which gives the steps.
+
+    Attributes:
+        conf: what confidence means: the proposal's probability, p1 - p2, or -entropy, of the softmax that
+            tokens are drawn from.
+    """
+
+    conf: Literal["prob", "margin", "entropy"] = "prob"
+
+    memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("stored", per_slot=True, initial=0.0),)
+
+    def head_needs(self) -> frozenset[str]:
+        return frozenset({self.conf}) & {"margin", "entropy"}
+
+    def ranks_as_drawn(self) -> bool:
+        return True
+
+    def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
+        return unmask.block_params(block_lens) if unmask is not None else {}
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
+        if not isinstance(unmask, Schedule):
+            other = "nothing" if unmask is None else tag(unmask)
+            raise InvalidRequest("remask", "rcr", f"works beside schedule, not {other}; use unmask=schedule")
+        if unmask.score != Schedule().score:
+            fix = "means nothing beside rcr, which has its own conf; leave it out"
+            raise InvalidRequest("unmask.score", unmask.score, fix)
+
+
+class Remdm(RemaskPolicy, frozen=True, tag="remdm"):
+    """Commits and remasks by chance, so that the share of masks follows a time schedule; a last forward fills
+    what is left with the most probable tokens (ReMDM, arXiv 2503.00307). Brings its own commits.
+
+    Attributes:
+        steps: forwards for the whole canvas (and a last one for each block), shared out over the blocks by
+            length; None: the canvas length.
+        schedule: each committed token turns back with probability min(eta, sigma_max) (`cap`), eta sigma_max
+            (`rescale`), or its share of sigma_max by softmax of minus the confidence that it was committed
+            with (`conf`).
+        eta: None: 0.008 for `cap`, 0.015 for `rescale`; `conf` has none.
+    """
+
+    steps: Steps | None = None
+    schedule: Literal["cap", "rescale", "conf"] = "cap"
+    eta: Probability | None = None
+
+    commits: ClassVar[bool] = True
+    memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("stored", per_slot=True, initial=0.0),)
+
+    def random_streams(self) -> frozenset[str]:
+        return frozenset({"accept", "remask"})
+
+    def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
+        default = {"cap": 0.008, "rescale": 0.015}.get(self.schedule, 0.0)
+        eta = default if self.eta is None else self.eta
+        return {**block_steps(self.steps, block_lens), "eta": [eta] * len(block_lens)}
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
+        if self.schedule == "conf" and self.eta is not None:
+            raise InvalidRequest("remask.eta", self.eta, "is no parameter of schedule conf; leave it out")
+
+
+class OracleLoo(RemaskPolicy, frozen=True, tag="oracle_loo"):
+    """As `wino`, with the exact leave-one-out probabilities: one more sequence for each committed token, with
+    its position masked. For studies: a forward costs up to a block's length of sequences more.
+
+    Attributes:
+        t2, budget, ban_old: as in `wino`.
+    """
+
+    t2: Probability = 0.9
+    budget: Literal["prev_accept", "cur_accept"] = "prev_accept"
+    ban_old: bool = False
+
+    memory: ClassVar[tuple[MemoryField, ...]] = WINO_MEMORY
+
+    def needs_copies(self) -> bool:
+        return True
+
+    def bans_removed(self) -> bool:
+        return self.ban_old

@@ -1,0 +1,177 @@
+"""Traces, log-probabilities and removed tokens: what a canvas went through, told exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from remask import (
+    CappedThreshold,
+    Dream,
+    LowProb,
+    RandomRemask,
+    Rcr,
+    Remdm,
+    Saber,
+    SamplingParams,
+    Threshold,
+    Wino,
+)
+from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas, CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch, StepResult
+from remask.scheduler.params import resolve
+from remask.workers.attention.varlen import VarlenLayout
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.rows import PackedRows
+from remask.workers.worker import Worker
+
+PROMPT = [33, 11, 12, 14]
+POLICIES: tuple[dict[str, Any], ...] = (
+    {"unmask": CappedThreshold(0.05), "remask": Wino(0.9)},
+    {"unmask": Threshold(0.05), "remask": LowProb(0.6, max_times=3, post_steps=4)},
+    {"remask": Saber(4, 2)},
+    {"unmask": "schedule:8", "remask": Rcr()},
+    {"remask": Remdm(20, "rescale", 0.5)},
+    {"unmask": Dream(9)},
+)
+
+
+def canvas(seed: int = 5, **fields: Any) -> Canvas:
+    params = resolve(SamplingParams(**{"max_tokens": 24, "temperature": 2.0, "rank": "top", **fields}))
+    return new_canvas("r", 0, PROMPT, params, seed=seed, sample=0, mask_id=0, stop_ids=[])
+
+
+def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> list[CanvasState]:
+    """Every burst from bytes that went over the wire, so that nothing is left on the worker."""
+    states: list[CanvasState | int] = [c.state for c in canvases]
+    while True:
+        batch = StepBatch(burst_id=0, num_steps=num_steps, specs=[c.spec for c in canvases], states=states)
+        wire = msgspec.msgpack.encode(batch)
+        result = Worker(model).run(msgspec.msgpack.decode(wire, type=StepBatch))
+        result = msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=StepResult)
+        if all(state.finished for state in result.states):
+            return result.states
+        states = list(result.states)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_the_events_are_all_that_happened(golden_model: TransformerDenoiser, policy: dict) -> None:
+    own, silent = canvas(trace=True, **policy), canvas(**policy)
+    state, untraced = finish(golden_model, [own, silent], 3)
+    assert untraced.events == b""
+    assert untraced.tokens == state.tokens
+    events = np.frombuffer(state.events, EVENT)
+    assert (np.diff(events["step"] * 24 + events["slot"]) > 0).all(), "by step, then by slot"
+    tokens, commit_steps, confidences = np.zeros(24, TOKEN), np.zeros(24, TOKEN), np.zeros(24, REAL)
+    for event in events:
+        slot = event["slot"]
+        if event["is_commit"]:
+            assert tokens[slot] == 0
+            tokens[slot], commit_steps[slot] = event["token"], event["step"]
+            confidences[slot] = event["confidence"]
+        else:
+            assert tokens[slot] == event["token"] != 0, "it tells what was removed"
+            assert 0 <= event["confidence"] <= 1
+            tokens[slot] = 0
+    assert tokens.tolist() == state.token_array()[4:].tolist()
+    assert commit_steps.tobytes() == state.commit_steps
+    assert confidences.tobytes() == state.confidences
+    has_remasks = not events["is_commit"].all()
+    assert has_remasks == (policy.get("remask") is not None), "the cases are meant to remask"
+    whole, _ = finish(golden_model, [own, silent], 1000)
+    assert whole.events == state.events
+
+
+@pytest.mark.parametrize(
+    ("policy", "signal"),
+    [
+        ({"unmask": CappedThreshold(0.05), "remask": Wino(0.7)}, 0.7),
+        ({"unmask": "schedule:6", "remask": LowProb(0.6, max_times=3)}, 0.6),
+    ],
+    ids=str,
+)
+def test_a_remasking_tells_what_was_held_against_the_token(
+    golden_model: TransformerDenoiser, policy: dict, signal: float
+) -> None:
+    (state,) = finish(golden_model, [canvas(trace=True, **policy)], 8)
+    events = np.frombuffer(state.events, EVENT)
+    doubts = events["confidence"][events["is_commit"] == 0]
+    assert len(doubts) > 0
+    assert (doubts < signal).all()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("policy", [*POLICIES, {"unmask": Threshold(0.4), "top_p": 0.5}], ids=str)
+def test_log_probabilities_are_those_of_the_untempered_softmax_at_the_commit(
+    golden_model: TransformerDenoiser, policy: dict
+) -> None:
+    own = canvas(**policy)
+    state = own.state
+    every, bounds = torch.arange(28), (0, 28)
+    layout = VarlenLayout(bounds, bounds, ())
+    while not state.finished:
+        ids = torch.from_numpy(state.token_array().astype(np.int64))
+        rows = PackedRows(ids, every, layout, every, layout, every, 28)
+        logits = golden_model.model.logits(golden_model.model(rows, golden_model.attention))
+        expected = logits.double().log_softmax(-1)[4:]
+        batch = StepBatch(burst_id=0, num_steps=1, specs=[own.spec], states=[state])
+        (state,) = Worker(golden_model).run(batch).states
+        now = np.frombuffer(state.commit_steps, TOKEN) == state.num_forwards
+        told, tokens = np.frombuffer(state.logprobs, REAL), state.token_array()[4:]
+        for slot in now.nonzero()[0]:
+            assert told[slot] == pytest.approx(float(expected[slot, tokens[slot]]), rel=1e-4, abs=1e-5)
+        assert (told[tokens == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("unmask", "remask"),
+    [
+        (CappedThreshold(0.05), Wino(0.95)),
+        (CappedThreshold(0.05), Wino(0.95, budget="cur_accept", tile="self")),
+        ("schedule:6", LowProb(0.9, max_times=5, max_share=0.5)),
+        (CappedThreshold(0.05), RandomRemask(t2=0.95)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_steps", [1, 4, 1000])
+def test_a_banned_token_does_not_come_back_to_its_position_in_the_block(
+    golden_model: TransformerDenoiser, unmask: Any, remask: Any, num_steps: int
+) -> None:
+    banning = msgspec.structs.replace(remask, ban_old=True)
+    fields = {"unmask": unmask, "trace": True, "block_length": 12, "temperature": 0.7}
+    canvases = [canvas(seed, remask=policy, **fields) for seed in range(5) for policy in (remask, banning)]
+    *states, other = finish(golden_model, [*canvases, canvas(unmask="schedule:3")], num_steps)
+    freely, banned = states[::2], states[1::2]
+    assert sum(map(num_returns, freely)) > 0, "the cases are meant to show the difference"
+    assert sum(map(num_returns, banned)) == 0
+    again = finish(golden_model, canvases[1::2], 3)
+    assert [state.tokens for state in again] == [state.tokens for state in banned]
+    assert {state.removed for state in (other, *freely)} == {b""}
+
+
+def num_returns(state: CanvasState) -> int:
+    """Commits of a token that the slot has lost before."""
+    removed, count = set[tuple[int, int]](), 0
+    for event in np.frombuffer(state.events, EVENT):
+        key = (int(event["slot"]), int(event["token"]))
+        if not event["is_commit"]:
+            removed.add(key)
+        count += bool(event["is_commit"]) and key in removed
+    return count
+
+
+def test_a_slot_that_has_lost_every_token_it_may_hold_takes_them_again(
+    golden_model: TransformerDenoiser,
+) -> None:
+    fields = {"remask": LowProb(1.0, max_times=4, ban_old=True), "allowed_token_ids": [20, 21], "trace": True}
+    (state,) = finish(golden_model, [canvas(unmask="schedule:6", **fields)], 4)
+    tokens = state.token_array()[4:]
+    assert set(tokens.tolist()) <= {20, 21}
+    events = np.frombuffer(state.events, EVENT)
+    assert np.bincount(events["slot"][events["is_commit"] == 0]).max() > 2, (
+        "the case is meant to exhaust them"
+    )

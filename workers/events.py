@@ -1,0 +1,70 @@
+"""What happened to the slots of traced canvases: kept as tensors for a burst, packed when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remask.scheduler.canvas import EVENT, CanvasSpec, CanvasState
+
+
+class EventLog:
+    """The commits and remaskings of a burst's traced canvases.
+
+    Attributes:
+        canvases: int64: which canvases of the burst are traced.
+    """
+
+    def __init__(
+        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], device: torch.device
+    ) -> None:
+        traced = [canvas for canvas, spec in enumerate(specs) if spec.trace]
+        self.canvases = torch.tensor(traced, dtype=torch.int64, device=device)
+        self._packed = {canvas: states[canvas].events for canvas in traced}
+        self._steps: list[tuple[Tensor, ...]] = []
+
+    def add(
+        self,
+        *,
+        step: Tensor,
+        slots: Tensor,
+        commit: Tensor,
+        remask: Tensor,
+        token: Tensor,
+        confidence: Tensor,
+    ) -> None:
+        """One step of all canvases of the burst.
+
+        Args:
+            step: int64 [R]: the forward, counted from 1.
+            slots: int64 [R, B].
+            commit, remask: bool [R, B].
+            token: int64 [R, B]: committed, or removed.
+            confidence: fp32 [R, B]: of the commit, or what a token was remasked for.
+        """
+        when = step.unsqueeze(1).expand_as(slots)
+        fields = (when, slots, token, confidence, commit, remask)
+        self._steps.append(tuple(field[self.canvases] for field in fields))
+
+    def packed(self) -> dict[int, bytes]:
+        """All events of each traced canvas, by step and slot."""
+        if self._steps:
+            fields = [torch.stack(parts, 1).cpu().numpy() for parts in zip(*self._steps, strict=True)]
+            self._steps = []
+            for place, canvas in enumerate(self._packed):
+                step, slot, token, confidence, commit, remask = (field[place] for field in fields)
+                happened = commit | remask
+                events = np.empty(int(happened.sum()), dtype=EVENT)
+                for name, values in (
+                    ("step", step),
+                    ("slot", slot),
+                    ("token", token),
+                    ("confidence", confidence),
+                    ("is_commit", commit),
+                ):
+                    events[name] = values[happened]
+                self._packed[canvas] += events.tobytes()
+        return self._packed
