@@ -57,6 +57,18 @@ def measure(model: str, workload_name: str, count: int, repetitions: int) -> dic
     }
 
 
+def cells(result: dict[str, Any]) -> list[str]:
+    """A model's line of the table."""
+    ratio = result["ratio"]
+    return [
+        result["model"],
+        str(result["num_requests"]),
+        f"{result['seconds']['median']:.1f}",
+        f"{result['seconds_invariant']['median']:.1f}",
+        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -69,11 +81,8 @@ def main() -> None:
     torch.set_num_threads(1)
     results = [measure(*case, args.repetitions) for case in CASES]
     table = Table("model", "requests", "seconds", "batch_invariant", "ratio (min to max)")
-    for r in results:
-        plain, invariant, ratio = r["seconds"], r["seconds_invariant"], r["ratio"]
-        cells = (f"{plain['median']:.1f}", f"{invariant['median']:.1f}")
-        spread_cell = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-        table.add_row(r["model"], str(r["num_requests"]), *cells, spread_cell)
+    for result in results:
+        table.add_row(*cells(result))
     Console().print(table)
     if args.output is not None:
         environment = environment_stamp()

@@ -46,15 +46,15 @@ TRIPLES: tuple[dict[str, Any], ...] = (
 
 
 def half_filled(model: Denoiser, vocab_size: int, triples: list[int]) -> list[Canvas]:
-    """A canvas for each entry of `triples`, which says its triple; prompt and every other token are random."""
+    """A canvas for each entry of `triples`, which says its triple; every other token is a random one."""
     rng = np.random.default_rng(SEED)
     canvases = []
     for i, triple in enumerate(triples):
         params = resolve(SamplingParams(max_tokens=CANVAS_LEN, block_length=CANVAS_LEN, **TRIPLES[triple]))
-        prompt = rng.integers(vocab_size - 1, size=PROMPT_LEN).tolist()
+        prompt = rng.integers(1, vocab_size, size=PROMPT_LEN).tolist()
         canvas = new_canvas(str(i), i, prompt, params, seed=i, sample=0, mask_id=model.mask_id, stop_ids=[])
         tokens = canvas.state.token_array().copy()
-        tokens[PROMPT_LEN::2] = rng.integers(vocab_size - 1, size=CANVAS_LEN // 2)
+        tokens[PROMPT_LEN::2] = rng.integers(1, vocab_size, size=CANVAS_LEN // 2)
         canvas.state = msgspec.structs.replace(canvas.state, tokens=tokens.tobytes())
         canvases.append(canvas)
     return canvases

@@ -119,6 +119,7 @@ class Requests:
             priority=params.priority,
             stop_token_ids=[],
             include_stop_in_text=False,
+            logprobs=False,
             find_stop=None if stop_after is None else find_stop,
             arrival_time=arrival_time,
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from remask.benchmarks import exactness, scheduling, throughput
+from remask.benchmarks import batch_invariance, exactness, scheduling, throughput
 from remask.benchmarks.tiny import evaluate
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 
@@ -126,6 +126,20 @@ def test_the_exactness_table_is_the_committed_measurement() -> None:
     )
     policies = [exactness.CHAIN, *exactness.POLICIES]
     assert table(f"{header} |") == [exactness.table_cells(policy, results) for policy in policies]
+
+
+def test_the_figures_of_mixed_batches_are_the_committed_measurement_and_within_their_bound() -> None:
+    ratio = json.loads((ROOT / "benchmarks/results/mixed_policies.json").read_text())["results"]["ratio"]
+    found = re.search(r"takes ([\d.]+) times as long \(([\d.]+) to ([\d.]+)\) as", README.replace("\n", " "))
+    assert found is not None
+    assert found.groups() == tuple(f"{ratio[kind]:.2f}" for kind in ("median", "min", "max"))
+    assert ratio["median"] <= 1.15
+
+
+def test_the_cost_of_batch_invariance_is_the_committed_measurement() -> None:
+    results = json.loads((ROOT / "benchmarks/results/batch_invariance.json").read_text())["results"]
+    header = "| model | requests | seconds | with `batch_invariant` | times as long (min to max) |"
+    assert table(header) == [batch_invariance.cells(result) for result in results]
 
 
 def test_the_throughput_table_is_the_committed_measurement() -> None:

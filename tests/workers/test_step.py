@@ -30,7 +30,7 @@ from remask import (
     Threshold,
     Wino,
 )
-from remask.scheduler.canvas import REAL, TOKEN, Canvas, CanvasState, new_canvas
+from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.varlen import VarlenLayout
@@ -100,6 +100,7 @@ requests = st.builds(
                 "block_length": min(block_len, canvas_len),
                 "temperature": temperature,
                 "rank": rank,
+                "trace": True,
                 **policy,
             },
         ),
@@ -141,6 +142,11 @@ def test_every_canvas_fills_up_within_its_forwards_and_never_with_the_mask(
         assert not (tokens[np.frombuffer(own.spec.slots, TOKEN)] == 0).any()
         assert (tokens[: len(tokens) - own.spec.canvas_len] != 0).all()
         assert state.num_forwards <= most_forwards(own)
+        events = np.frombuffer(state.events, EVENT)
+        assert (events["token"] != 0).all(), "the mask is neither committed nor removed"
+        signs = np.where(events["is_commit"] > 0, 1, -1)
+        balance = np.bincount(events["slot"] // own.spec.block_length, weights=signs)
+        assert balance.tolist() == own.spec.block_lens, "commits less remaskings, block by block"
         steps = np.frombuffer(state.commit_steps, TOKEN)
         assert steps.min() >= 1
         if own.spec.remask is None or not getattr(own.spec.remask, "post_steps", 0):
