@@ -87,7 +87,7 @@ def test_the_number_of_parameters_must_fit_the_prompts(tiny_llm: LLM) -> None:
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"data_parallel_size": 2}, "data_parallel_size"),
         ({"distributed_executor_backend": "ray"}, "distributed_executor_backend"),
-        ({"batch_invariant": True}, "batch_invariant"),
+        ({"batch_invariant": "yes"}, "batch_invariant"),
         ({"attention_backend": "flash"}, "attention_backend"),
         ({"tokenizer": "/nonexistent"}, "tokenizer"),
         ({"model": "/nonexistent"}, "model"),
