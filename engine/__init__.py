@@ -1,6 +1,6 @@
 """remask: a serving engine for masked diffusion language models.
 
-`LLM` is imported when it is first used: `import remask` touches neither torch, Ray nor a GPU.
+`LLM` and `AsyncLLM` are imported when first used: `import remask` touches neither torch, Ray nor a GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput, Trace
-from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError
+from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError, Unavailable, WorkerDied
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.policies import (
     Bernoulli,
@@ -31,12 +31,14 @@ from remask.scheduler.policies import (
 )
 
 if TYPE_CHECKING:
+    from remask.async_llm import AsyncLLM
     from remask.llm import LLM
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Bernoulli",
     "CappedThreshold",
     "CompletionOutput",
@@ -60,8 +62,10 @@ __all__ = [
     "Schedule",
     "Threshold",
     "Trace",
+    "Unavailable",
     "UnmaskPolicy",
     "Wino",
+    "WorkerDied",
 ]
 
 
@@ -70,4 +74,8 @@ def __getattr__(name: str) -> Any:
         from remask.llm import LLM
 
         return LLM
+    if name == "AsyncLLM":
+        from remask.async_llm import AsyncLLM
+
+        return AsyncLLM
     raise AttributeError(f"module 'remask' has no attribute {name!r}")

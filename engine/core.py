@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 
-from remask.scheduler.errors import EngineDead
+from remask.scheduler.errors import EngineDead, RemaskError, Unavailable
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
-from remask.workers.executor import Executor
+from remask.workers.executor import Executor, Finished, Joined
 
 
 class EngineCore:
@@ -16,17 +17,18 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self._scheduler, self._executor = scheduler, executor
-        self._num_in_flight = [0] * executor.num_workers  # bursts whose result was not taken yet
-        self._dead: str | None = None
+        self._num_in_flight: Counter[int] = Counter()  # bursts of each worker whose result was not taken yet
+        self._dead: RemaskError | None = None
 
     def add(self, request: Request) -> None:
         """Takes a validated request.
 
         Raises:
             EngineDead: the engine was closed or has failed.
+            Unavailable: it has no workers any more.
         """
         if self._dead is not None:
-            raise EngineDead(self._dead)
+            raise self._dead
         self._scheduler.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -34,44 +36,59 @@ class EngineCore:
         self._scheduler.abort(request_ids)
 
     def step(self) -> list[Request]:
-        """Fills the workers' queues and waits for one result; returns the requests that it finished (none
-        where nothing was ready).
+        """Fills the workers' queues and waits until something happens; returns the requests that ended by it
+        (none where there is nothing to do).
 
         An interrupt drops the bursts in flight: their canvases are ready again as they were before.
         """
         try:
             self._fill()
-            return self._finish_one() if any(self._num_in_flight) else []
+            return self._next_event() if self._scheduler.num_live or self._num_in_flight.total() else []
         except KeyboardInterrupt:
             self._executor.forget()
-            for worker in range(self._executor.num_workers):
-                self._scheduler.lose(worker)
-                self._num_in_flight[worker] = 0
+            for worker in list(self._num_in_flight):
+                self._scheduler.lose(worker, died=False)
+            self._num_in_flight.clear()
+            raise
+        except Unavailable as error:
+            self._die(error)
             raise
         except BaseException as error:
-            self.close(f"a burst failed: {error!r}; make a new LLM")
+            self._die(EngineDead(f"a burst failed: {error!r}; make a new LLM"))
             raise
 
     def _fill(self) -> None:
-        for worker, num_held in enumerate(self._num_in_flight):
-            for _ in range(num_held, self._executor.queue_depth):
-                batch = self._scheduler.next_batch(worker)
-                if batch is None:
-                    break
-                self._executor.submit(batch, worker)
-                self._num_in_flight[worker] += 1
+        """Gives every worker one burst before any gets another."""
+        for depth in range(self._executor.queue_depth):
+            wanting = [worker for worker in self._executor.workers if self._num_in_flight[worker] == depth]
+            for worker in wanting:
+                num_idle = sum(not self._num_in_flight[other] for other in self._executor.workers)
+                batch = self._scheduler.next_batch(worker, num_idle=num_idle - (depth == 0))
+                if batch is not None:
+                    self._executor.submit(batch, worker)
+                    self._num_in_flight[worker] += 1
 
-    def _finish_one(self) -> list[Request]:
-        worker, result = self._executor.next_result()
-        self._num_in_flight[worker] -= 1
-        finished = self._scheduler.update(result)
+    def _next_event(self) -> list[Request]:
+        event = self._executor.next_event()
+        if isinstance(event, Joined):
+            self._scheduler.survived()
+            return []
+        if isinstance(event, Finished):
+            self._num_in_flight[event.worker] -= 1
+            ended = self._scheduler.update(event.result)
+        else:
+            del self._num_in_flight[event.worker]
+            ended = self._scheduler.lose(event.worker, died=event.died)
         now = time.monotonic()
-        for request in finished:
+        for request in ended:
             request.finish_time = now
-        return finished
+        return ended
 
-    def close(self, reason: str = "the engine was closed; make a new LLM") -> None:
+    def close(self) -> None:
         """Frees the workers; idempotent."""
+        self._die(EngineDead("the engine was closed; make a new LLM"))
+
+    def _die(self, error: RemaskError) -> None:
         if self._dead is None:
-            self._dead = reason
+            self._dead = error
             self._executor.close()

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,10 +20,11 @@ from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
-from remask.workers.executor import InProcessExecutor
-from remask.workers.knee import knee
-from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.models.load import load_model
+from remask.workers.executor import Executor, InProcessExecutor
+from remask.workers.start import WorkerSetup
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 
 class LLM:
@@ -44,6 +45,12 @@ class LLM:
         max_num_seqs: canvases of a batch.
         batch_invariant: the same tokens, forwards and confidences to the bit, whatever else is in the batch.
             Every canvas is a forward of its own then, which is slower.
+        distributed_executor_backend: "uni": one worker in this process; "ray": workers on the Ray cluster
+            that the process has joined, or else on one that is started here.
+        data_parallel_size: workers on Ray, all of them fed from one queue.
+        num_cpus_per_worker, num_gpus_per_worker: what Ray reserves for each; a worker computes on so many
+            threads.
+        placement_group: where the workers go; None: that of the caller, if it runs in one.
         burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
 
     An engine serves one call at a time; give each thread an engine of its own.
@@ -68,10 +75,10 @@ class LLM:
         quantization: None = None,
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
-        distributed_executor_backend: Literal["uni"] = "uni",
-        num_gpus_per_worker: None = None,
+        distributed_executor_backend: Literal["uni", "ray"] = "uni",
+        num_gpus_per_worker: float | None = None,
         num_cpus_per_worker: int = 1,
-        placement_group: None = None,
+        placement_group: PlacementGroup | None = None,
         max_num_rows: int | None = None,
         max_num_seqs: int = 1024,
         burst: int | None = None,
@@ -84,11 +91,7 @@ class LLM:
             ("load_format", load_format, ("auto", "dummy")),
             ("quantization", quantization, (None,)),
             ("tensor_parallel_size", tensor_parallel_size, (1,)),
-            ("data_parallel_size", data_parallel_size, (1,)),
-            ("distributed_executor_backend", distributed_executor_backend, ("uni",)),
-            ("num_gpus_per_worker", num_gpus_per_worker, (None,)),
-            ("num_cpus_per_worker", num_cpus_per_worker, (1,)),
-            ("placement_group", placement_group, (None,)),
+            ("distributed_executor_backend", distributed_executor_backend, ("uni", "ray")),
             ("batch_invariant", batch_invariant, (False, True)),
             ("attention_backend", attention_backend, ("auto", "sdpa")),
             ("gpu_memory_utilization", gpu_memory_utilization, (0.9,)),
@@ -97,8 +100,27 @@ class LLM:
                 raise InvalidRequest(
                     name, value, f"is not supported yet; use {' or '.join(map(repr, supported))}"
                 )
-        for name, value in (("max_num_rows", max_num_rows), ("max_num_seqs", max_num_seqs), ("burst", burst)):
-            if value is None and name != "max_num_seqs":
+        on_ray = distributed_executor_backend == "ray"
+        for name, value, neutral in (
+            ("data_parallel_size", data_parallel_size, 1),
+            ("num_gpus_per_worker", num_gpus_per_worker, None),
+            ("num_cpus_per_worker", num_cpus_per_worker, 1),
+            ("placement_group", placement_group, None),
+        ):
+            if not on_ray and value != neutral:
+                raise InvalidRequest(
+                    name, value, "is for workers on Ray; set distributed_executor_backend='ray'"
+                )
+        if num_gpus_per_worker is not None and not num_gpus_per_worker >= 0:
+            raise InvalidRequest("num_gpus_per_worker", num_gpus_per_worker, "must not be negative")
+        for name, value in (
+            ("max_num_rows", max_num_rows),
+            ("max_num_seqs", max_num_seqs),
+            ("burst", burst),
+            ("data_parallel_size", data_parallel_size),
+            ("num_cpus_per_worker", num_cpus_per_worker),
+        ):
+            if value is None and name in ("max_num_rows", "burst"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequest(name, value, "must be a positive integer")
@@ -113,25 +135,41 @@ class LLM:
             self.tokenizer = load_tokenizer(
                 directory if tokenizer is None else Path(tokenizer), tokenizer is not None
             )
-            denoiser = load_model(directory, dtype=dtype, device=device, load_format=load_format)
-        config = denoiser.config
+            setup = WorkerSetup(
+                model=str(directory),
+                dtype=dtype,
+                device=device,
+                load_format=load_format,
+                batch_invariant=batch_invariant,
+                max_num_rows=max_num_rows,
+            )
+            executor: Executor
+            if on_ray:
+                from remask.workers.ray_executor import RayExecutor
+
+                executor = RayExecutor(
+                    setup,
+                    num_workers=data_parallel_size,
+                    num_cpus=num_cpus_per_worker,
+                    num_gpus=num_gpus_per_worker or 0,
+                    placement_group=placement_group,
+                )
+            else:
+                executor = InProcessExecutor(setup)
+        config = executor.facts.config
         max_len = config.max_len if max_model_len is None else max_model_len
         if not isinstance(max_len, int) or not 2 <= max_len <= config.max_len:
+            executor.close()
             raise InvalidRequest(
                 "max_model_len", max_model_len, f"must lie between 2 and the model's {config.max_len}"
             )
-        if max_num_rows is None:
-            max_num_rows = knee(denoiser) if isinstance(denoiser, TransformerDenoiser) else denoiser.pack_rows
-        if batch_invariant:
-            # Products of other shapes round differently; alone, a canvas has the same shapes in any company.
-            denoiser.pack_rows = 1
         scheduler = Scheduler(
-            max_num_rows=max_num_rows,
+            max_num_rows=executor.facts.max_num_rows,
             max_num_seqs=max_num_seqs,
             burst=burst,
         )
         self._intake = Intake(config, self.tokenizer, max_len=max_len, seed=seed)
-        self._core = EngineCore(scheduler, InProcessExecutor(denoiser))
+        self._executor, self._core = executor, EngineCore(scheduler, executor)
 
     def generate(
         self,
@@ -175,8 +213,18 @@ class LLM:
         """The assistant's next turn of one conversation or of many; see `generate`."""
         return self.generate(self._intake.chat_prompts(messages), sampling_params, use_tqdm=use_tqdm)
 
+    def scale(self, num_workers: int) -> None:
+        """Wants another number of workers on Ray; may be called from any thread, while requests run.
+
+        Raises:
+            InvalidRequest: the engine is not on Ray, or the cluster has too little.
+        """
+        if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
+            raise InvalidRequest("num_workers", num_workers, "must be a positive integer")
+        self._executor.scale(num_workers)
+
     def close(self) -> None:
-        """Frees the model; idempotent. Afterwards `generate` raises EngineDead."""
+        """Frees the model and the workers; idempotent. Afterwards `generate` raises EngineDead."""
         self._core.close()
 
     def __enter__(self) -> LLM:

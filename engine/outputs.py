@@ -45,7 +45,8 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
         token_ids: the visible tokens, with the end-of-sequence token or stop id that ended them; with a stop
             string up to the token that completes it; with `ignore_eos` and no other stop the whole canvas.
         finish_reason: "stop" where an end-of-sequence token, a stop id or a stop string ended the text,
-            "length" where the canvas did.
+            "length" where the canvas did, "error" where workers died of it: then the tokens are those before
+            the first that is missing.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended the text; None for the model's
             own end-of-sequence tokens and where nothing did.
         nfe: model forwards that the sample took.
@@ -63,7 +64,7 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     text: str | None
     token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "error"]
     stop_reason: int | str | None
     nfe: int
     tokens_per_forward: float
@@ -89,7 +90,7 @@ class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished request."""
+    """A request that has ended; `error` says why where it could not finish."""
 
     request_id: str
     prompt: str | None
@@ -97,6 +98,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    error: str | None = None
 
 
 def request_output(request: Request, decode: Callable[[list[int]], str] | None) -> RequestOutput:
@@ -107,7 +109,8 @@ def request_output(request: Request, decode: Callable[[list[int]], str] | None) 
         prompt=request.prompt,
         prompt_token_ids=request.prompt_token_ids,
         outputs=[_completion(canvas, request, decode) for canvas in request.canvases],
-        finished=True,
+        finished=request.error is None,
+        error=request.error,
         metrics=RequestMetrics(
             arrival_time=request.arrival_time,
             finish_time=request.finish_time,
@@ -126,6 +129,9 @@ def _completion(
     if canvas.text_stop is not None:
         num_visible = num_returned = num_shown = canvas.text_stop.num_tokens
         stop_reason = canvas.text_stop.string
+    elif not state.finished:
+        missing = np.frombuffer(state.commit_steps, TOKEN) == 0
+        num_visible = num_returned = num_shown = int(missing.argmax()) if missing.any() else len(tokens)
     elif len(ends := np.isin(tokens, spec.stop_ids).nonzero()[0]):
         num_visible = int(ends[0])
         num_returned = num_visible + 1
@@ -142,10 +148,10 @@ def _completion(
         index=spec.sample,
         text=text,
         token_ids=tokens[:num_returned].tolist(),
-        finish_reason="stop" if stopped else "length",
+        finish_reason="stop" if stopped else "length" if state.finished else "error",
         stop_reason=stop_reason,
         nfe=state.num_forwards,
-        tokens_per_forward=num_visible / state.num_forwards,
+        tokens_per_forward=num_visible / max(1, state.num_forwards),
         confidences=np.frombuffer(state.confidences, REAL)[:num_returned].tolist(),
         commit_steps=np.frombuffer(state.commit_steps, TOKEN)[:num_returned].tolist(),
         seed=spec.seed,

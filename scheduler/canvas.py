@@ -150,11 +150,15 @@ class Canvas:
         order: its place in the queue.
         last_burst: the last burst in flight that it is in; None where it is ready or has ended.
         aborted: nobody waits for it any more.
+        suspected: it waits to run apart from all others, because a worker died while it ran.
+        lone_deaths: workers that died in a row while it ran alone.
+        survived: bursts that any worker had brought back when the last of them died.
         text_stop: the stop string that ended it.
     """
 
     __slots__ = (
-        "aborted", "last_burst", "num_rows", "order", "ordinal", "request_id", "spec", "state", "text_stop",
+        "aborted", "last_burst", "lone_deaths", "num_rows", "order", "ordinal", "request_id", "spec", "state",
+        "survived", "suspected", "text_stop",
     )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
@@ -162,7 +166,8 @@ class Canvas:
         self.num_rows = spec.num_rows(state.sequence_len)
         self.order: tuple[float, int] = (0.0, ordinal)
         self.last_burst: int | None = None
-        self.aborted = False
+        self.aborted = self.suspected = False
+        self.lone_deaths = self.survived = 0
         self.text_stop: TextStop | None = None
 
 

@@ -37,6 +37,14 @@ class InvalidRequest(RemaskError, ValueError):
         return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)
 
 
+class Unavailable(RemaskError):
+    """There is nobody to do the work, and nobody is coming (503)."""
+
+
+class WorkerDied(RemaskError):
+    """Workers died again and again while this request ran alone (5xx)."""
+
+
 class EngineDead(RemaskError):
     """The engine was closed or has failed; make a new one (5xx)."""
 

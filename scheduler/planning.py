@@ -13,6 +13,7 @@ from remask.scheduler.canvas import Canvas
 
 AGEING_SECONDS = 60.0  # a request that has waited so much longer overtakes one priority class
 MAX_BURST = 8  # steps: long enough to hide the host, short enough to let newcomers in
+BURST_SECONDS = 0.2  # a burst gets no longer for the sake of the host, whose share is lost in it
 MAX_PASSED = 32  # canvases that do not fit before the search for smaller ones ends
 
 Order: TypeAlias = tuple[float, int]
@@ -61,14 +62,19 @@ def take(candidates: Iterable[Canvas], budget: Budget) -> tuple[list[Canvas], li
     return taken, passed
 
 
-def burst_len(fixed: int | None, *, others_wait: bool, num_quiet: int) -> int:
-    """Steps of a burst: 1 while others wait for a place, then doubling as long as nobody arrives.
+def burst_len(fixed: int | None, *, others_wait: bool, num_quiet: int, step_seconds: float) -> int:
+    """Steps of a burst: 1 while others wait for a place, then doubling as long as nobody arrives, and no more
+    than fit `BURST_SECONDS`: what is in a burst can be given to nobody else.
 
     Args:
         fixed: what the user asked for; None: adapt.
         others_wait: whether somebody is ready who did not fit.
         num_quiet: bursts since the last arrival.
+        step_seconds: what a step took last; 0: not known.
     """
     if fixed is not None:
         return fixed
-    return 1 if others_wait else min(1 << min(num_quiet, 30), MAX_BURST)
+    if others_wait:
+        return 1
+    fitting = int(BURST_SECONDS / step_seconds) if step_seconds > 0 else MAX_BURST
+    return max(1, min(1 << min(num_quiet, 30), MAX_BURST, fitting))

@@ -24,6 +24,7 @@ class Request:
         arrival_time: monotonic seconds at which the engine took it.
         finish_time: monotonic seconds at which its last canvas finished; None before.
         num_open: canvases that have not finished.
+        error: why it ended without finishing; None where it did or goes on.
     """
 
     request_id: str
@@ -37,6 +38,7 @@ class Request:
     find_stop: Callable[[Canvas, CanvasState], TextStop | None] | None
     arrival_time: float
     finish_time: float | None = field(default=None)
+    error: str | None = field(default=None)
     num_open: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -4,12 +4,17 @@ The scheduler owns every canvas; a worker only borrows it for a burst. A canvas 
 queue), *in flight* (it is in a burst, and perhaps in others that continue it), or *ended*. Between bursts
 nobody holds a place: each burst takes the first of the queue, so those that run keep running and an urgent
 newcomer displaces the last of them at the cost of nothing but their turn.
+
+A burst whose worker died is *suspected*: its canvases run again apart from all others, in halves, until the
+half that kills is a single canvas. Whatever comes back is cleared. So a request that kills workers is found
+in a few deaths, and one that was only there costs nothing.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +23,8 @@ from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.planning import Budget, Order, burst_len, order_of, take
 from remask.scheduler.request import Request
 
+MAX_LONE_DEATHS = 3  # a request is to blame after so many, in a row and without progress
+
 
 @dataclass
 class _Burst:
@@ -25,6 +32,8 @@ class _Burst:
 
     worker: int
     canvases: list[Canvas]
+    num_steps: int
+    apart: bool  # its canvases are suspected: the worker has nothing else
 
 
 class Scheduler:
@@ -45,6 +54,9 @@ class Scheduler:
         self._tails: dict[int, int] = {}  # worker -> its last burst, while that is in flight
         self._burst_ids = itertools.count()
         self._num_quiet = 0  # bursts since the last arrival
+        self._suspects: deque[list[Canvas]] = deque()  # groups that run each in a burst of its own
+        self._num_survived = 0  # bursts that came back
+        self._step_seconds = 0.0  # of the last of them
 
     @property
     def num_live(self) -> int:
@@ -54,7 +66,8 @@ class Scheduler:
     @property
     def num_held(self) -> int:
         """Canvases that the queue and the bursts in flight refer to, those of aborted requests included."""
-        return len(self._queue) + sum(len(burst.canvases) for burst in self._bursts.values())
+        in_bursts = sum(len(burst.canvases) for burst in self._bursts.values())
+        return len(self._queue) + in_bursts + sum(map(len, self._suspects))
 
     def add(self, request: Request) -> None:
         """Takes a request; its canvases may join the next burst."""
@@ -73,36 +86,47 @@ class Scheduler:
             request = self._requests.pop(request_id, None)
             for canvas in request.canvases if request is not None else ():
                 canvas.aborted = True
-                self._num_stale += canvas.last_burst is None and not canvas.state.finished
+                in_queue = canvas.last_burst is None and not canvas.suspected
+                self._num_stale += in_queue and not canvas.state.finished
         if 2 * self._num_stale > len(self._queue):  # so that a removal costs a constant number of moves
             self._queue = [entry for entry in self._queue if not entry[1].aborted]
             heapq.heapify(self._queue)
             self._num_stale = 0
 
-    def next_batch(self, worker: int = 0) -> StepBatch | None:
+    def next_batch(self, worker: int = 0, *, num_idle: int = 0) -> StepBatch | None:
         """The next burst for a worker, or None when there is nothing for it.
 
         While a burst of the worker is in flight, the new one may *continue* its canvases: it names their
         places there, and the worker goes on with what that burst leaves behind.
+
+        Args:
+            worker: whom it is for.
+            num_idle: other workers that have nothing to do; canvases are left for them.
         """
         follows = self._tails.get(worker)
         before = self._bursts[follows].canvases if follows is not None else []
-        taken, passed = take(self._candidates(before), self._budget)
-        for canvas in passed:
-            if canvas.last_burst is None:
-                heapq.heappush(self._queue, (canvas.order, canvas))
+        if follows is not None and (self._suspects or self._bursts[follows].apart):
+            return None  # a worker that dies may take the result of the burst before with it
+        suspects = self._next_suspects()
+        taken = suspects or self._take(before, num_idle)
         if not taken:
             return None
         places = {id(canvas): place for place, canvas in enumerate(before)}
         continued = sum(id(canvas) in places for canvas in taken)
         others_wait = self._first_ready() is not None or continued < sum(map(_goes_on, before))
         burst_id = self._tails[worker] = next(self._burst_ids)
-        self._bursts[burst_id] = _Burst(worker, taken)
+        num_steps = burst_len(
+            self._burst_len,
+            others_wait=others_wait,
+            num_quiet=self._num_quiet,
+            step_seconds=self._step_seconds,
+        )
+        self._bursts[burst_id] = _Burst(worker, taken, num_steps, apart=bool(suspects))
         for canvas in taken:
             canvas.last_burst = burst_id
         batch = StepBatch(
             burst_id=burst_id,
-            num_steps=burst_len(self._burst_len, others_wait=others_wait, num_quiet=self._num_quiet),
+            num_steps=num_steps,
             follows=follows if continued else None,
             specs=[canvas.spec for canvas in taken],
             states=[places.get(id(canvas), canvas.state) for canvas in taken],
@@ -116,6 +140,8 @@ class Scheduler:
         Results of one worker come in the order of its bursts.
         """
         burst = self._bursts.pop(result.burst_id)
+        self._num_survived += 1
+        self._step_seconds = result.seconds / burst.num_steps
         if self._tails[burst.worker] == result.burst_id:
             del self._tails[burst.worker]
         finished: list[Request] = []
@@ -123,6 +149,7 @@ class Scheduler:
             in_next = canvas.last_burst != result.burst_id
             if not in_next:
                 canvas.last_burst = None
+            canvas.lone_deaths = 0
             if not _goes_on(canvas):  # aborted, or ended by the burst before
                 continue
             request = self._requests[canvas.request_id]
@@ -135,14 +162,82 @@ class Scheduler:
                 heapq.heappush(self._queue, (canvas.order, canvas))
         return finished
 
-    def lose(self, worker: int) -> None:
-        """Takes back what a worker had: its canvases are ready again as they were before."""
-        for burst_id in [burst_id for burst_id, burst in self._bursts.items() if burst.worker == worker]:
-            for canvas in self._bursts.pop(burst_id).canvases:
-                if canvas.last_burst is not None and _goes_on(canvas):
-                    heapq.heappush(self._queue, (canvas.order, canvas))
+    def survived(self) -> None:
+        """A worker has shown that it works, with something else than a burst of these canvases."""
+        self._num_survived += 1
+
+    def lose(self, worker: int, *, died: bool = True) -> list[Request]:
+        """Takes back what a worker had: its canvases are ready again as they were before.
+
+        Args:
+            worker: who does not bring its bursts back.
+            died: it died of itself: the burst that it ran, the first of its queue, is suspected.
+
+        Returns:
+            Requests that are to blame for it; they have ended with an `error`.
+        """
+        suspects, were_alone = list[Canvas](), False
+        lost = [(number, burst) for number, burst in self._bursts.items() if burst.worker == worker]
+        for burst_id, burst in lost:
+            del self._bursts[burst_id]
+            back = [c for c in burst.canvases if c.last_burst is not None and _goes_on(c)]
+            for canvas in burst.canvases:
                 canvas.last_burst = None
+            if died and burst is lost[0][1]:
+                suspects, were_alone = back, len(burst.canvases) == 1
+            else:
+                for canvas in back:
+                    heapq.heappush(self._queue, (canvas.order, canvas))
         self._tails.pop(worker, None)
+        return self._suspect(suspects, were_alone)
+
+    def _suspect(self, canvases: list[Canvas], were_alone: bool) -> list[Request]:
+        """Sets canvases apart whose burst died; returns the request that is to blame, if one is."""
+        for canvas in canvases:
+            canvas.suspected = True
+        if len(canvases) > 1:
+            half = len(canvases) // 2
+            self._suspects += [canvases[:half], canvases[half:]]
+        elif canvases:
+            (canvas,) = canvases
+            # A death counts where something else has lived since the one before: else it may be the machine.
+            if were_alone and (not canvas.lone_deaths or self._num_survived > canvas.survived):
+                canvas.lone_deaths += 1
+                canvas.survived = self._num_survived
+            if canvas.lone_deaths >= MAX_LONE_DEATHS:
+                return [self._blame(canvas)]
+            self._suspects.append(canvases)
+        return []
+
+    def _blame(self, canvas: Canvas) -> Request:
+        request = self._requests[canvas.request_id]
+        request.error = f"{canvas.lone_deaths} workers in a row died while it ran alone"
+        self.abort([request.request_id])
+        return request
+
+    def _next_suspects(self) -> list[Canvas]:
+        """The next group that must run apart; empty where there is none."""
+        while self._suspects:
+            group = self._suspects.popleft()
+            for canvas in group:
+                canvas.suspected = False
+            group = [canvas for canvas in group if _goes_on(canvas)]
+            if group:
+                return group
+        return []
+
+    def _take(self, before: list[Canvas], num_idle: int) -> list[Canvas]:
+        """The first of the queue, and of a worker's burst in flight, that fit the budget."""
+        budget = self._budget
+        if num_idle:
+            num_ready = len(self._queue) - self._num_stale + sum(map(_goes_on, before))
+            share = max(1, -(-num_ready // (num_idle + 1)))
+            budget = Budget(budget.max_num_rows, min(budget.max_num_seqs, share))
+        taken, passed = take(self._candidates(before), budget)
+        for canvas in passed:
+            if canvas.last_burst is None:
+                heapq.heappush(self._queue, (canvas.order, canvas))
+        return taken
 
     def _first_ready(self) -> Canvas | None:
         """The first of the queue that is live; those of aborted requests before it are dropped."""

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from remask.benchmarks import batch_invariance, exactness, scheduling, throughput
+from remask.benchmarks import (
+    batch_invariance,
+    exactness,
+    ray_workers,
+    scaling,
+    scheduling,
+    throughput,
+)
 from remask.benchmarks.tiny import evaluate
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 
@@ -28,7 +35,7 @@ COMMANDS = [
 
 
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = [block for language, block in BLOCKS if language == "python" and "LLM(" in block]
+    (code,) = [block for language, block in BLOCKS if language == "python" and "puzzle" in block]
     exec(compile(code, "README.md", "exec"), {})
     (puzzle,) = re.findall(r'puzzle = "(.*)"', code)
     lines = capsys.readouterr().out.splitlines()
@@ -38,6 +45,15 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(text) == 36
         assert SUDOKU_6X6.is_correct(puzzle, text), "the example shows a puzzle that gets solved"
         assert float(tokens_per_forward) == pytest.approx(36 / int(nfe), abs=0.06)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("what", ['distributed_executor_backend="ray"', "AsyncLLM"])
+def test_the_other_python_examples_run(what: str) -> None:
+    (code,) = [block for language, block in BLOCKS if language == "python" and what in block]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0579" in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -140,6 +156,34 @@ def test_the_cost_of_batch_invariance_is_the_committed_measurement() -> None:
     results = json.loads((ROOT / "benchmarks/results/batch_invariance.json").read_text())["results"]
     header = "| model | requests | seconds | with `batch_invariant` | times as long (min to max) |"
     assert table(header) == [batch_invariance.cells(result) for result in results]
+
+
+def test_the_figures_of_ray_are_the_committed_measurements_and_within_their_bounds() -> None:
+    report = json.loads((ROOT / "benchmarks/results/ray_workers.json").read_text())
+    header = "| workers | seconds on Ray | seconds in process | Ray times as fast (min to max) |"
+    assert table(header) == [ray_workers.cells(result) for result in report["results"]]
+    one, two = (result["ratio"]["median"] for result in report["results"])
+    assert one >= 0.95
+    assert two >= 0.93
+    trip = report["round_trip_ms"]["median"]
+    assert f"takes {trip:.1f} ms beyond its compute" in README
+    assert trip <= 3
+    results = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())["results"]
+    header = (
+        "| workers | live canvases | bursts a second | million canvas-steps a second "
+        "| us a canvas and burst | ms to encode a burst |"
+    )
+    assert table(header) == [scaling.cells(result) for result in results]
+
+
+def test_the_figures_of_chaos_are_the_committed_measurement() -> None:
+    found = json.loads((ROOT / "benchmarks/results/chaos.json").read_text())["results"]
+    assert (found["missing_or_repeated"], found["changed"]) == (0, 0)
+    assert (found["actors_left"], found["processes_left"]) == (0, 0)
+    assert (
+        f"{found['runs']} runs survived {found['killed_workers']} killed workers and "
+        f"{found['removed_nodes']} removed nodes"
+    ) in README.replace("\n", " ")
 
 
 def test_the_throughput_table_is_the_committed_measurement() -> None:

@@ -4,22 +4,51 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
+from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.models.denoiser import Denoiser
+from remask.workers.start import WorkerFacts, WorkerSetup, start_worker
 from remask.workers.worker import Worker
+
+
+class Finished(NamedTuple):
+    """A burst has come back."""
+
+    worker: int
+    result: StepResult
+
+
+class Joined(NamedTuple):
+    """A worker is there, and has shown that it works."""
+
+    worker: int
+
+
+class Left(NamedTuple):
+    """A worker is gone, with the bursts that it had."""
+
+    worker: int
+    died: bool  # of itself; else it was asked to go
+    reason: str
+
+
+Event: TypeAlias = Finished | Joined | Left
 
 
 class Executor(ABC):
     """Runs bursts somewhere. Results of one worker come in the order of its bursts.
 
     Attributes:
-        num_workers: workers, numbered from 0.
+        facts: what the workers tell of the model.
+        workers: who takes bursts; a worker that comes back has a new number.
         queue_depth: bursts that a worker holds, the running one included; more than one, so that it need not
             wait for the host.
     """
 
-    num_workers: int = 1
+    facts: WorkerFacts
+    workers: Sequence[int] = (0,)
     queue_depth: int = 1
 
     @abstractmethod
@@ -27,12 +56,20 @@ class Executor(ABC):
         """Hands a burst to a worker."""
 
     @abstractmethod
-    def next_result(self) -> tuple[int, StepResult]:
-        """Waits for the next result of a submitted burst; with the worker it came from."""
+    def next_event(self) -> Event:
+        """Waits until something happens.
+
+        Raises:
+            Unavailable: there is no worker, and none is coming.
+        """
 
     @abstractmethod
     def forget(self) -> None:
         """Drops the bursts that have not come back; their results are never returned."""
+
+    @abstractmethod
+    def scale(self, num_workers: int) -> None:
+        """Wants another number of workers."""
 
     @abstractmethod
     def close(self) -> None:
@@ -43,19 +80,24 @@ class InProcessExecutor(Executor):
     """One worker in the caller's process and thread, which runs a burst when its result is asked for; never
     starts Ray."""
 
-    def __init__(self, model: Denoiser) -> None:
-        self._worker: Worker | None = Worker(model)
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._worker: Worker | None
+        self._worker, self.facts = start_worker(setup)
         self._queue: deque[StepBatch] = deque()
 
     def submit(self, batch: StepBatch, worker: int) -> None:
         self._queue.append(batch)
 
-    def next_result(self) -> tuple[int, StepResult]:
+    def next_event(self) -> Event:
         assert self._worker is not None, "the executor is closed"
-        return 0, self._worker.run(self._queue.popleft())
+        return Finished(0, self._worker.run(self._queue.popleft()))
 
     def forget(self) -> None:
         self._queue.clear()
+
+    def scale(self, num_workers: int) -> None:
+        fix = "there is one worker, in this process; set distributed_executor_backend='ray'"
+        raise InvalidRequest("num_workers", num_workers, fix)
 
     def close(self) -> None:
         self._worker = None

@@ -86,7 +86,7 @@ def test_the_number_of_parameters_must_fit_the_prompts(tiny_llm: LLM) -> None:
         ({"quantization": "fp8"}, "quantization"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
         ({"data_parallel_size": 2}, "data_parallel_size"),
-        ({"distributed_executor_backend": "ray"}, "distributed_executor_backend"),
+        ({"distributed_executor_backend": "mp"}, "distributed_executor_backend"),
         ({"batch_invariant": "yes"}, "batch_invariant"),
         ({"attention_backend": "flash"}, "attention_backend"),
         ({"tokenizer": "/nonexistent"}, "tokenizer"),
@@ -207,7 +207,7 @@ def test_an_interrupted_call_leaves_the_engine_usable(monkeypatch: pytest.Monkey
     with LLM("tiny", device="cpu", burst=1) as llm:
         slow = SamplingParams(max_tokens=40, block_length=40, unmask=Schedule())
         (expected,) = llm.generate(PUZZLE, slow)
-        run: Callable[..., Any] = InProcessExecutor.next_result
+        run: Callable[..., Any] = InProcessExecutor.next_event
         calls = iter([run, run, KeyboardInterrupt])
 
         def interrupted(self: InProcessExecutor) -> Any:
@@ -216,7 +216,7 @@ def test_an_interrupted_call_leaves_the_engine_usable(monkeypatch: pytest.Monkey
                 raise KeyboardInterrupt
             return action(self)
 
-        monkeypatch.setattr(InProcessExecutor, "next_result", interrupted)
+        monkeypatch.setattr(InProcessExecutor, "next_event", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([PUZZLE] * 3, slow)
         monkeypatch.undo()
@@ -278,7 +278,7 @@ def test_a_failed_engine_says_why_from_then_on(monkeypatch: pytest.MonkeyPatch) 
     def fail(_: InProcessExecutor) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(InProcessExecutor, "next_result", fail)
+    monkeypatch.setattr(InProcessExecutor, "next_event", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         llm.generate(PUZZLE, ASK)
     monkeypatch.undo()

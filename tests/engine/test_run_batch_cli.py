@@ -84,7 +84,13 @@ def test_a_stopped_process_is_resumed(
     source, output = batch_file(count), tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     command = [*COMMAND, "-i", source, "-o", output, "--max-num-seqs", "4", "--resume"]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    ) as process:
         while not (partial.exists() and partial.stat().st_size):
             assert process.poll() is None
             time.sleep(0.01)

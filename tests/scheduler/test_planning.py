@@ -76,5 +76,10 @@ def test_the_search_for_smaller_canvases_ends() -> None:
     [(True, 0, 1), (True, 100, 1), (False, 0, 1), (False, 1, 2), (False, 2, 4), (False, 10**6, MAX_BURST)],
 )
 def test_bursts_grow_while_nobody_waits_or_comes(others_wait: bool, num_quiet: int, expected: int) -> None:
-    assert burst_len(None, others_wait=others_wait, num_quiet=num_quiet) == expected
-    assert burst_len(3, others_wait=others_wait, num_quiet=num_quiet) == 3
+    assert burst_len(None, others_wait=others_wait, num_quiet=num_quiet, step_seconds=0.001) == expected
+    assert burst_len(3, others_wait=others_wait, num_quiet=num_quiet, step_seconds=9.0) == 3
+
+
+@pytest.mark.parametrize(("step_seconds", "expected"), [(0.0, 8), (0.02, 8), (0.05, 4), (0.15, 1), (9.0, 1)])
+def test_a_burst_of_slow_steps_is_short(step_seconds: float, expected: int) -> None:
+    assert burst_len(None, others_wait=False, num_quiet=9, step_seconds=step_seconds) == expected

@@ -1,0 +1,168 @@
+"""What Ray costs: one scheduler with workers on Ray against engines that run in their callers' processes.
+
+    python -m remask.benchmarks.ray_workers --output benchmarks/results/ray_workers.json
+
+The mixed requests of the throughput benchmark on 124 million random parameters, one thread a worker. *Two
+workers* are compared with two independent engines side by side on the same cores, each with half of the
+requests; *one worker* with one engine. Repetitions are interleaved and ratios taken within them. The *round
+trip* of a burst of one step with 64 canvases of the tiny model is the time from handing it over to its
+result, less what the worker computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from remask import LLM, SamplingParams
+from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.simulation import Requests
+from remask.benchmarks.throughput import find_model, spread, write_report
+from remask.benchmarks.workloads import Job, workload
+from remask.scheduler.messages import StepBatch
+from remask.workers.executor import Finished
+
+MODEL = "llada-124m"
+DTYPE = "float32"
+NUM_CANVASES, ROUND_TRIPS = 64, 50
+
+
+def make_llm(num_workers: int = 0) -> LLM:
+    """An engine in this process, or on so many workers on Ray."""
+    directory, load_format = find_model(MODEL)
+    on_ray: dict[str, Any] = {"distributed_executor_backend": "ray", "data_parallel_size": num_workers}
+    return LLM(directory, dtype=DTYPE, load_format=load_format, **(on_ray if num_workers else {}))
+
+
+def serve(llm: LLM, jobs: Sequence[Job]) -> float:
+    """Seconds to serve the jobs together."""
+    started = time.perf_counter()
+    llm.generate([job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False)
+    return time.perf_counter() - started
+
+
+def _side(link: Connection) -> None:
+    """An engine in a process of its own: serves what it is sent and answers with the seconds."""
+    torch.set_num_threads(1)
+    with make_llm() as llm:
+        link.send(None)
+        while (jobs := link.recv()) is not None:
+            link.send(serve(llm, jobs))
+
+
+class SideBySide:
+    """Independent engines on the same cores."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(count)]
+        self.links = [ours for ours, _ in pairs]
+        self.processes = [context.Process(target=_side, args=(theirs,), daemon=True) for _, theirs in pairs]
+        for process, link in zip(self.processes, self.links, strict=True):
+            process.start()
+            link.recv()
+
+    def serve(self, jobs: Sequence[Job]) -> float:
+        """Seconds until all of them have served their shares."""
+        for i, link in enumerate(self.links):
+            link.send(jobs[i :: len(self.links)])
+        return max(link.recv() for link in self.links)
+
+    def close(self) -> None:
+        for process, link in zip(self.processes, self.links, strict=True):
+            link.send(None)
+            process.join()
+
+
+def compare(num_workers: int, num_requests: int, repetitions: int) -> dict[str, Any]:
+    """Seconds of workers on Ray and of as many independent engines, and how many times as fast Ray is."""
+    sides = SideBySide(num_workers)
+    with make_llm(num_workers) as llm:
+        jobs = workload("mixed", llm, llm._executor.facts.config, num_requests)
+        for warm_up in (llm, sides):
+            warm_up.serve(jobs[:2]) if isinstance(warm_up, SideBySide) else serve(warm_up, jobs[:2])
+        pairs = [(serve(llm, jobs), sides.serve(jobs)) for _ in range(repetitions)]
+    sides.close()
+    return {
+        "workers": num_workers,
+        "num_requests": num_requests,
+        "seconds_ray": spread([ours for ours, _ in pairs]),
+        "seconds_in_process": spread([theirs for _, theirs in pairs]),
+        "ratio": spread([theirs / ours for ours, theirs in pairs]),
+    }
+
+
+def round_trip() -> dict[str, float]:
+    """Milliseconds of a burst beyond its compute."""
+    with LLM(
+        "tiny", dtype="float32", device="cpu", distributed_executor_backend="ray", max_num_rows=1 << 20
+    ) as llm:
+        llm.generate([[5]], SamplingParams(max_tokens=4), use_tqdm=False)  # the worker has joined
+        executor, requests = llm._executor, Requests()
+        (worker,) = executor.workers
+        made = [requests.make(36, 40, unmask="schedule") for _ in range(NUM_CANVASES)]
+        canvases = [canvas for request in made for canvas in request.canvases]
+        batch = StepBatch(
+            burst_id=0,
+            num_steps=1,
+            specs=[canvas.spec for canvas in canvases],
+            states=[canvas.state for canvas in canvases],
+        )
+        beyond = []
+        for _ in range(ROUND_TRIPS):
+            started = time.perf_counter()
+            executor.submit(batch, worker)
+            while not isinstance(event := executor.next_event(), Finished):
+                pass
+            beyond.append(1000 * (time.perf_counter() - started - event.result.seconds))
+    return spread(beyond)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-requests", type=int, default=16)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    if args.num_requests < 2 or args.repetitions < 1:
+        parser.error("--num-requests must be at least 2, and --repetitions at least 1")
+    torch.set_num_threads(1)
+    report = {
+        "environment": environment_stamp(),
+        "repetitions": args.repetitions,
+        "round_trip_ms": round_trip(),
+        "results": [compare(count, args.num_requests, args.repetitions) for count in (1, 2)],
+    }
+    table = Table("workers", "seconds on Ray", "in process", "Ray times as fast (min to max)")
+    for result in report["results"]:
+        table.add_row(*cells(result))
+    Console().print(table)
+    Console().print(f"round trip beyond compute: {report['round_trip_ms']} ms")
+    if args.output is not None:
+        write_report(report, args.output)
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    ratio = result["ratio"]
+    return [
+        str(result["workers"]),
+        f"{result['seconds_ray']['median']:.1f}",
+        f"{result['seconds_in_process']['median']:.1f}",
+        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+    ]
+
+
+if __name__ == "__main__":
+    main()

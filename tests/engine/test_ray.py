@@ -1,0 +1,373 @@
+"""Workers on a real Ray cluster: the same texts, whatever is killed, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray")
+
+from remask import LLM, InvalidRequest, SamplingParams  # noqa: E402
+from remask.workers.ray_executor import RayExecutor, RemaskWorker, check_version  # noqa: E402
+
+pytestmark = pytest.mark.ray
+
+PROMPTS = ["123+456=", "111+222=", "12..34..2.4.43.1=", "999+1="]
+ASKS: list[dict[str, Any]] = [
+    {"max_tokens": 12, "unmask": "schedule", "temperature": 1.0, "rank": "top", "seed": 1},
+    {"max_tokens": 40, "block_length": 8, "remask": "wino", "temperature": 0.7, "seed": 2},
+    {"max_tokens": 20, "remask": "saber", "temperature": 1.0, "seed": 3, "trace": True},
+    {"max_tokens": 30, "unmask": "dream:alg=origin", "temperature": 1.0, "seed": 4, "logprobs": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def workload() -> tuple[list[str], list[dict[str, Any]]]:
+    count = 40
+    params = [{**ASKS[i % 4], "seed": i} for i in range(count)]
+    return [PROMPTS[i % 4] for i in range(count)], params
+
+
+@pytest.fixture(scope="module")
+def expected(workload: Any) -> list[Any]:
+    with LLM("tiny", device="cpu", max_num_rows=512, batch_invariant=True) as llm:
+        return told(llm.generate(*workload))
+
+
+def told(outputs: list[Any]) -> list[Any]:
+    return [
+        (o.outputs[0].token_ids, o.outputs[0].nfe, o.outputs[0].confidences, o.outputs[0].trace, o.error)
+        for o in outputs
+    ]
+
+
+def on_ray(**options: Any) -> LLM:
+    defaults = {"max_num_rows": 512, "batch_invariant": True, "burst": 2, "data_parallel_size": 2}
+    return LLM("tiny", device="cpu", distributed_executor_backend="ray", **{**defaults, **options})
+
+
+def pids(llm: LLM) -> list[int]:
+    """Process ids of the workers that are up."""
+    executor = llm._executor
+    assert isinstance(executor, RayExecutor)
+    actors = [executor._held[number].actor for number in executor.workers]
+    return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
+
+
+def living() -> list[str]:
+    """Names of our actors that are alive on the cluster."""
+    return [name for name in ray.util.list_named_actors() if name.startswith("RemaskWorker-")]
+
+
+def test_two_workers_write_what_one_in_process_does(cluster: None, workload: Any, expected: Any) -> None:
+    with on_ray() as llm:
+        assert told(llm.generate(*workload)) == expected
+        assert len(living()) == 2
+    assert living() == []
+
+
+def test_workers_that_are_killed_cost_no_request_and_no_bit(
+    cluster: None, workload: Any, expected: Any
+) -> None:
+    with on_ray(burst=1) as llm:
+        llm.generate(PROMPTS[0])
+        stop = threading.Event()
+        killed: list[int] = []
+
+        def kill() -> None:
+            while not stop.wait(0.4) and len(killed) < 4:
+                victims = [pid for pid in worker_pids() if pid not in killed]
+                if victims:
+                    os.kill(victims[0], signal.SIGKILL)
+                    killed.append(victims[0])
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            outputs = told(llm.generate(*workload))
+            while len(killed) < 2:
+                assert told(llm.generate(*workload)) == expected
+        finally:
+            stop.set()
+            killer.join()
+        assert outputs == expected
+        llm.generate(PROMPTS)  # it goes on
+    assert living() == []
+
+
+def worker_pids() -> list[int]:
+    """Processes on this machine that show themselves as our workers."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/cmdline", "rb") as file:
+                    if file.read().startswith(b"ray::RemaskWorker"):
+                        found.append(int(entry))
+            except OSError:
+                continue
+    return found
+
+
+def test_a_request_that_kills_workers_ends_with_an_error_and_harms_no_other(
+    cluster: None, workload: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import remask.workers.ray_executor as module
+
+    class Mortal(RemaskWorker):
+        def run(self, batch: bytes) -> bytes:
+            if b"\xf1\xd2\xb3\x44" in batch:  # the poisonous request's seed, on the wire
+                os._exit(1)
+            return super().run(batch)
+
+    monkeypatch.setattr(module, "RemaskWorker", Mortal)
+    prompts, params = workload
+    poison = {"max_tokens": 8, "seed": 0x71F1D2B344, "unmask": "schedule"}
+    with on_ray() as llm:
+        outputs = llm.generate([*prompts[:8], "1+1="], [*params[:8], poison])
+        assert told(outputs[:8]) == expected[:8]
+        (sample,) = outputs[8].outputs
+        assert (outputs[8].finished, sample.finish_reason, sample.token_ids) == (False, "error", [])
+        assert "3 workers in a row died" in (outputs[8].error or "")
+    assert living() == []
+
+
+def test_a_worker_that_stalls_is_replaced(
+    cluster: None, workload: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("remask.workers.ray_executor.PING_SECONDS", 0.2)
+    monkeypatch.setattr("remask.workers.ray_executor.STALL_SECONDS", 2.0)
+    with on_ray(burst=1) as llm:
+        llm.generate(PROMPTS[0])
+        os.kill(pids(llm)[0], signal.SIGSTOP)
+        assert told(llm.generate(*workload)) == expected
+    assert living() == []
+
+
+def test_workers_come_and_go_while_requests_run(cluster: None, workload: Any, expected: Any) -> None:
+    with on_ray(data_parallel_size=1, burst=1) as llm:
+        llm.generate(PROMPTS[0])
+        numbers = []
+
+        def scale() -> None:
+            for count in (3, 1, 2):
+                time.sleep(0.7)
+                llm.scale(count)
+                numbers.append(count)
+
+        scaler = threading.Thread(target=scale)
+        scaler.start()
+        while scaler.is_alive():
+            assert told(llm.generate(*workload)) == expected
+        scaler.join()
+        deadline = time.monotonic() + 60
+        while len(living()) != 2 and time.monotonic() < deadline:
+            llm.generate(PROMPTS)
+        assert (len(living()), numbers) == (2, [3, 1, 2])
+    assert living() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "fix"),
+    [
+        ({"data_parallel_size": 50}, "num_cpus_per_worker", "50 workers need 50 CPUs; "),
+        ({"num_gpus_per_worker": 1}, "num_gpus_per_worker", "2 workers need 2 GPUs; 0 of the cluster's 0"),
+        ({"data_parallel_size": 0}, "data_parallel_size", "positive integer"),
+        ({"model": "/nowhere"}, "worker 0: model", "is not a directory"),
+        ({"device": "cuda"}, "worker 0: device", ""),
+    ],
+    ids=str,
+)
+def test_what_the_cluster_cannot_do_is_refused_by_name_and_leaves_nothing(
+    cluster: None, options: dict[str, Any], named: str, fix: str
+) -> None:
+    defaults = {"model": "tiny", "device": "cpu", "max_num_rows": 512, "data_parallel_size": 2}
+    with pytest.raises(InvalidRequest) as caught:
+        LLM(distributed_executor_backend="ray", **{**defaults, **options})
+    assert caught.value.parameter == named
+    assert fix in str(caught.value)
+    assert living() == []
+
+
+def test_a_checkpoint_that_one_node_lacks_is_refused(
+    cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import remask.workers.ray_executor as module
+
+    class Elsewhere(RemaskWorker):
+        """The second that starts is on a node without the files."""
+
+        def start(self, setup: bytes) -> bytes:
+            try:
+                (tmp_path / "first").touch(exist_ok=False)
+            except FileExistsError:
+                setup = setup.replace(b"tiny", b"gone")
+            return super().start(setup)
+
+    monkeypatch.setattr(module, "RemaskWorker", Elsewhere)
+    with pytest.raises(InvalidRequest, match=r"worker \d: model: is not a directory"):
+        on_ray()
+    assert living() == []
+
+
+def test_a_placement_group_with_too_few_bundles_is_refused(cluster: None) -> None:
+    group = ray.util.placement_group([{"CPU": 1}])
+    ray.get(group.ready())
+    with pytest.raises(InvalidRequest, match="placement_group: 2 workers need a bundle of 1 CPUs"):
+        on_ray(placement_group=group)
+    with on_ray(placement_group=group, data_parallel_size=1) as llm:
+        llm.generate(PROMPTS[0], SamplingParams(max_tokens=4))
+        assert len(living()) == 1
+    states = ray.util.placement_group_table(group)
+    assert states["state"] == "CREATED", "it is the caller's"
+    ray.util.remove_placement_group(group)
+
+
+def test_an_old_ray_is_refused() -> None:
+    check_version("2.52.0")
+    with pytest.raises(InvalidRequest, match=r"needs Ray 2\.52 or newer"):
+        check_version("2.51.1")
+
+
+def test_two_engines_on_one_cluster_do_not_meet(cluster: None, workload: Any, expected: Any) -> None:
+    prompts, params = workload
+    with on_ray(data_parallel_size=1) as first, on_ray(data_parallel_size=1) as second:
+        assert told(first.generate(prompts[:8], params[:8])) == expected[:8]
+        first.close()
+        assert told(second.generate(prompts[:8], params[:8])) == expected[:8]
+        assert len(living()) == 1
+    assert living() == []
+
+
+def test_an_async_actor_embeds_an_engine_that_has_workers_of_its_own(
+    cluster: None, expected: Any, workload: Any
+) -> None:
+    prompts, params = workload
+
+    @ray.remote(num_cpus=0)
+    class Host:
+        async def answer(self, count: int) -> list[Any]:
+            import asyncio
+
+            from remask import AsyncLLM
+
+            engine = await AsyncLLM.start(
+                "tiny",
+                device="cpu",
+                max_num_rows=512,
+                batch_invariant=True,
+                distributed_executor_backend="ray",
+            )
+
+            async def one(i: int) -> Any:
+                (output,) = [output async for output in engine.generate(prompts[i], params[i])]
+                return (output.outputs[0].token_ids, output.outputs[0].nfe)
+
+            async with engine:
+                return await asyncio.gather(*(one(i) for i in range(count)))
+
+    host = Host.remote()
+    assert ray.get(host.answer.remote(8)) == [entry[:2] for entry in expected[:8]]
+    assert living() == []
+    ray.kill(host)
+
+
+def test_an_engine_starts_ray_only_where_it_is_not_and_ends_what_it_started() -> None:
+    code = """
+import os, ray
+from remask import LLM
+before = dict(os.environ)
+llm = LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
+assert ray.is_initialized()
+llm.generate("1+1=", {"max_tokens": 4})
+assert dict(os.environ) == before, "the host's environment is its own"
+llm.close()
+llm.close()
+assert not ray.is_initialized()
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+with LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512) as llm:
+    llm.generate("1+1=", {"max_tokens": 4})
+assert ray.is_initialized(), "it is the caller's"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_workers_die_with_their_driver(cluster: None) -> None:
+    code = f"""
+import os, ray
+from remask import LLM
+ray.init(address={ray.get_runtime_context().gcs_address!r}, log_to_driver=False, namespace="crash")
+llm = LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
+llm.generate("1+1=", {{"max_tokens": 4}})
+print("up", flush=True)
+os._exit(9)
+"""
+    before = set(worker_pids())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (9, "up\n"), done.stderr
+    deadline = time.monotonic() + 30
+    while set(worker_pids()) - before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert set(worker_pids()) <= before
+
+
+def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
+    code = """
+import threading, time, ray
+from ray.cluster_utils import Cluster
+import remask.workers.ray_executor as module
+from remask import LLM, Unavailable
+module.STARVED_SECONDS = 2.0
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+node = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+llm = LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=64, burst=1)
+llm.generate("1+1=", {"max_tokens": 4})
+threading.Timer(0.5, lambda: cluster.remove_node(node, allow_graceful=False)).start()
+started = time.monotonic()
+try:
+    while True:
+        llm.generate(["1+1="] * 8, {"max_tokens": 200, "unmask": "schedule"})
+except Unavailable as error:
+    print(error)
+assert time.monotonic() - started < 100
+try:
+    llm.generate("1+1=")
+except Unavailable:
+    print("still")
+llm.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the cluster has become too small for a worker" in done.stdout
+    assert "still" in done.stdout
+
+
+@pytest.mark.slow
+def test_kills_and_removed_nodes_change_no_token(tmp_path: Path) -> None:
+    """The chaos of `benchmarks/chaos.py`, shorter."""
+    command = ["-m", "remask.benchmarks.chaos", "--requests", "60", "--seconds", "20", "--pause", "4"]
+    output = tmp_path / "chaos.json"
+    done = subprocess.run([sys.executable, *command, "--output", output], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())["results"]
+    assert (results["missing_or_repeated"], results["changed"], results["actors_left"]) == (0, 0, 0)
+    assert results["killed_workers"] >= 2
+    assert results["removed_nodes"] >= 1

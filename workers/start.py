@@ -1,0 +1,51 @@
+"""How a worker starts, wherever it runs: the model, its row budget, and what the engine must know of both."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import msgspec
+
+from remask.workers.knee import knee
+from remask.workers.models.config import ModelConfig
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.load import load_model
+from remask.workers.worker import Worker
+
+
+class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker is started with; the fields are arguments of `LLM`."""
+
+    model: str  # a directory, on the worker's own node
+    dtype: str
+    device: str
+    load_format: str
+    batch_invariant: bool
+    max_num_rows: int | None
+
+
+class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker tells the engine when it is ready."""
+
+    config: ModelConfig
+    max_num_rows: int  # as given, or the knee
+
+
+def start_worker(setup: WorkerSetup) -> tuple[Worker, WorkerFacts]:
+    """Loads the model and measures the knee where no budget is given.
+
+    Raises:
+        InvalidRequest: the device is not here, or the checkpoint is at fault.
+    """
+    model = load_model(
+        Path(setup.model), dtype=setup.dtype, device=setup.device, load_format=setup.load_format
+    )
+    max_num_rows = setup.max_num_rows
+    if max_num_rows is None:
+        max_num_rows = knee(model) if isinstance(model, TransformerDenoiser) else model.pack_rows
+    if setup.batch_invariant:
+        # Products of other shapes round differently; alone, a canvas has the same shapes in any company.
+        model.pack_rows = 1
+    config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
+    return Worker(model), WorkerFacts(config=config, max_num_rows=max_num_rows)
