@@ -48,8 +48,8 @@ class LLM:
         distributed_executor_backend: "uni": one worker in this process; "ray": workers on the Ray cluster
             that the process has joined, or else on one that is started here.
         data_parallel_size: workers on Ray, all of them fed from one queue.
-        num_cpus_per_worker, num_gpus_per_worker: what Ray reserves for each; a worker computes on so many
-            threads.
+        num_cpus_per_worker: what Ray reserves for each, and how many threads it computes on.
+        num_gpus_per_worker: likewise; None: 1 where the device is "cuda", or "auto" and the cluster has GPUs.
         placement_group: where the workers go; None: that of the caller, if it runs in one.
         burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
 
@@ -100,27 +100,14 @@ class LLM:
                 raise InvalidRequest(
                     name, value, f"is not supported yet; use {' or '.join(map(repr, supported))}"
                 )
-        on_ray = distributed_executor_backend == "ray"
-        for name, value, neutral in (
-            ("data_parallel_size", data_parallel_size, 1),
-            ("num_gpus_per_worker", num_gpus_per_worker, None),
-            ("num_cpus_per_worker", num_cpus_per_worker, 1),
-            ("placement_group", placement_group, None),
-        ):
-            if not on_ray and value != neutral:
-                raise InvalidRequest(
-                    name, value, "is for workers on Ray; set distributed_executor_backend='ray'"
-                )
-        if num_gpus_per_worker is not None and not num_gpus_per_worker >= 0:
-            raise InvalidRequest("num_gpus_per_worker", num_gpus_per_worker, "must not be negative")
-        for name, value in (
-            ("max_num_rows", max_num_rows),
-            ("max_num_seqs", max_num_seqs),
-            ("burst", burst),
-            ("data_parallel_size", data_parallel_size),
-            ("num_cpus_per_worker", num_cpus_per_worker),
-        ):
-            if value is None and name in ("max_num_rows", "burst"):
+        ray_options = {
+            "data_parallel_size": data_parallel_size,
+            "num_gpus_per_worker": num_gpus_per_worker,
+            "num_cpus_per_worker": num_cpus_per_worker,
+            "placement_group": placement_group,
+        }
+        for name, value in (("max_num_rows", max_num_rows), ("max_num_seqs", max_num_seqs), ("burst", burst)):
+            if value is None and name != "max_num_seqs":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequest(name, value, "must be a positive integer")
@@ -143,19 +130,7 @@ class LLM:
                 batch_invariant=batch_invariant,
                 max_num_rows=max_num_rows,
             )
-            executor: Executor
-            if on_ray:
-                from remask.workers.ray_executor import RayExecutor
-
-                executor = RayExecutor(
-                    setup,
-                    num_workers=data_parallel_size,
-                    num_cpus=num_cpus_per_worker,
-                    num_gpus=num_gpus_per_worker or 0,
-                    placement_group=placement_group,
-                )
-            else:
-                executor = InProcessExecutor(setup)
+            executor = _executor(distributed_executor_backend, setup, ray_options)
         config = executor.facts.config
         max_len = config.max_len if max_model_len is None else max_model_len
         if not isinstance(max_len, int) or not 2 <= max_len <= config.max_len:
@@ -268,6 +243,38 @@ class LLM:
                         yield request_output(request, self._intake.decode)
         finally:
             self._core.abort(live)
+
+
+def _executor(backend: str, setup: WorkerSetup, ray_options: dict[str, Any]) -> Executor:
+    """The workers, started.
+
+    Raises:
+        InvalidRequest: an option cannot be, or asks for Ray where it is not used; or a worker says so.
+    """
+    if backend != "ray":
+        neutral = {"data_parallel_size": 1, "num_cpus_per_worker": 1}
+        for name, value in ray_options.items():
+            if value != neutral.get(name):
+                fix = "is for workers on Ray; set distributed_executor_backend='ray'"
+                raise InvalidRequest(name, value, fix)
+        return InProcessExecutor(setup)
+    for name in ("data_parallel_size", "num_cpus_per_worker"):
+        value = ray_options[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidRequest(name, value, "must be a positive integer")
+    num_gpus = ray_options["num_gpus_per_worker"]
+    if num_gpus is not None and (not isinstance(num_gpus, int | float) or num_gpus < 0):
+        raise InvalidRequest("num_gpus_per_worker", num_gpus, "must be a number, 0 or more")
+
+    from remask.workers.ray_executor import RayExecutor
+
+    return RayExecutor(
+        setup,
+        num_workers=ray_options["data_parallel_size"],
+        num_cpus=ray_options["num_cpus_per_worker"],
+        num_gpus=num_gpus,
+        placement_group=ray_options["placement_group"],
+    )
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def test_the_figures_of_chaos_are_the_committed_measurement() -> None:
     assert (found["missing_or_repeated"], found["changed"]) == (0, 0)
     assert (found["actors_left"], found["processes_left"]) == (0, 0)
     assert (
-        f"{found['runs']} runs survived {found['killed_workers']} killed workers and "
+        f"Its {found['runs']} runs survived {found['killed_workers']} killed workers and "
         f"{found['removed_nodes']} removed nodes"
     ) in README.replace("\n", " ")
 

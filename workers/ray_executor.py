@@ -86,7 +86,8 @@ class RayExecutor(Executor):
     Args:
         setup: how each of them starts.
         num_workers: how many there shall be; `scale` changes it.
-        num_cpus, num_gpus: what Ray reserves for each. A worker computes on so many threads.
+        num_cpus: what Ray reserves for each, and its threads.
+        num_gpus: likewise; None: see `LLM`.
         placement_group: where they go; None: that of the caller, if it has one.
 
     Raises:
@@ -102,12 +103,11 @@ class RayExecutor(Executor):
         *,
         num_workers: int,
         num_cpus: int,
-        num_gpus: float,
+        num_gpus: float | None,
         placement_group: PlacementGroup | None,
     ) -> None:
         check_version(ray.__version__)
         self._setup = msgspec.msgpack.encode(setup)
-        self._resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         self._target, self._numbers = num_workers, itertools.count()
         self._held: dict[int, _Held] = {}
         self._failed_starts, self._reason = 0, "none was asked for"
@@ -116,6 +116,10 @@ class RayExecutor(Executor):
         if self._owns_ray:
             ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False)
         try:
+            if num_gpus is None:
+                has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+                num_gpus = float(setup.device.startswith("cuda") or (setup.device == "auto" and has_gpus))
+            self._resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
             self._placement_group = placement_group or get_current_placement_group()
             self._check_resources(num_workers)
             self._reconcile()

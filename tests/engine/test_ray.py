@@ -191,7 +191,9 @@ def test_workers_come_and_go_while_requests_run(cluster: None, workload: Any, ex
         ({"num_gpus_per_worker": 1}, "num_gpus_per_worker", "2 workers need 2 GPUs; 0 of the cluster's 0"),
         ({"data_parallel_size": 0}, "data_parallel_size", "positive integer"),
         ({"model": "/nowhere"}, "worker 0: model", "is not a directory"),
-        ({"device": "cuda"}, "worker 0: device", ""),
+        ({"device": "cuda"}, "num_gpus_per_worker", "2 workers need 2 GPUs; 0 of the cluster's 0"),
+        ({"device": "cuda", "num_gpus_per_worker": 0}, "worker 0: device", "torch sees 0 GPUs"),
+        ({"num_gpus_per_worker": -1}, "num_gpus_per_worker", "0 or more"),
     ],
     ids=str,
 )
