@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=15.0, help="seconds between two kills")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as the workers have: other threads would sum in another order
     results = measure(args.requests, args.seconds, args.pause)
     Console().print(results)
     if args.output is not None:

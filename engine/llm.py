@@ -44,7 +44,8 @@ class LLM:
             only take longer; it is measured once (some seconds) and kept under `~/.cache/remask`.
         max_num_seqs: canvases of a batch.
         batch_invariant: the same tokens, forwards and confidences to the bit, whatever else is in the batch.
-            Every canvas is a forward of its own then, which is slower.
+            Every canvas is a forward of its own then, which is slower. (On the same kind of machine, with the
+            same number of threads.)
         distributed_executor_backend: "uni": one worker in this process; "ray": workers on the Ray cluster
             that the process has joined, or else on one that is started here.
         data_parallel_size: workers on Ray, all of them fed from one queue.
