@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-ray = pytest.importorskip("ray")
-
-from remask import LLM, InvalidRequest, SamplingParams  # noqa: E402
-from remask.workers.ray_executor import RayExecutor, RemaskWorker, check_version  # noqa: E402
+from remask import LLM, InvalidRequest, SamplingParams
+from remask.benchmarks.chaos import worker_processes
+from remask.workers.ray_executor import RayExecutor, RemaskWorker, check_version
 
 pytestmark = pytest.mark.ray
 
@@ -93,7 +93,7 @@ def test_workers_that_are_killed_cost_no_request_and_no_bit(
 
         def kill() -> None:
             while not stop.wait(0.4) and len(killed) < 4:
-                victims = [pid for pid in worker_pids() if pid not in killed]
+                victims = [pid for pid in worker_processes() if pid not in killed]
                 if victims:
                     os.kill(victims[0], signal.SIGKILL)
                     killed.append(victims[0])
@@ -110,20 +110,6 @@ def test_workers_that_are_killed_cost_no_request_and_no_bit(
         assert outputs == expected
         llm.generate(PROMPTS)  # it goes on
     assert living() == []
-
-
-def worker_pids() -> list[int]:
-    """Processes on this machine that show themselves as our workers."""
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/cmdline", "rb") as file:
-                    if file.read().startswith(b"ray::RemaskWorker"):
-                        found.append(int(entry))
-            except OSError:
-                continue
-    return found
 
 
 def test_a_request_that_kills_workers_ends_with_an_error_and_harms_no_other(
@@ -321,13 +307,13 @@ llm.generate("1+1=", {{"max_tokens": 4}})
 print("up", flush=True)
 os._exit(9)
 """
-    before = set(worker_pids())
+    before = set(worker_processes())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (9, "up\n"), done.stderr
     deadline = time.monotonic() + 30
-    while set(worker_pids()) - before and time.monotonic() < deadline:
+    while set(worker_processes()) - before and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert set(worker_pids()) <= before
+    assert set(worker_processes()) <= before
 
 
 def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
