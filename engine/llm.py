@@ -39,7 +39,8 @@ class LLM:
         max_model_len: largest prompt and canvas together in tokens; None: the model's.
         seed: seeds requests that give none, with their ordinal.
         load_format: "auto": the checkpoint's weights; "dummy": random ones for its config.json, always the
-            same, with which speed is measured.
+            same, with which speed is measured; "object_store": the checkpoint's, read once, here, and given
+            to workers on Ray through its object store, of which those of a node share one copy.
         max_num_rows: rows of a batch; a larger canvas runs alone. None: the knee, from which on more rows
             only take longer; it is measured once (some seconds) and kept under `~/.cache/remask`.
         max_num_seqs: canvases of a batch.
@@ -72,7 +73,7 @@ class LLM:
         max_model_len: int | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
-        load_format: Literal["auto", "dummy"] = "auto",
+        load_format: Literal["auto", "dummy", "object_store"] = "auto",
         quantization: None = None,
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
@@ -89,7 +90,7 @@ class LLM:
     ) -> None:
         for name, value, supported in (
             ("trust_remote_code", trust_remote_code, (False,)),
-            ("load_format", load_format, ("auto", "dummy")),
+            ("load_format", load_format, ("auto", "dummy", "object_store")),
             ("quantization", quantization, (None,)),
             ("tensor_parallel_size", tensor_parallel_size, (1,)),
             ("distributed_executor_backend", distributed_executor_backend, ("uni", "ray")),
@@ -258,6 +259,8 @@ def _executor(backend: str, setup: WorkerSetup, ray_options: dict[str, Any]) -> 
             if value != neutral.get(name):
                 fix = "is for workers on Ray; set distributed_executor_backend='ray'"
                 raise InvalidRequest(name, value, fix)
+        if setup.load_format == "object_store":
+            raise InvalidRequest("load_format", setup.load_format, "is for workers on Ray; use auto")
         return InProcessExecutor(setup)
     for name in ("data_parallel_size", "num_cpus_per_worker"):
         value = ray_options[name]

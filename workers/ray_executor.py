@@ -12,6 +12,7 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +26,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from remask.scheduler.errors import InvalidRequest, Unavailable
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.executor import Event, Executor, Finished, Joined, Left
+from remask.workers.models.loading import load_checkpoint
+from remask.workers.models.shared import SharedWeights, share
 from remask.workers.start import WorkerFacts, WorkerSetup, start_worker
 from remask.workers.worker import Worker
 
@@ -49,11 +52,11 @@ class RemaskWorker:
         self._decoder = msgspec.msgpack.Decoder(StepBatch)
         self._encoder = msgspec.msgpack.Encoder()
 
-    def start(self, setup: bytes) -> bytes:
+    def start(self, setup: bytes, weights: SharedWeights | None) -> bytes:
         """Loads the model; returns what the engine must know of it. (Errors of a constructor lose their
         type on the way.)"""
         torch.set_num_threads(self._num_threads)  # a setting of the thread, and Ray chooses that
-        self._worker, facts = start_worker(msgspec.msgpack.decode(setup, type=WorkerSetup))
+        self._worker, facts = start_worker(msgspec.msgpack.decode(setup, type=WorkerSetup), weights)
         return self._encoder.encode(facts)
 
     def run(self, batch: bytes) -> bytes:
@@ -111,7 +114,7 @@ class RayExecutor(Executor):
         self._target, self._numbers = num_workers, itertools.count()
         self._held: dict[int, _Held] = {}
         self._failed_starts, self._reason = 0, "none was asked for"
-        self._closed = False
+        self._closed, self._weights = False, None
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             ray.init(include_dashboard=False, configure_logging=False, log_to_driver=False)
@@ -122,6 +125,9 @@ class RayExecutor(Executor):
             self._resources: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
             self._placement_group = placement_group or get_current_placement_group()
             self._check_resources(num_workers)
+            if setup.load_format == "object_store":
+                model = load_checkpoint(Path(setup.model), dtype=setup.dtype)
+                self._weights = ray.put(share(model))
             self._reconcile()
             self.facts = self._await_all()
         except BaseException:
@@ -180,6 +186,7 @@ class RayExecutor(Executor):
             if self._owns_ray:
                 ray.shutdown()
         self._held.clear()
+        self._weights = None
 
     def _refs(self) -> dict[Any, tuple[int, str]]:
         """What to wait for: each worker's first burst, its heartbeat, or its start."""
@@ -275,7 +282,9 @@ class RayExecutor(Executor):
         actor = actor_class.options(**options, **self._resources).remote(
             max(1, int(self._resources["num_cpus"]))
         )
-        self._held[next(self._numbers)] = _Held(actor, actor.start.remote(self._setup), time.monotonic())
+        self._held[next(self._numbers)] = _Held(
+            actor, actor.start.remote(self._setup, self._weights), time.monotonic()
+        )
 
     def _await_all(self) -> WorkerFacts:
         """Waits until all workers have started: what is wrong on one node shows before any work does."""

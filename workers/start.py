@@ -9,8 +9,9 @@ import msgspec
 
 from remask.workers.knee import knee
 from remask.workers.models.config import ModelConfig
-from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.denoiser import TransformerDenoiser, denoiser_of, pick_device
 from remask.workers.models.load import load_model
+from remask.workers.models.shared import SharedWeights, model_of
 from remask.workers.worker import Worker
 
 
@@ -32,15 +33,22 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_num_rows: int  # as given, or the knee
 
 
-def start_worker(setup: WorkerSetup) -> tuple[Worker, WorkerFacts]:
+def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tuple[Worker, WorkerFacts]:
     """Loads the model and measures the knee where no budget is given.
+
+    Args:
+        setup: what is asked for.
+        weights: the model's, where they do not come from files.
 
     Raises:
         InvalidRequest: the device is not here, or the checkpoint is at fault.
     """
-    model = load_model(
-        Path(setup.model), dtype=setup.dtype, device=setup.device, load_format=setup.load_format
-    )
+    if weights is not None:
+        model = denoiser_of(model_of(weights, pick_device(setup.device)))
+    else:
+        model = load_model(
+            Path(setup.model), dtype=setup.dtype, device=setup.device, load_format=setup.load_format
+        )
     max_num_rows = setup.max_num_rows
     if max_num_rows is None:
         max_num_rows = knee(model) if isinstance(model, TransformerDenoiser) else model.pack_rows

@@ -202,12 +202,12 @@ def test_a_checkpoint_that_one_node_lacks_is_refused(
     class Elsewhere(RemaskWorker):
         """The second that starts is on a node without the files."""
 
-        def start(self, setup: bytes) -> bytes:
+        def start(self, setup: bytes, weights: Any) -> bytes:
             try:
                 (tmp_path / "first").touch(exist_ok=False)
             except FileExistsError:
                 setup = setup.replace(b"tiny", b"gone")
-            return super().start(setup)
+            return super().start(setup, weights)
 
     monkeypatch.setattr(module, "RemaskWorker", Elsewhere)
     with pytest.raises(InvalidRequest, match=r"worker \d: model: is not a directory"):
@@ -359,3 +359,49 @@ def test_kills_and_removed_nodes_change_no_token(tmp_path: Path) -> None:
     assert (results["missing_or_repeated"], results["changed"], results["actors_left"]) == (0, 0, 0)
     assert results["killed_workers"] >= 2
     assert results["removed_nodes"] >= 1
+
+
+def test_weights_through_the_object_store_are_those_of_the_files(
+    cluster: None, workload: Any, expected: Any
+) -> None:
+    with on_ray(load_format="object_store") as llm:
+        assert told(llm.generate(*workload)) == expected
+        os.kill(pids(llm)[0], signal.SIGKILL)
+        assert told(llm.generate(*workload)) == expected, "and of a worker that comes later"
+    assert living() == []
+
+
+def test_nothing_of_ours_is_left_on_the_cluster(cluster: None) -> None:
+    nothing = {"free": {"CPU": 4.0, "GPU": 0}, "actors": [], "groups": [], "processes": [], "store": 0.0}
+    assert settled(nothing) == nothing, "what came before is gone"
+    with on_ray(load_format="object_store") as llm:
+        llm.generate(PROMPTS)
+        os.kill(pids(llm)[0], signal.SIGKILL)
+        llm.generate(PROMPTS)
+        now = footprint()
+        assert now["actors"]
+        assert now["store"] > 5e6, "the weights, once"
+    assert settled(nothing) == nothing
+
+
+def settled(wanted: dict[str, Any]) -> dict[str, Any]:
+    """What the cluster holds, after some time for it to notice."""
+    deadline = time.monotonic() + 30
+    while (found := footprint()) != wanted and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def footprint() -> dict[str, Any]:
+    """What the cluster holds: resources, actors, placement groups, processes and memory of its store."""
+    groups = ray.util.placement_group_table()
+    store = ray.cluster_resources()["object_store_memory"] - ray.available_resources().get(
+        "object_store_memory", 0
+    )
+    return {
+        "free": {kind: ray.available_resources().get(kind, 0) for kind in ("CPU", "GPU")},
+        "actors": living(),
+        "groups": [name for name, group in groups.items() if group["state"] == "CREATED"],
+        "processes": worker_processes(),
+        "store": store,
+    }

@@ -73,7 +73,11 @@ def load_denoiser(
         InvalidRequest: the device is not here, or the checkpoint is at fault.
     """
     load = dummy_model if load_format == "dummy" else load_checkpoint
-    model = load(directory, dtype=dtype, device=pick_device(device))
+    return denoiser_of(load(directory, dtype=dtype, device=pick_device(device)))
+
+
+def denoiser_of(model: Transformer) -> TransformerDenoiser:
+    """A loaded model, ready to denoise."""
     on_cpu = model.embedding.device.type == "cpu"
     if on_cpu:
         keep_freed_memory()
