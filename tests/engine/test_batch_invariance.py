@@ -93,7 +93,7 @@ def alone(invariant: LLM) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("num_others", [2, 7, 64])
 def test_company_changes_no_bit(invariant: LLM, alone: list[tuple[Any, ...]], num_others: int) -> None:
-    for first in range(0, 65 - num_others, num_others + 1):
+    for first in range(0, 65 - num_others, num_others + 1)[:4]:
         requests = asks(num_others + 1, first)
         assert generate(invariant, requests) == alone[first : first + num_others + 1]
 

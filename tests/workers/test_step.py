@@ -33,6 +33,7 @@ from remask import (
 from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.scheduler.policies.base import share_steps
 from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.burst import BurstState
 from remask.workers.keyed_random import stream_keys
@@ -114,7 +115,7 @@ requests = st.builds(
     st.integers(1, 20),
 )
 slow_model = settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -124,9 +125,10 @@ def most_forwards(own: Canvas) -> int:
     if isinstance(unmask, Dream):
         return unmask.steps or canvas_len
     if isinstance(remask, Rcr):
-        return max(unmask.steps, len(own.spec.block_lens))  # one a block at least
+        return sum(share_steps(unmask.steps, own.spec.block_lens))
     if isinstance(remask, Remdm):
-        return max(remask.steps or canvas_len, len(own.spec.block_lens)) + len(own.spec.block_lens)
+        steps = share_steps(remask.steps or canvas_len, own.spec.block_lens)
+        return sum(steps) + len(steps)
     if isinstance(remask, LowProb) or (isinstance(remask, RandomRemask) and remask.like == "low_prob"):
         return canvas_len * (1 + remask.max_times) + remask.post_steps * len(own.spec.block_lens)
     return canvas_len
