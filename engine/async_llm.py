@@ -147,6 +147,6 @@ class AsyncLLM:
                     self._llm._core.abort([message])
             else:
                 request, stream = message
+                self._streams[request.request_id] = stream  # first: it must hear where the engine refuses
                 self._llm._core.add(request)
-                self._streams[request.request_id] = stream
         return True

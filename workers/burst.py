@@ -88,9 +88,12 @@ class BurstState:
         self.removed = self._unpack_removed(states) if any(spec.bans_removed for spec in specs) else None
         self.events = EventLog(specs, states, device)
 
-    def begin(self, num_steps: int) -> None:
-        """Makes the canvases ready for a burst of so many steps."""
+    def resume(self) -> None:
+        """Makes the canvases ready for another burst."""
         self.paused = self.finished.clone()
+
+    def make_room(self, num_steps: int) -> None:
+        """Makes room for the tokens that slots may lose in so many steps."""
         if self.removed is not None:
             # A slot must be filled again before it can lose another token.
             num_held = int((self.removed >= 0).sum(2).max())

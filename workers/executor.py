@@ -31,7 +31,6 @@ class Left(NamedTuple):
 
     worker: int
     died: bool  # of itself; else it was asked to go
-    reason: str
 
 
 Event: TypeAlias = Finished | Joined | Left

@@ -16,7 +16,8 @@ from remask.workers.keyed_random import gumbel
 from remask.workers.rows import HeadQuery
 
 CHUNK_BYTES = 32 << 20  # fp32 logits of one chunk; about five times as much is in use at the peak
-GUMBEL_SHARE = 8  # rows that draw tokens are done in chunks this many times smaller: 64-bit words are large
+# Rows that draw tokens, or rank again, are done in chunks this many times smaller: 64-bit words are large.
+GUMBEL_SHARE = 8
 
 
 class Statistics(NamedTuple):
@@ -138,17 +139,24 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
         found.proposal_logprob[hot] = logit - norm_N[hot].log()
     if sampling.any_reranked:
         again = sampling.reranked[owners].nonzero().squeeze(1)
-        again_NV, ids_NK = logits_NV[again], excluded_NK[again]
-        impossible_NV = sampling.improbable(again_NV, owners[again]) if sampling.any_filter else None
-        again_NV.scatter_(1, ids_NK, held_NK[again])
-        sampling.narrow(again_NV, impossible_NV, owners[again])
-        ranked, _, _ = _ranking(
-            again_NV, found.proposal[again], query.needs, ids_NK, sampling.entropy_floor[owners[again]]
-        )
-        found.reals[:5, again] = torch.stack(
-            [ranked.given_prob, ranked.top_prob, found.given_prob[again], ranked.margin, ranked.neg_entropy]
-        )
+        for part in again.split(_small_chunk(logits_NV.shape[1])):
+            own, ids_NK, part_NV = owners[part], excluded_NK[part], logits_NV[part]
+            impossible_NV = sampling.improbable(part_NV, own) if sampling.any_narrowed else None
+            part_NV.scatter_(1, ids_NK, held_NK[part])
+            sampling.narrow(part_NV, impossible_NV, own)
+            ranked, _, _ = _ranking(
+                part_NV, found.proposal[part], query.needs, ids_NK, sampling.entropy_floor[own]
+            )
+            # The proposal stays; its probability, the largest, margin and entropy are those of the ranking.
+            found.reals[0, part] = ranked.given_prob
+            found.reals[1, part] = ranked.top_prob
+            found.reals[3:5, part] = ranked.reals[3:5]
     return found
+
+
+def _small_chunk(vocab_size: int) -> int:
+    """Rows of a chunk for work that needs many times the memory of the logits."""
+    return max(1, CHUNK_BYTES // (4 * GUMBEL_SHARE * vocab_size))
 
 
 def _excluded(query: HeadQuery, rows: slice, mask_id: int) -> Tensor:
@@ -179,13 +187,8 @@ def _ranking(
     exp_NV = logits_NV.exp()
     norm_N = exp_NV.sum(-1).clamp(min=1)
     neg_entropy = margin = torch.zeros_like(norm_N)
-    if "entropy" not in needs:
-        pass
-    elif entropy_floor_N is None:
-        neg_entropy = (exp_NV.mul_(logits_NV)).nansum(-1) / norm_N - norm_N.log()
-    else:
-        p_NV = exp_NV / norm_N.unsqueeze(1)
-        neg_entropy = (p_NV * (p_NV + entropy_floor_N.unsqueeze(1)).log()).nansum(-1)
+    if "entropy" in needs:
+        neg_entropy = _neg_entropy(exp_NV, logits_NV, norm_N, entropy_floor_N)
     del exp_NV
     given_prob = logits_NV.gather(1, given_N.unsqueeze(1)).squeeze(1).exp() / norm_N
     held_NK = _exclude(logits_NV, excluded_NK)
@@ -202,6 +205,14 @@ def _ranking(
         norm_N,
         held_NK,
     )
+
+
+def _neg_entropy(exp_NV: Tensor, logits_NV: Tensor, norm_N: Tensor, floor_N: Tensor | None) -> Tensor:
+    """sum p log p, or sum p log(p + floor) where there is one; overwrites `exp_NV`."""
+    if floor_N is None:
+        return exp_NV.mul_(logits_NV).nansum(-1) / norm_N - norm_N.log()
+    p_NV = exp_NV.div_(norm_N.unsqueeze(1))
+    return (p_NV * (p_NV + floor_N.unsqueeze(1)).log()).nansum(-1)
 
 
 def _exclude(logits_NV: Tensor, excluded_NK: Tensor) -> Tensor:
@@ -222,7 +233,7 @@ def _draw(logits_NV: Tensor, query: HeadQuery, rows: slice, hot: Tensor) -> Tens
     """Tokens drawn for the rows `hot` of a chunk: the Gumbel maximum of the tempered and filtered logits."""
     sampling, vocab = query.sampling, torch.arange(logits_NV.shape[1], device=logits_NV.device)
     drawn = []
-    for part in hot.split(max(1, CHUNK_BYTES // (4 * GUMBEL_SHARE * len(vocab)))):
+    for part in hot.split(_small_chunk(len(vocab))):
         owners = query.owners[rows][part]
         heat = query.temperature[rows][part].unsqueeze(1)
         scores_NV = gumbel(query.keys[rows][part], vocab).mul_(heat).add_(logits_NV[part])

@@ -150,12 +150,15 @@ class RayExecutor(Executor):
             InvalidRequest: the cluster has too little for them.
         """
         if num_workers > self._target:
-            self._check_resources(num_workers - self._target)
+            self._check_resources(num_workers)
         self._target, self._failed_starts = num_workers, 0
 
     def next_event(self) -> Event:
         while True:
             self._reconcile()
+            event = self._stalled()
+            if event is not None:
+                return event
             refs = self._refs()
             if not refs:
                 raise Unavailable(f"no worker is left, and none is coming: {self._reason}")
@@ -164,9 +167,6 @@ class RayExecutor(Executor):
                 event = self._take(ref, *refs[ref])
                 if event is not None:
                     return event
-            event = self._stalled()
-            if event is not None:
-                return event
 
     def forget(self) -> None:
         for held in self._held.values():
@@ -229,19 +229,18 @@ class RayExecutor(Executor):
         return None
 
     def _stalled(self) -> Event | None:
-        now = time.monotonic()
         for number, held in list(self._held.items()):
-            if held.start is not None and now - held.since > START_SECONDS:
+            if _is_late(held.start, held.since, START_SECONDS):
                 self._failed_starts = MAX_FAILED_STARTS
                 return self._gone(number, f"a worker was not ready within {START_SECONDS:.0f} s")
-            if held.start is not None and now - held.since > STARVED_SECONDS and self._is_starved():
+            if _is_late(held.start, held.since, STARVED_SECONDS) and self._is_starved():
                 self._failed_starts = MAX_FAILED_STARTS
                 return self._gone(number, "the cluster has become too small for a worker")
-            if held.ping is not None and now - held.pinged > STALL_SECONDS:
+            if _is_late(held.ping, held.pinged, STALL_SECONDS):
                 return self._gone(number, f"a worker answered nothing for {STALL_SECONDS:.0f} s")
             if held.leaving and not held.bursts:
                 self._drop(number)
-                return Left(number, died=False, reason="fewer workers are wanted")
+                return Left(number, died=False)
         return None
 
     def _is_starved(self) -> bool:
@@ -256,7 +255,7 @@ class RayExecutor(Executor):
         logger.warning("worker %d is gone: %s", number, reason)
         self._reason = reason
         self._drop(number)
-        return Left(number, died=True, reason=reason)
+        return Left(number, died=True)
 
     def _drop(self, number: int) -> None:
         ray.kill(self._held.pop(number).actor)
@@ -302,7 +301,7 @@ class RayExecutor(Executor):
         return facts
 
     def _check_resources(self, num_workers: int) -> None:
-        """Raises InvalidRequest where the cluster cannot hold so many more workers."""
+        """Raises InvalidRequest where the cluster cannot hold so many workers, with those that are there."""
         cpus, gpus = self._resources["num_cpus"], self._resources["num_gpus"]
         if self._placement_group is not None:
             bundles = self._placement_group.bundle_specs
@@ -316,6 +315,7 @@ class RayExecutor(Executor):
                 )
                 raise InvalidRequest("placement_group", bundles, problem)
             return
+        num_workers -= len(self._held)
         wanted = {"CPU": cpus * num_workers, "GPU": gpus * num_workers}
         total, deadline = ray.cluster_resources(), time.monotonic() + FREE_SECONDS
         while True:
@@ -334,6 +334,11 @@ class RayExecutor(Executor):
             f"{total.get(kind, 0):g} are free; use fewer workers (data_parallel_size), or a larger cluster"
         )
         raise InvalidRequest(name, each, problem)
+
+
+def _is_late(ref: Any, since: float, seconds: float) -> bool:
+    """Whether an answer that was asked for so long ago is not there; it may be, and nobody has looked."""
+    return ref is not None and time.monotonic() - since > seconds and not ray.wait([ref], timeout=0)[0]
 
 
 def _cause(error: RayTaskError) -> Exception:

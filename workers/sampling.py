@@ -49,6 +49,7 @@ class SamplingTables:
             for s in samplings
         ]
         self.filters, self.any_filter = torch.tensor(filters, device=device), any(filters)
+        self.any_narrowed = any(s.ranks_as_drawn and f for s, f in zip(samplings, filters, strict=True))
         reranked = [s.ranks_as_drawn or bool(s.unranked_ids) for s in samplings]
         self.reranked, self.any_reranked = torch.tensor(reranked, device=device), any(reranked)
         self.biased = ids([list(s.logit_bias) for s in samplings])
@@ -96,7 +97,7 @@ class SamplingTables:
 
         Args:
             logits_NV: edited logits.
-            impossible_NV: tokens that filters leave out, bool [N, V]; None where nobody filters.
+            impossible_NV: tokens that filters leave out, bool [N, V]; None where no ranking is filtered.
             owners_N: the rows' canvases.
         """
         as_drawn = self.ranks_as_drawn[owners_N].unsqueeze(1)

@@ -16,6 +16,8 @@ from remask.workers.burst import BurstState
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.step import denoise, plan_packs
 
+ROOM_STEPS = 16  # between two looks at how many tokens the slots have lost
+
 
 class Worker:
     """Runs bursts on one model, one after another."""
@@ -33,7 +35,7 @@ class Worker:
         """
         started = time.perf_counter()
         state = self._unpack(batch)
-        state.begin(batch.num_steps)
+        state.resume()
         num_rows = advance(state, batch.num_steps, self._model)
         states = state.to_states()
         self._last, self._tensors = (batch.burst_id, states), state
@@ -63,9 +65,11 @@ def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:
     """
     num_rows, num_paused = 0, int(state.paused.sum())
     plans = plan_packs(state, model)
-    for _ in range(num_steps):
+    for step in range(num_steps):
         if not plans:
             break
+        if step % ROOM_STEPS == 0:
+            state.make_room(ROOM_STEPS)
         num_rows += denoise(state, plans, model)
         if bool((state.paused & ~state.finished).any()):
             break

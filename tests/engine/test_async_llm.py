@@ -92,7 +92,7 @@ def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
 ) -> None:
     def dies(self: InProcessExecutor) -> Left:
         self._queue.clear()
-        return Left(0, died=True, reason="a test")
+        return Left(0, died=True)
 
     async def test(engine: AsyncLLM) -> None:
         monkeypatch.setattr(InProcessExecutor, "next_event", dies)
