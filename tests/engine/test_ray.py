@@ -147,6 +147,19 @@ def test_a_worker_that_stalls_is_replaced(
     assert living() == []
 
 
+def test_a_worker_whose_answer_nobody_has_read_is_not_replaced(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("remask.workers.ray_executor.PING_SECONDS", 0.0)
+    monkeypatch.setattr("remask.workers.ray_executor.STALL_SECONDS", 1.0)
+    with on_ray(burst=1) as llm:
+        llm.generate(PROMPTS)
+        before = pids(llm)
+        time.sleep(2)  # the caller has other things to do
+        llm.generate(PROMPTS)
+        assert pids(llm) == before
+
+
 def test_workers_come_and_go_while_requests_run(cluster: None, workload: Any, expected: Any) -> None:
     with on_ray(data_parallel_size=1, burst=1) as llm:
         llm.generate(PROMPTS[0])
