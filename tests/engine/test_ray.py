@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -290,26 +289,6 @@ def test_an_async_actor_embeds_an_engine_that_has_workers_of_its_own(
     ray.kill(host)
 
 
-def test_an_engine_starts_ray_only_where_it_is_not_and_ends_what_it_started() -> None:
-    code = """
-import os, ray
-from remask import LLM
-before = dict(os.environ)
-llm = LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
-assert ray.is_initialized()
-llm.generate("1+1=", {"max_tokens": 4})
-assert dict(os.environ) == before, "the host's environment is its own"
-llm.close()
-llm.close()
-assert not ray.is_initialized()
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-with LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512) as llm:
-    llm.generate("1+1=", {"max_tokens": 4})
-assert ray.is_initialized(), "it is the caller's"
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_workers_die_with_their_driver(cluster: None) -> None:
     code = f"""
 import os, ray
@@ -327,51 +306,6 @@ os._exit(9)
     while set(worker_processes()) - before and time.monotonic() < deadline:
         time.sleep(0.2)
     assert set(worker_processes()) <= before
-
-
-def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
-    code = """
-import threading, time, ray
-from ray.cluster_utils import Cluster
-import remask.workers.ray_executor as module
-from remask import LLM, Unavailable
-module.STARVED_SECONDS = 2.0
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-node = cluster.add_node(num_cpus=1)
-ray.init(address=cluster.address, log_to_driver=False)
-llm = LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=64, burst=1)
-llm.generate("1+1=", {"max_tokens": 4})
-threading.Timer(0.5, lambda: cluster.remove_node(node, allow_graceful=False)).start()
-started = time.monotonic()
-try:
-    while True:
-        llm.generate(["1+1="] * 8, {"max_tokens": 200, "unmask": "schedule"})
-except Unavailable as error:
-    print(error)
-assert time.monotonic() - started < 100
-try:
-    llm.generate("1+1=")
-except Unavailable:
-    print("still")
-llm.close()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "the cluster has become too small for a worker" in done.stdout
-    assert "still" in done.stdout
-
-
-@pytest.mark.slow
-def test_kills_and_removed_nodes_change_no_token(tmp_path: Path) -> None:
-    """The chaos of `benchmarks/chaos.py`, shorter."""
-    command = ["-m", "remask.benchmarks.chaos", "--requests", "60", "--seconds", "20", "--pause", "4"]
-    output = tmp_path / "chaos.json"
-    done = subprocess.run([sys.executable, *command, "--output", output], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(output.read_text())["results"]
-    assert (results["missing_or_repeated"], results["changed"], results["actors_left"]) == (0, 0, 0)
-    assert results["killed_workers"] >= 2
-    assert results["removed_nodes"] >= 1
 
 
 def test_weights_through_the_object_store_are_those_of_the_files(
