@@ -131,6 +131,9 @@ class LLM:
                 load_format=load_format,
                 batch_invariant=batch_invariant,
                 max_num_rows=max_num_rows,
+                attention_backend=attention_backend,
+                quantization=quantization,
+                gpu_memory_utilization=gpu_memory_utilization,
             )
             executor = _executor(distributed_executor_backend, setup, ray_options)
         config = executor.facts.config
