@@ -17,6 +17,8 @@ from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
 
 @pytest.fixture(scope="session", autouse=True)
