@@ -80,7 +80,7 @@ def one_step(model: Denoiser, canvases: list[Canvas]) -> dict[str, float]:
     step."""
     timed = Timed(model)
     started = time.perf_counter()
-    state = BurstState([c.spec for c in canvases], [c.state for c in canvases], model.device)
+    state = BurstState([c.spec for c in canvases], [c.state for c in canvases])
     plans = plan_packs(state, timed)
     ready = time.perf_counter()
     denoise(state, plans, timed)

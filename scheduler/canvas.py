@@ -92,6 +92,11 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def bans_removed(self) -> bool:
         return self.remask is not None and self.remask.bans_removed()
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether its rows ask for more than the greatest logits and the softmax's sums."""
+        return self.sampling.edits or self.sampling.filters or self.sampling.reranks or self.bans_removed
+
     def num_rows(self, sequence_len: int) -> int:
         """Rows of one forward, at most."""
         return sequence_len * (1 + self.is_guided + self.num_copies) + self.num_shadow_rows

@@ -35,3 +35,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rank: Literal["proposal", "top"] = "proposal"
     ranks_as_drawn: bool = False
     unranked_ids: list[int] = []
+
+    @property
+    def filters(self) -> bool:
+        """Whether a part of the vocabulary counts for what is drawn or ranked."""
+        uses_heat = self.temperature > 0 or self.ranks_as_drawn
+        return uses_heat and (self.top_p < 1 or self.min_p > 0 or self.top_k > 0)
+
+    @property
+    def reranks(self) -> bool:
+        """Whether another softmax than the untempered one is ranked by."""
+        return self.ranks_as_drawn or bool(self.unranked_ids)
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed before everything else."""
+        return bool(self.cfg_scale > 0 or self.logit_bias or self.banned_ids or self.allowed_ids)

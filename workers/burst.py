@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,14 +12,31 @@ from torch import Tensor
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.workers.events import EventLog
 from remask.workers.keyed_random import stream_keys
+from remask.workers.room import NO_ROOM, Room
 from remask.workers.rows import ActiveBlocks
 from remask.workers.sampling import SamplingTables
+from remask.workers.staging import HoldsTensors
 from remask.workers.strategies.groups import PolicyGroup, group_policies
+from remask.workers.strategies.view import Memory
 
 
-class BurstState:
-    """R canvases on a device. Per-slot tables have G + 1 columns, G the longest canvas; the last takes what
-    padding writes.
+@dataclass(frozen=True)
+class Results:
+    """What a burst leaves behind, on the device or on the host; see `BurstState`."""
+
+    tokens: Tensor
+    confidences: Tensor
+    logprobs: Tensor
+    commit_steps: Tensor
+    counters: Tensor  # int64 [4, R]: block, num_forwards, block_forwards, finished
+    memory: list[Memory]
+    removed: Tensor | None
+    events: list[Tensor]
+
+
+class BurstState(HoldsTensors):
+    """R canvases, made on the host and then moved to a device (`staging`). Per-slot tables have G + 1
+    columns, G the longest canvas; the last takes what padding writes.
 
     Attributes:
         cu_tokens: boundaries of the sequences in `tokens` (a host list, R + 1).
@@ -36,21 +54,22 @@ class BurstState:
     """
 
     def __init__(
-        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], device: torch.device
+        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], room: Room = NO_ROOM
     ) -> None:
-        self.specs, self.device = specs, device
+        self.specs = specs
 
         def ints(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+            return torch.tensor(values, dtype=torch.int64)
 
         sequences = [state.token_array() for state in states]
         self.cu_tokens = np.cumsum([0, *map(len, sequences)]).tolist()
-        flat = np.concatenate([*sequences, np.zeros(1, dtype=TOKEN)])
-        self.tokens = torch.from_numpy(flat.astype(np.int64)).to(device)
+        more = max(0, room.main_rows - self.cu_tokens[-1])
+        flat = np.concatenate([*sequences, np.zeros(more + 1, dtype=TOKEN)])
+        self.tokens = torch.from_numpy(flat.astype(np.int64))
         canvas_lens = [spec.canvas_len for spec in specs]
-        self.num_slots = max(canvas_lens)
+        self.num_slots = max(*canvas_lens, room.canvas_len)
         self.canvas_len, self.block_len = ints(canvas_lens), ints([spec.block_length for spec in specs])
-        self.max_block_len = max(spec.block_length for spec in specs)
+        self.max_block_len = max(*(spec.block_length for spec in specs), room.widest)
         slots = [np.frombuffer(spec.slots, TOKEN) for spec in specs]
         rows = [own.astype(np.int64) + start for own, start in zip(slots, self.cu_tokens, strict=False)]
         self.slot_rows = self._table(rows, fill=self.cu_tokens[-1])
@@ -62,35 +81,43 @@ class BurstState:
         self.block = ints([state.block for state in states])
         self.num_forwards = ints([state.num_forwards for state in states])
         self.block_forwards = ints([state.num_block_forwards for state in states])
-        self.finished = torch.tensor([state.finished for state in states], device=device)
-        self.pauses = torch.tensor([spec.pause_at_blocks for spec in specs], device=device)
+        self.finished = torch.tensor([state.finished for state in states])
+        self.pauses = torch.tensor([spec.pause_at_blocks for spec in specs])
         self.paused = self.finished.clone()
-        self.sampling = SamplingTables([spec.sampling for spec in specs], device)
+        self.sampling = SamplingTables([spec.sampling for spec in specs])
         self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
-        num_stops = max(1, *(len(spec.stop_ids) for spec in specs)) if len(specs) else 1
+        num_stops = max(1, room.num_stops, *(len(spec.stop_ids) for spec in specs))
         self.stop_ids = ints([spec.stop_ids + [-1] * (num_stops - len(spec.stop_ids)) for spec in specs])  # type: ignore[list-item]
         self.unmask = group_policies(
-            [spec.unmask for spec in specs], [spec.unmask_params() for spec in specs], device
+            [spec.unmask for spec in specs], [spec.unmask_params() for spec in specs], room
         )
         self.remask = group_policies(
-            [spec.remask for spec in specs], [spec.remask_params() for spec in specs], device
+            [spec.remask for spec in specs], [spec.remask_params() for spec in specs], room
         )
-        self.reads_committed = torch.tensor([spec.reads_committed_rows for spec in specs], device=device)
-        self.verifies = torch.tensor([spec.verifies for spec in specs], device=device)
+        self.reads_committed = torch.tensor([spec.reads_committed_rows for spec in specs])
+        self.verifies = torch.tensor([spec.verifies for spec in specs])
         self.random_streams = frozenset[str]().union(
             *(policy.random_streams() for spec in specs for policy in spec.policies)
         )
         self.needs = frozenset[str]().union(
             *(policy.head_needs() for spec in specs for policy in spec.policies)
         )
-        self.memory = [self._unpack_memory(group, states) for group in self._groups()]
-        self.bans_removed = torch.tensor([spec.bans_removed for spec in specs], device=device)
+        self.memory = [self._unpack_memory(group, states) for group in self.groups]
+        self.bans_removed = torch.tensor([spec.bans_removed for spec in specs])
         self.removed = self._unpack_removed(states) if any(spec.bans_removed for spec in specs) else None
-        self.events = EventLog(specs, states, device)
+        self.events = EventLog(specs, states)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    @property
+    def groups(self) -> list[PolicyGroup]:
+        return [*self.unmask, *self.remask]
 
     def resume(self) -> None:
         """Makes the canvases ready for another burst."""
-        self.paused = self.finished.clone()
+        self.paused.copy_(self.finished)
 
     def make_room(self, num_steps: int) -> None:
         """Makes room for the tokens that slots may lose in so many steps."""
@@ -100,14 +127,11 @@ class BurstState:
             room = num_held + (num_steps + 1) // 2 - self.removed.shape[2]
             self.removed = torch.nn.functional.pad(self.removed, (0, max(0, room)), value=-1)
 
-    def _groups(self) -> list[PolicyGroup]:
-        return [*self.unmask, *self.remask]
-
     def _table(self, rows: Sequence[np.ndarray], fill: float) -> Tensor:
         table = np.full((len(rows), self.num_slots + 1), fill, dtype=rows[0].dtype)
         for line, row in zip(table, rows, strict=True):
             line[: len(row)] = row
-        return torch.from_numpy(table).to(self.device)
+        return torch.from_numpy(table)
 
     def active_slots(self) -> tuple[Tensor, Tensor]:
         """Slots [R, B] of the active blocks (the padding column where there is none), and which are valid."""
@@ -125,17 +149,28 @@ class BurstState:
         masked = valid & (tokens == mask_id)
         return ActiveBlocks(rows, valid, tokens, masked, masked | (valid & self.reads_committed.unsqueeze(1)))
 
-    def to_states(self) -> list[CanvasState]:
-        """The canvases as they go back to the scheduler."""
-        tokens = self.tokens.cpu().numpy().astype(TOKEN)
-        confidences, logprobs = self.confidences.cpu().numpy(), self.logprobs.cpu().numpy()
-        commit_steps = self.commit_steps.cpu().numpy().astype(TOKEN)
-        counters = (
-            torch.stack([self.block, self.num_forwards, self.block_forwards, self.finished.long()])
-            .cpu()
-            .tolist()
+    def results(self) -> Results:
+        """What the burst leaves behind; the events are taken out."""
+        return Results(
+            tokens=self.tokens,
+            confidences=self.confidences,
+            logprobs=self.logprobs,
+            commit_steps=self.commit_steps,
+            counters=torch.stack([self.block, self.num_forwards, self.block_forwards, self.finished.long()]),
+            memory=self.memory,
+            removed=self.removed,
+            events=self.events.taken(),
         )
-        memories, events = self._pack_memory(), self.events.packed()
+
+    def to_states(self, results: Results | None = None) -> list[CanvasState]:
+        """The canvases as they go back to the scheduler; `results` are on the host (None: all of it is)."""
+        if results is None:
+            results = self.results()
+        tokens = results.tokens.numpy().astype(TOKEN)
+        confidences, logprobs = results.confidences.numpy(), results.logprobs.numpy()
+        commit_steps = results.commit_steps.numpy().astype(TOKEN)
+        counters = results.counters.tolist()
+        memories, events = self._pack_memory(results.memory), self.events.pack(results.events)
         states = []
         for i, spec in enumerate(self.specs):
             length = spec.canvas_len
@@ -147,7 +182,7 @@ class BurstState:
                     logprobs=logprobs[i, :length].tobytes(),
                     commit_steps=commit_steps[i, :length].tobytes(),
                     memory=memories[i],
-                    removed=self._pack_removed(i),
+                    removed=self._pack_removed(i, results.removed),
                     events=events.get(i, b""),
                     block=block,
                     num_forwards=num_forwards,
@@ -166,9 +201,9 @@ class BurstState:
             start = end
         return slices
 
-    def _unpack_memory(self, group: PolicyGroup, states: Sequence[CanvasState]) -> dict[str, Tensor]:
+    def _unpack_memory(self, group: PolicyGroup, states: Sequence[CanvasState]) -> Memory:
         memory = group.initial_memory(self.max_block_len)
-        for place, canvas in enumerate(group.canvases.tolist() if memory else ()):
+        for place, canvas in enumerate(group.members if memory else ()):
             numbers, slices = np.frombuffer(states[canvas].memory, REAL), self._memory_slices(canvas)
             for field in group.memory_fields:
                 values = torch.from_numpy(numbers[slices[field.name]].copy())
@@ -179,11 +214,11 @@ class BurstState:
                     target.copy_(values[0])
         return memory
 
-    def _pack_memory(self) -> list[bytes]:
+    def _pack_memory(self, memories: Sequence[Memory]) -> list[bytes]:
         parts: list[list[bytes]] = [[] for _ in self.specs]
-        for group, memory in zip(self._groups(), self.memory, strict=True):
-            arrays = {name: tensor.cpu().numpy() for name, tensor in memory.items()}
-            for place, canvas in enumerate(group.canvases.tolist() if memory else ()):
+        for group, memory in zip(self.groups, memories, strict=True):
+            arrays = {name: tensor.numpy() for name, tensor in memory.items()}
+            for place, canvas in enumerate(group.members if memory else ()):
                 for field in group.memory_fields:
                     values = arrays[field.name][place]
                     parts[canvas].append(
@@ -200,10 +235,10 @@ class BurstState:
         removed = np.full((len(tables), self.max_block_len, width), -1, dtype=np.int64)
         for own, table in zip(removed, tables, strict=True):
             own[: table.shape[0], : table.shape[1]] = table
-        return torch.from_numpy(removed).to(self.device)
+        return torch.from_numpy(removed)
 
-    def _pack_removed(self, canvas: int) -> bytes:
-        if self.removed is None or not self.specs[canvas].bans_removed:
+    def _pack_removed(self, canvas: int, removed: Tensor | None) -> bytes:
+        if removed is None or not self.specs[canvas].bans_removed:
             return b""
-        own = self.removed[canvas, : self.specs[canvas].block_length].cpu().numpy()
+        own = removed[canvas, : self.specs[canvas].block_length].numpy()
         return own[:, : (own >= 0).sum(1).max()].astype(TOKEN).tobytes()

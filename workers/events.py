@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import EVENT, CanvasSpec, CanvasState
+from remask.workers.staging import HoldsTensors
 
 
-class EventLog:
+class EventLog(HoldsTensors):
     """The commits and remaskings of a burst's traced canvases.
 
     Attributes:
         canvases: int64: which canvases of the burst are traced.
     """
 
-    def __init__(
-        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], device: torch.device
-    ) -> None:
+    def __init__(self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState]) -> None:
         traced = [canvas for canvas, spec in enumerate(specs) if spec.trace]
-        self.canvases = torch.tensor(traced, dtype=torch.int64, device=device)
+        self.canvases = torch.tensor(traced, dtype=torch.int64)
         self._packed = {canvas: states[canvas].events for canvas in traced}
         self._steps: list[tuple[Tensor, ...]] = []
 
@@ -49,11 +48,15 @@ class EventLog:
         fields = (when, slots, token, confidence, commit, remask)
         self._steps.append(tuple(field[self.canvases] for field in fields))
 
-    def packed(self) -> dict[int, bytes]:
-        """All events of each traced canvas, by step and slot."""
-        if self._steps:
-            fields = [torch.stack(parts, 1).cpu().numpy() for parts in zip(*self._steps, strict=True)]
-            self._steps = []
+    def taken(self) -> list[Tensor]:
+        """The fields of all steps so far, [traced, steps, ...] each, which are forgotten; empty: none."""
+        steps, self._steps = self._steps, []
+        return [torch.stack(parts, 1) for parts in zip(*steps, strict=True)]
+
+    def pack(self, taken: list[Tensor]) -> dict[int, bytes]:
+        """All events of each traced canvas, by step and slot; `taken` are the last, on the host."""
+        if taken:
+            fields = [part.numpy() for part in taken]
             for place, canvas in enumerate(self._packed):
                 step, slot, token, confidence, commit, remask = (field[place] for field in fields)
                 happened = commit | remask

@@ -117,11 +117,20 @@ def _guided_logits(
         return logits_of(hidden_HD[rows]).float()
     logits_NV = logits_of(hidden_HD[query.guidance.first[rows]]).float()
     second = query.guidance.second[rows]
-    guided = (second >= 0).nonzero().squeeze(1)
+    guided = _those(second >= 0, query)
     scale = query.sampling.cfg_scale[query.owners[rows][guided]].unsqueeze(1) + 1
-    unguided = logits_of(hidden_HD[second[guided]]).float()
-    logits_NV[guided] = unguided + scale * (logits_NV[guided] - unguided)
+    unguided = logits_of(hidden_HD[second[guided].clamp(min=0)]).float()
+    own = logits_NV[guided]
+    both = unguided + scale * (own - unguided)
+    logits_NV[guided] = torch.where((second[guided] >= 0).unsqueeze(1), both, own)
     return logits_NV
+
+
+def _those(flags: Tensor, query: HeadQuery) -> Tensor:
+    """Indices of the flagged; where shapes are fixed of all, and what is found for the others is not kept."""
+    if query.live is not None:
+        return torch.arange(len(flags), device=flags.device)
+    return flags.nonzero().squeeze(1)
 
 
 def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id: int) -> Statistics:
@@ -130,15 +139,16 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
     sampling.edit(logits_NV, owners)
     excluded_NK = _excluded(query, rows, mask_id)
     found, norm_N, held_NK = _ranking(logits_NV, query.given[rows], query.needs, excluded_NK)
-    hot = (query.temperature[rows] > 0).nonzero().squeeze(1)
-    if len(hot):
-        drawn = _draw(logits_NV, query, rows, hot)
+    is_hot = query.temperature[rows] > 0
+    hot = _those(is_hot, query)
+    if len(hot) and (sampling.any_hot or query.live is None):
+        drawn = torch.where(is_hot[hot], _draw(logits_NV, query, rows, hot), found.proposal[hot])
         found.proposal[hot] = drawn
         logit = logits_NV[hot].gather(1, drawn.unsqueeze(1)).squeeze(1)
         found.proposal_prob[hot] = logit.exp() / norm_N[hot]
         found.proposal_logprob[hot] = logit - norm_N[hot].log()
     if sampling.any_reranked:
-        again = sampling.reranked[owners].nonzero().squeeze(1)
+        again = _those(sampling.reranked[owners], query)
         for part in again.split(_small_chunk(logits_NV.shape[1])):
             own, ids_NK, part_NV = owners[part], excluded_NK[part], logits_NV[part]
             impossible_NV = sampling.improbable(part_NV, own) if sampling.any_narrowed else None
@@ -148,9 +158,14 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
                 part_NV, found.proposal[part], query.needs, ids_NK, sampling.entropy_floor[own]
             )
             # The proposal stays; its probability, the largest, margin and entropy are those of the ranking.
-            found.reals[0, part] = ranked.given_prob
-            found.reals[1, part] = ranked.top_prob
-            found.reals[3:5, part] = ranked.reals[3:5]
+            is_again = sampling.reranked[own]
+            for kind, values in (
+                (0, ranked.given_prob),
+                (1, ranked.top_prob),
+                (3, ranked.margin),
+                (4, ranked.neg_entropy),
+            ):
+                found.reals[kind, part] = torch.where(is_again, values, found.reals[kind, part])
     return found
 
 
@@ -238,8 +253,9 @@ def _draw(logits_NV: Tensor, query: HeadQuery, rows: slice, hot: Tensor) -> Tens
         heat = query.temperature[rows][part].unsqueeze(1)
         scores_NV = gumbel(query.keys[rows][part], vocab).mul_(heat).add_(logits_NV[part])
         if sampling.any_filter:
-            filtered = sampling.filters[owners].nonzero().squeeze(1)
+            filtered = _those(sampling.filters[owners], query)
             impossible = sampling.improbable(logits_NV[part][filtered], owners[filtered])
+            impossible &= sampling.filters[owners[filtered]].unsqueeze(1)
             scores_NV[filtered] = scores_NV[filtered].masked_fill(impossible, -torch.inf)
         drawn.append(scores_NV.argmax(-1))
     return torch.cat(drawn)

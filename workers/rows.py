@@ -1,7 +1,7 @@
 """Packing: the rows of many canvases in one forward, without padding, and which of them the head must look
 at.
 
-A *plan* says which canvases share a pack and holds what does not change while they are together; `pack_rows`
+A *plan* says which canvases share a pack and holds what does not change while they are together; its `pack`
 adds what the current step needs. Main rows (prompt and canvas) of all canvases come first, then those of the
 second copies that guidance needs, in which fixed tokens are hidden behind masks. The shadow rows of canvases
 whose remask policy verifies come last: one for each slot of the active block, masked or not, because they see
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,9 @@ class HeadQuery:
         needs: which of "margin" and "entropy" somebody reads.
         guidance: None where nobody is guided: the hidden states are those of the N slots.
         removed: int64 [N, K]: ids that may not be proposed, -1 where there is none; None: nobody has any.
+        live: bool [N]: which are asked about, where shapes are fixed; None: all.
+        special: int64: where shapes are fixed, which of the slots are of canvases that `needs_logits`; None:
+            none.
     """
 
     owners: Tensor
@@ -74,6 +78,27 @@ class HeadQuery:
     needs: frozenset[str]
     guidance: Guidance | None = None
     removed: Tensor | None = None
+    live: Tensor | None = None
+    special: Tensor | None = None
+
+    def select(self, slots: Tensor) -> HeadQuery:
+        """What is asked about some of the slots (int64 indices)."""
+
+        def part(values: Tensor | None) -> Any:
+            return values[slots] if values is not None else None
+
+        guided = self.guidance
+        return replace(
+            self,
+            owners=self.owners[slots],
+            given=self.given[slots],
+            temperature=self.temperature[slots],
+            keys=self.keys[slots],
+            guidance=Guidance(guided.first[slots], guided.second[slots]) if guided is not None else None,
+            removed=part(self.removed),
+            live=part(self.live),
+            special=None,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,6 +157,78 @@ class PackPlan:
     copy_slots: Tensor
     copy_owners: Tensor
     copy_starts: Tensor
+
+    def pack(
+        self,
+        tokens: Tensor,
+        blocks: ActiveBlocks,
+        *,
+        mask_id: int,
+        sampling: SamplingTables,
+        keys: Tensor,
+        needs: frozenset[str],
+        removed: Tensor | None,
+    ) -> tuple[PackedRows, HeadQuery]:
+        """The rows of one forward, and what is asked about the candidates among them.
+
+        Args:
+            tokens: int64: the burst's flat tokens.
+            blocks: the active blocks of all canvases of the burst.
+            mask_id: M.
+            sampling: the parameters of all canvases of the burst.
+            keys: int64 [R, B]: keys of the token stream.
+            needs: statistics beyond the proposal's probability.
+            removed: int64 [R, B, K] or None: ids that may not be proposed at a slot.
+        """
+        valid, masked, read_slots, held, places = (
+            part.flatten() for part in (blocks.valid, blocks.masked, blocks.read, blocks.tokens, blocks.rows)
+        )
+        is_candidate = read_slots[self.slots]
+        num_candidates = _counts(is_candidate, self.cu_slots).tolist()
+        num_main_slots = sum(num_candidates[: self.num_canvases])
+        main = self.slots[is_candidate]
+        is_shadow, is_read = _needed_shadows(self, valid, masked)
+        shadow = self.shadow_slots[is_shadow]
+        shadow_positions = places[shadow] - self.shadow_starts[is_shadow]
+        every, read = _shadow_segments(self, shadow_positions, is_shadow, is_read)
+        shadow_candidates = is_read[is_shadow].nonzero().squeeze(1)
+        ids_T = tokens[self.token_index]
+        if self.is_hidden is not None:
+            ids_T = ids_T.masked_fill(self.is_hidden, mask_id)
+        copies = _copies(self, valid & ~masked, places, ids_T, mask_id)
+        cu_seqlens = copies.cu_seqlens
+        slots_N = torch.cat([main[:num_main_slots], copies.slots, shadow[shadow_candidates]])
+        rows = PackedRows(
+            ids_T=torch.cat([ids_T, copies.ids_T, torch.full_like(shadow, mask_id)]),
+            positions_T=torch.cat([self.positions, copies.positions_T, shadow_positions]),
+            layout=VarlenLayout(cu_seqlens, cu_seqlens, every),
+            candidates_H=torch.cat(
+                [
+                    places[main] + self.slot_shifts[is_candidate],
+                    copies.candidates,
+                    shadow_candidates + cu_seqlens[-1],
+                ]
+            ),
+            candidate_layout=VarlenLayout(
+                (0, *itertools.accumulate([*num_candidates, *[1] * len(copies.slots)])), cu_seqlens, read
+            ),
+            slots_N=slots_N,
+            num_main_slots=num_main_slots,
+        )
+        owners = slots_N // keys.shape[1]
+        temperature = sampling.temperature[owners]
+        temperature[num_main_slots:] = 0  # proposals of rows that verify are not used
+        query = HeadQuery(
+            owners=owners,
+            sampling=sampling,
+            given=held[slots_N],
+            temperature=temperature,
+            keys=keys.flatten()[slots_N],
+            needs=needs,
+            guidance=_guidance(self, is_candidate, len(main), rows) if self.is_hidden is not None else None,
+            removed=removed.flatten(0, 1)[slots_N] if removed is not None else None,
+        )
+        return rows, query
 
 
 @dataclass(frozen=True)
@@ -229,80 +326,6 @@ def _fixed_tokens(
         flag[:] = True
         flag[np.frombuffer(specs[canvas].slots, TOKEN)] = False
     return torch.from_numpy(np.concatenate(flags)).to(device)
-
-
-def pack_rows(
-    plan: PackPlan,
-    tokens: Tensor,
-    blocks: ActiveBlocks,
-    *,
-    mask_id: int,
-    sampling: SamplingTables,
-    keys: Tensor,
-    needs: frozenset[str],
-    removed: Tensor | None,
-) -> tuple[PackedRows, HeadQuery]:
-    """The rows of one forward, and what is asked about the candidates among them.
-
-    Args:
-        plan: the canvases of the pack.
-        tokens: int64: the burst's flat tokens.
-        blocks: the active blocks of all canvases of the burst.
-        mask_id: M.
-        sampling: the parameters of all canvases of the burst.
-        keys: int64 [R, B]: keys of the token stream.
-        needs: statistics beyond the proposal's probability.
-        removed: int64 [R, B, K] or None: ids that may not be proposed at a slot.
-    """
-    valid, masked, read_slots, held, places = (
-        part.flatten() for part in (blocks.valid, blocks.masked, blocks.read, blocks.tokens, blocks.rows)
-    )
-    is_candidate = read_slots[plan.slots]
-    num_candidates = _counts(is_candidate, plan.cu_slots).tolist()
-    num_main_slots = sum(num_candidates[: plan.num_canvases])
-    main = plan.slots[is_candidate]
-    is_shadow, is_read = _needed_shadows(plan, valid, masked)
-    shadow = plan.shadow_slots[is_shadow]
-    shadow_positions = places[shadow] - plan.shadow_starts[is_shadow]
-    every, read = _shadow_segments(plan, shadow_positions, is_shadow, is_read)
-    shadow_candidates = is_read[is_shadow].nonzero().squeeze(1)
-    ids_T = tokens[plan.token_index]
-    if plan.is_hidden is not None:
-        ids_T = ids_T.masked_fill(plan.is_hidden, mask_id)
-    copies = _copies(plan, valid & ~masked, places, ids_T, mask_id)
-    cu_seqlens = copies.cu_seqlens
-    slots_N = torch.cat([main[:num_main_slots], copies.slots, shadow[shadow_candidates]])
-    rows = PackedRows(
-        ids_T=torch.cat([ids_T, copies.ids_T, torch.full_like(shadow, mask_id)]),
-        positions_T=torch.cat([plan.positions, copies.positions_T, shadow_positions]),
-        layout=VarlenLayout(cu_seqlens, cu_seqlens, every),
-        candidates_H=torch.cat(
-            [
-                places[main] + plan.slot_shifts[is_candidate],
-                copies.candidates,
-                shadow_candidates + cu_seqlens[-1],
-            ]
-        ),
-        candidate_layout=VarlenLayout(
-            (0, *itertools.accumulate([*num_candidates, *[1] * len(copies.slots)])), cu_seqlens, read
-        ),
-        slots_N=slots_N,
-        num_main_slots=num_main_slots,
-    )
-    owners = slots_N // keys.shape[1]
-    temperature = sampling.temperature[owners]
-    temperature[num_main_slots:] = 0  # proposals of rows that verify are not used
-    query = HeadQuery(
-        owners=owners,
-        sampling=sampling,
-        given=held[slots_N],
-        temperature=temperature,
-        keys=keys.flatten()[slots_N],
-        needs=needs,
-        guidance=_guidance(plan, is_candidate, len(main), rows) if plan.is_hidden is not None else None,
-        removed=removed.flatten(0, 1)[slots_N] if removed is not None else None,
-    )
-    return rows, query
 
 
 @dataclass(frozen=True)

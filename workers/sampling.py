@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.sampling import Sampling
+from remask.workers.staging import HoldsTensors
 
 PAD = -1
 
 
-class SamplingTables:
+class SamplingTables(HoldsTensors):
     """The sampling parameters of R canvases.
 
     Attributes:
@@ -31,29 +32,26 @@ class SamplingTables:
         bias: fp32 like `biased`.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
         def reals(name: str) -> Tensor:
-            return torch.tensor([float(getattr(s, name)) for s in samplings], device=device)
+            return torch.tensor([float(getattr(s, name)) for s in samplings])
 
         def ids(rows: list[list[int]]) -> Tensor | None:
-            return _padded(rows, PAD, torch.int64, device)
+            return _padded(rows, PAD, torch.int64)
 
         self.temperature, self.top_p, self.min_p = reals("temperature"), reals("top_p"), reals("min_p")
         self.cfg_scale = reals("cfg_scale")
-        self.top_k = torch.tensor([s.top_k for s in samplings], device=device)
-        self.rank_by_top = torch.tensor([s.rank == "top" for s in samplings], device=device)
-        self.ranks_as_drawn = torch.tensor([s.ranks_as_drawn for s in samplings], device=device)
+        self.top_k = torch.tensor([s.top_k for s in samplings])
+        self.rank_by_top = torch.tensor([s.rank == "top" for s in samplings])
+        self.ranks_as_drawn = torch.tensor([s.ranks_as_drawn for s in samplings])
         self.entropy_floor = torch.where(self.ranks_as_drawn, 1e-10, 0.0)
-        filters = [
-            (s.temperature > 0 or s.ranks_as_drawn) and (s.top_p < 1 or s.min_p > 0 or s.top_k > 0)
-            for s in samplings
-        ]
-        self.filters, self.any_filter = torch.tensor(filters, device=device), any(filters)
-        self.any_narrowed = any(s.ranks_as_drawn and f for s, f in zip(samplings, filters, strict=True))
-        reranked = [s.ranks_as_drawn or bool(s.unranked_ids) for s in samplings]
-        self.reranked, self.any_reranked = torch.tensor(reranked, device=device), any(reranked)
+        filters, reranked = [s.filters for s in samplings], [s.reranks for s in samplings]
+        self.filters, self.any_filter = torch.tensor(filters), any(filters)
+        self.any_narrowed = any(s.ranks_as_drawn and s.filters for s in samplings)
+        self.reranked, self.any_reranked = torch.tensor(reranked), any(reranked)
+        self.any_hot = any(s.temperature > 0 for s in samplings)
         self.biased = ids([list(s.logit_bias) for s in samplings])
-        self.bias = _padded([list(s.logit_bias.values()) for s in samplings], 0.0, torch.float32, device)
+        self.bias = _padded([list(s.logit_bias.values()) for s in samplings], 0.0, torch.float32)
         self.banned, self.allowed, self.unranked = (
             ids([getattr(s, name) for s in samplings])
             for name in ("banned_ids", "allowed_ids", "unranked_ids")
@@ -119,8 +117,8 @@ def ban(logits_NV: Tensor, ids_NK: Tensor) -> None:
     logits_NV.scatter_reduce_(1, ids_NK.clamp(min=0), floor, "amin")
 
 
-def _padded(rows: list[list], fill: float, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+def _padded(rows: list[list], fill: float, dtype: torch.dtype) -> Tensor | None:
     width = max(map(len, rows), default=0)
     if width == 0:
         return None
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype, device=device)
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype)

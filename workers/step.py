@@ -7,29 +7,38 @@ one canvas ever enters the decision about another.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from remask.workers.burst import BurstState
+from remask.workers.fixed_rows import FixedPlan, plan_fixed
 from remask.workers.head import Statistics
 from remask.workers.keyed_random import Purpose, stream_keys, uniform_at
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.rows import ActiveBlocks, PackPlan, group_canvases, pack_rows, plan_pack
+from remask.workers.room import NO_ROOM, Room
+from remask.workers.rows import ActiveBlocks, PackPlan, group_canvases, plan_pack
 from remask.workers.strategies.view import BlockView
 
+Plans: TypeAlias = list[PackPlan] | list[FixedPlan]
 
-def plan_packs(state: BurstState, model: Denoiser) -> list[PackPlan]:
-    """Cuts the canvases that go on into packs of the size that the model is best fed with."""
+
+def plan_packs(state: BurstState, model: Denoiser, room: Room = NO_ROOM) -> Plans:
+    """Cuts the canvases that go on into packs of the size that the model is best fed with. Plans of fixed
+    shapes are on the host, as the state still is."""
     live = (~state.paused).nonzero().squeeze(1).tolist()
+    if room.group_size:  # canvases that have ended, as a filling
+        live = list(range(len(state.specs)))
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
     groups = group_canvases(num_rows, live, model.pack_rows)
+    if model.fixed_shapes:
+        return [plan_fixed(group, state.specs, state.cu_tokens, room) for group in groups]
     return [plan_pack(group, state.specs, state.cu_tokens, state.device) for group in groups]
 
 
-def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
+def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     """One step of every canvas of the plans, in place; returns the rows forwarded."""
     slots, valid = state.active_slots()
     blocks = state.active_blocks(slots, valid, model.mask_id)
@@ -39,8 +48,7 @@ def denoise(state: BurstState, plans: list[PackPlan], model: Denoiser) -> int:
     keys = stream_keys(state.keys.unsqueeze(1), Purpose.TOKEN, state.num_forwards.unsqueeze(1), slots)
     num_rows = 0
     for plan in plans:
-        rows, query = pack_rows(
-            plan,
+        rows, query = plan.pack(
             state.tokens,
             blocks,
             mask_id=model.mask_id,
@@ -114,10 +122,8 @@ def _decide(state: BurstState, view: BlockView) -> _Outcome:
         if decision.takes_top is not None:
             takes_top[own] = decision.takes_top
         paused = state.paused[own]  # nothing changes for those that take no step
-        state.memory[i] = {
-            name: torch.where(paused.view(-1, *[1] * (old.ndim - 1)), old, decision.memory[name])
-            for name, old in state.memory[i].items()
-        }
+        for name, held in state.memory[i].items():
+            held.copy_(torch.where(paused.view(-1, *[1] * (held.ndim - 1)), held, decision.memory[name]))
     return _Outcome(commit, remask, holds, takes_top)
 
 
@@ -160,13 +166,14 @@ def _update(
     state.block_forwards.masked_fill_(block_done, 0)
     state.finished |= block_done & (stopped | (state.block * state.block_len >= state.canvas_len))
     state.paused |= state.finished | (block_done & state.pauses)
-    for group, memory in zip([*state.unmask, *state.remask], state.memory, strict=True):
+    for group, memory in zip(state.groups, state.memory, strict=True):
         done = block_done[group.canvases]
         for name, fresh in group.initial_memory(state.max_block_len).items():
-            memory[name] = torch.where(done.view(-1, *[1] * (fresh.ndim - 1)), fresh, memory[name])
+            held = memory[name]
+            held.copy_(torch.where(done.view(-1, *[1] * (fresh.ndim - 1)), fresh, held))
     if state.removed is not None:
-        state.removed = _with_removed(state, state.removed, blocks, remask)
-        state.removed[block_done] = -1
+        removed = _with_removed(state, state.removed, blocks, remask)
+        state.removed = removed.masked_fill(block_done.view(-1, 1, 1), -1)
 
 
 def _record(

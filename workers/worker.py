@@ -1,22 +1,52 @@
 """A worker: weights, and the canvases of its last burst in case the next one goes on with them.
 
 What it keeps is a convenience: the scheduler has all canvases, and a burst that follows nothing runs on any
-worker.
+worker. A burst is *launched*, which on a GPU returns before it has run, and *collected*: so the next one can
+be on its way while the host reads the results of this one.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
 from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.burst import BurstState
+from remask.workers.burst import BurstState, Results
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.step import denoise, plan_packs
+from remask.workers.staging import Fetched, load, new_buffer, tensors_of
+from remask.workers.step import Plans, denoise, plan_packs
 
 ROOM_STEPS = 16  # between two looks at how many tokens the slots have lost
+
+
+@dataclass
+class Launched:
+    """A burst that runs, or has run.
+
+    Attributes:
+        burst_id: its number.
+        started: monotonic seconds.
+        num_rows: rows forwarded.
+        state: the canvases, where they were moved to.
+        results: what it leaves behind.
+        states: the same as the scheduler gets them, once somebody has waited for them.
+    """
+
+    burst_id: int
+    started: float
+    num_rows: int
+    state: BurstState
+    results: Fetched[Results]
+    states: list[CanvasState] | None = None
+
+    def wait(self) -> list[CanvasState]:
+        """The canvases, when the burst is over."""
+        if self.states is None:
+            self.states = self.state.to_states(self.results.wait())
+        return self.states
 
 
 class Worker:
@@ -24,38 +54,71 @@ class Worker:
 
     def __init__(self, model: Denoiser) -> None:
         self._model = model
-        self._last: tuple[int, list[CanvasState]] | None = None  # the last burst and how it left its canvases
-        self._tensors: BurstState | None = None  # the same canvases on the device
+        self._last: Launched | None = None
+        self._tensors: tuple[BurstState, Plans] | None = None  # what the last burst left on the device
 
-    @torch.inference_mode()
     def run(self, batch: StepBatch) -> StepResult:
         """Takes up to `batch.num_steps` denoising steps; a pure function of the canvases and the weights.
 
         A burst that was interrupted may be run again.
         """
+        return self.collect(self.launch(batch))
+
+    @torch.inference_mode()
+    def launch(self, batch: StepBatch) -> Launched:
+        """Starts a burst. It may follow the one that was launched before it, collected or not."""
         started = time.perf_counter()
-        state = self._unpack(batch)
-        state.resume()
-        num_rows = advance(state, batch.num_steps, self._model)
-        states = state.to_states()
-        self._last, self._tensors = (batch.burst_id, states), state
+        state, plans = self._unpack(batch)
+        if self._model.fixed_shapes:
+            num_rows = advance_blindly(state, plans, batch.num_steps, self._model)
+        else:
+            num_rows = advance(state, batch.num_steps, self._model)
+        launched = Launched(batch.burst_id, started, num_rows, state, Fetched(state.results()))
+        if self._model.device.type == "cpu":
+            launched.wait()  # the next burst writes into the same tensors
+        self._last, self._tensors = launched, (state, plans)
+        return launched
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Waits for a burst; each is collected once, in their order."""
         return StepResult(
-            burst_id=batch.burst_id, states=states, num_rows=num_rows, seconds=time.perf_counter() - started
+            burst_id=launched.burst_id,
+            states=launched.wait(),
+            num_rows=launched.num_rows,
+            seconds=time.perf_counter() - launched.started,
         )
 
-    def _unpack(self, batch: StepBatch) -> BurstState:
+    def _unpack(self, batch: StepBatch) -> tuple[BurstState, Plans]:
+        """The canvases of a burst on the device, and where shapes are fixed the plans for them."""
         # Taken out for as long as they are written to: an interrupted burst starts again from the bytes.
         tensors, self._tensors = self._tensors, None
-        if batch.follows is None:
-            before: list[CanvasState] = []
-        else:
-            assert self._last is not None, "there is no burst to follow"
-            last_id, before = self._last
-            assert last_id == batch.follows, f"burst {batch.follows} is not the last one here"
-            if tensors is not None and batch.states == list(range(len(before))):
+        last = self._last
+        if batch.follows is not None:
+            assert last is not None, "there is no burst to follow"
+            assert last.burst_id == batch.follows, f"burst {batch.follows} is not the last one here"
+            goes_on = batch.states == list(range(len(last.state.specs)))
+            if (
+                tensors is not None
+                and goes_on
+                and (tensors[0].removed is None or not self._model.fixed_shapes)
+            ):
+                tensors[0].resume()
                 return tensors
-        states = [before[state] if isinstance(state, int) else state for state in batch.states]
-        return BurstState(batch.specs, states, self._model.device)
+        states = [last.wait()[s] if isinstance(s, int) and last else s for s in batch.states]
+        state = BurstState(batch.specs, states)  # type: ignore[arg-type]
+        if not self._model.fixed_shapes:
+            return state, []
+        state.make_room(batch.num_steps)
+        tree = (state, plan_packs(state, self._model))
+        if self._model.device.type == "cpu":
+            return tree
+        return load(tree, new_buffer(tensors_of(tree), self._model.device))
+
+
+def advance_blindly(state: BurstState, plans: Plans, num_steps: int, model: Denoiser) -> int:
+    """Takes `num_steps` denoising steps in place without ever waiting for the device; returns the rows
+    forwarded. Canvases that pause on the way are computed to the end and not changed."""
+    return sum(denoise(state, plans, model) for _ in range(num_steps))
 
 
 def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:

@@ -24,7 +24,7 @@ def query(count: int, vocab: int, *, heat: float = 0.0, sampling: Sampling = PLA
     generator = torch.Generator().manual_seed(count)
     return HeadQuery(
         owners=torch.zeros(count, dtype=torch.int64),
-        sampling=SamplingTables([sampling], torch.device("cpu")),
+        sampling=SamplingTables([sampling]),
         given=torch.randint(vocab, (count,), generator=generator),
         temperature=torch.full((count,), heat),
         keys=stream_keys(torch.arange(count)),
@@ -114,7 +114,7 @@ V, D, N = 126464, 64, {rows}
 weight, hidden = torch.randn(V, D, dtype=torch.{dtype}), torch.randn(N, D, dtype=torch.{dtype})
 def run(count):
     zeros = torch.zeros(count, dtype=torch.int64)
-    query = HeadQuery(zeros, SamplingTables([Sampling({sampling})], zeros.device), zeros,
+    query = HeadQuery(zeros, SamplingTables([Sampling({sampling})]), zeros,
         torch.full((count,), {heat}), stream_keys(zeros), frozenset(("margin", "entropy")))
     head_statistics(hidden[:count], lambda x: F.linear(x, weight), V, query, 5)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -17,7 +17,6 @@ from remask.scheduler.params import resolve
 from remask.workers.burst import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.markov import MarkovDenoiser, write_markov
-from remask.workers.rows import pack_rows
 from remask.workers.step import plan_packs
 
 INITIAL = [0.5, 0.2, 0.3]
@@ -113,11 +112,10 @@ def test_what_verifies_is_the_exact_leave_one_out(remask: str) -> None:
     own = new_canvas("r", 0, [0], params, seed=0, sample=0, mask_id=MASK, stop_ids=[])
     ids = [0, 1, MASK, 2, 2, MASK]
     half_way = msgspec.structs.replace(own.state, tokens=np.array(ids, dtype=TOKEN).tobytes())
-    state = BurstState([own.spec], [half_way], model.device)
+    state = BurstState([own.spec], [half_way])
     (plan,) = plan_packs(state, model)
     slots, valid = state.active_slots()
-    rows, query = pack_rows(
-        plan,
+    rows, query = plan.pack(
         state.tokens,
         state.active_blocks(slots, valid, MASK),
         mask_id=MASK,

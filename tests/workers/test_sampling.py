@@ -37,7 +37,7 @@ def answer(
     removed: list[list[int]] | None = None,
 ) -> Statistics:
     """Statistics of rows [N, V] of several canvases."""
-    tables = SamplingTables(samplings, CPU)
+    tables = SamplingTables(samplings)
     rows = torch.tensor(owners)
     query = HeadQuery(
         owners=rows,
@@ -112,7 +112,7 @@ def test_a_row_is_changed_by_its_own_parameters_alone(seed: int) -> None:
     ]
     together = answer(logits.clone(), kinds, list(range(6)))
     for row, kind in enumerate(kinds):
-        tables = SamplingTables([kind], CPU)
+        tables = SamplingTables([kind])
         alone = head_statistics(
             logits[row : row + 1],
             torch.clone,

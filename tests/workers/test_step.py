@@ -38,7 +38,7 @@ from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.burst import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
-from remask.workers.rows import HeadQuery, PackedRows, pack_rows
+from remask.workers.rows import HeadQuery, PackedRows
 from remask.workers.step import plan_packs
 from remask.workers.worker import Worker
 
@@ -230,11 +230,10 @@ def after(model: TransformerDenoiser, own: Canvas, num_steps: int) -> CanvasStat
 def packed(
     model: TransformerDenoiser, canvases: list[Canvas], states: list[CanvasState]
 ) -> tuple[PackedRows, HeadQuery]:
-    state = BurstState([c.spec for c in canvases], states, model.device)
+    state = BurstState([c.spec for c in canvases], states)
     (plan,) = plan_packs(state, model)
     slots, valid = state.active_slots()
-    return pack_rows(
-        plan,
+    return plan.pack(
         state.tokens,
         state.active_blocks(slots, valid, model.mask_id),
         mask_id=model.mask_id,

@@ -88,7 +88,7 @@ def group_of(policy: Any, rows: int, width: int, beside: Any = None) -> PolicyGr
         params = policy.block_params([width], beside)
     else:
         params = policy.block_params([width])
-    (group,) = group_policies([policy] * rows, [params] * rows, CPU)
+    (group,) = group_policies([policy] * rows, [params] * rows)
     return group
 
 

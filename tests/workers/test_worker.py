@@ -115,7 +115,7 @@ def test_a_paused_canvas_does_not_change_while_others_go_on(golden_model: Transf
     canvases = [make(2, 12, stop="x"), make(2, 40)]
     (alone,) = Worker(golden_model).run(first_burst(canvases[:1], 100)).states
     assert alone.block == 1
-    state = BurstState([c.spec for c in canvases], [c.state for c in canvases], golden_model.device)
+    state = BurstState([c.spec for c in canvases], [c.state for c in canvases])
     for _ in range(alone.num_forwards + 3):
         denoise(state, plan_packs(state, golden_model), golden_model)
     paused, other = state.to_states()

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from remask.scheduler.errors import InvalidRequest
 from remask.workers.attention.sdpa import SdpaAttention
@@ -31,12 +32,15 @@ class Denoiser(ABC):
         device: where its tensors live.
         pack_rows: rows of a forward beyond which a larger pack is no faster (on a CPU, one that leaves the
             cache is slower).
+        fixed_shapes: whether packs have the same shapes in every step, so that the host need not wait for
+            the device; else they hold no row too many.
     """
 
     config: ModelConfig
     mask_id: int
     device: torch.device
     pack_rows: int
+    fixed_shapes: bool = False
 
     @abstractmethod
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
@@ -44,18 +48,64 @@ class Denoiser(ABC):
 
 
 class TransformerDenoiser(Denoiser):
-    """A transformer and its head."""
+    """A transformer and its head.
+
+    Args:
+        model: the weights.
+        attention: which rows see which is its matter.
+        pack_rows, fixed_shapes: see `Denoiser`.
+        fused_head: whether one kernel does the head; needs fixed shapes and Triton.
+    """
 
     config: TransformerConfig
 
-    def __init__(self, model: Transformer, attention: AttentionBackend, *, pack_rows: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        attention: AttentionBackend,
+        *,
+        pack_rows: int,
+        fixed_shapes: bool = False,
+        fused_head: bool = False,
+    ) -> None:
         self.model, self.attention, self.pack_rows = model, attention, pack_rows
-        self.config = model.config
+        self.config, self.fixed_shapes, self.fused_head = model.config, fixed_shapes, fused_head
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
         hidden_HD = self.model(rows, self.attention)
+        return self._fused(hidden_HD, query) if self.fused_head else self._whole_logits(hidden_HD, query)
+
+    def _whole_logits(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
         return head_statistics(hidden_HD, self.model.logits, self.config.vocab_size, query, self.mask_id)
+
+    def _fused(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
+        """What one pass over the vocabulary can answer; the special slots' logits are looked at again."""
+        from remask.workers.kernels.head import fused_statistics
+
+        assert query.live is not None, "shapes are fixed"
+        hidden_ND = hidden_HD if query.guidance is None else hidden_HD[query.guidance.first]
+        live = query.live
+        if query.special is not None:
+            live = live.index_fill(0, query.special, False)
+        out = Statistics.blank(len(live), self.device)
+        fused_statistics(
+            self.model.final_normed(hidden_ND),
+            self.model.head_weight,
+            live_N=(~live).to(torch.int8).argsort(stable=True).int(),
+            count=live.sum(dtype=torch.int32).view(1),
+            given_N=query.given,
+            temperature_N=query.temperature,
+            keys_N=query.keys,
+            mask_id=self.mask_id,
+            needs=query.needs,
+            out=out,
+        )
+        if query.special is not None:
+            asked = query.select(query.special)
+            hidden = hidden_HD if asked.guidance is not None else hidden_HD[query.special]
+            out.put(query.special, self._whole_logits(hidden, asked))
+        return out
 
 
 def load_denoiser(

@@ -1,0 +1,152 @@
+"""Packs of fixed shapes: the same canvases, without a look at the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from remask import SamplingParams
+from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
+from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.burst import BurstState
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.step import denoise, plan_packs
+from remask.workers.worker import Worker
+
+POLICIES: list[dict[str, Any]] = [
+    {"unmask": "threshold:0.5"},
+    {"unmask": "schedule:score=random", "temperature": 1.0},
+    {"unmask": "schedule:steps=9,score=margin", "temperature": 0.7, "rank": "top", "top_p": 0.8, "top_k": 9},
+    {"unmask": "capped_threshold:0.3", "remask": "wino:t2=0.95", "trace": True, "logprobs": 1},
+    {"unmask": "capped_threshold:0.3", "remask": "wino:t2=0.95,tile=self"},
+    {"unmask": "threshold:0.3", "remask": "low_prob:0.6,max_times=2,post_steps=3"},
+    {"remask": "saber:3,2"},
+    {"unmask": "dream:steps=7,alg=maskgit_plus,alg_temp=0.3", "temperature": 0.8},
+    {"unmask": "schedule:steps=9", "remask": "rcr", "temperature": 0.5},
+    {"remask": "remdm:10,cap,0.3", "temperature": 1.0},
+    {"unmask": "capped_threshold:0.3", "remask": "oracle_loo:0.9"},
+    {"unmask": "capped_threshold:0.2", "remask": "wino:t2=0.95,ban_old=true"},
+    {"unmask": "schedule", "cfg_scale": 1.5, "temperature": 0.6},
+    {"unmask": "entropy_bound:1.0", "logit_bias": {5: 3.0}, "bad_token_ids": [7], "min_p": 0.05},
+    {"unmask": "bernoulli:2.0", "suppress_eos_confidence": True},
+    {"unmask": "factor:1.0", "stop": ["x"]},
+]
+HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "repeat_interleave")
+
+
+class Blind(TorchDispatchMode):
+    """Refuses every operation that waits for the device, or whose shape depends on its numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        by_flags = any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if "index" in name and len(args) > 1 and isinstance(args[1], list) else ())
+        )
+        assert not by_flags, name
+        assert not any(read in name for read in HOST_READS), name
+        return func(*args, **(kwargs or {}))
+
+
+def canvas(fields: dict[str, Any], canvas_len: int, block_len: int, prompt_len: int, seed: int = 5) -> Canvas:
+    block = {} if "dream" in fields.get("unmask", "") else {"block_length": min(block_len, canvas_len)}
+    params = resolve(SamplingParams(max_tokens=canvas_len, **block, **fields))
+    prompt = ([33, 11, 12, 14] * 5)[:prompt_len]
+    return new_canvas("r", 0, prompt, params, seed=seed, sample=0, mask_id=0, stop_ids=[3])
+
+
+@pytest.fixture(scope="module")
+def fixed_model(golden_model: TransformerDenoiser) -> Iterator[TransformerDenoiser]:
+    yield TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True)
+
+
+def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> list[CanvasState]:
+    worker, states = Worker(model), [c.state for c in canvases]
+    places: list[int] = []
+    for burst_id in range(1000):
+        live = [i for i, state in enumerate(states) if not state.finished]
+        if not live:
+            return states
+        sent: list[CanvasState | int] = [places.index(i) if i in places else states[i] for i in live]
+        follows = burst_id - 1 if places else None
+        specs = [canvases[i].spec for i in live]
+        batch = StepBatch(burst_id=burst_id, num_steps=num_steps, follows=follows, specs=specs, states=sent)
+        places = live
+        for i, state in zip(live, worker.run(batch).states, strict=True):
+            states[i] = state
+    raise AssertionError("it never ends")
+
+
+def same(states: list[CanvasState], others: list[CanvasState]) -> None:
+    """Equal but for the last bits of probabilities, which other shapes round differently."""
+    for one, other in zip(states, others, strict=True):
+        for name in ("tokens", "commit_steps", "num_forwards", "block", "removed"):
+            assert getattr(one, name) == getattr(other, name), name
+        for name in ("confidences", "logprobs"):
+            numbers = (torch.frombuffer(bytearray(getattr(s, name)), dtype=torch.float32) for s in (one, other))
+            torch.testing.assert_close(*numbers, rtol=1e-3, atol=1e-4)
+        assert len(one.events) == len(other.events)
+
+
+requests = st.builds(
+    canvas,
+    st.sampled_from(POLICIES),
+    canvas_len=st.integers(1, 30),
+    block_len=st.integers(1, 12),
+    prompt_len=st.integers(1, 20),
+    seed=st.integers(0, 9),
+)
+
+
+@pytest.mark.parametrize("fields", POLICIES, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_every_policy_writes_in_fixed_shapes_what_it_writes_in_fitting_ones(
+    golden_model: TransformerDenoiser, fixed_model: TransformerDenoiser, fields: dict[str, Any]
+) -> None:
+    own = [canvas(fields, 21, 8, 4), canvas({"unmask": "threshold:0.5"}, 10, 4, 9), canvas(fields, 9, 5, 2)]
+    same(finish(fixed_model, own, 3), finish(golden_model, own, 3))
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(own=st.lists(requests, min_size=1, max_size=5), num_steps=st.integers(1, 9))
+def test_any_mix_writes_the_same_in_fixed_shapes(
+    golden_model: TransformerDenoiser, fixed_model: TransformerDenoiser, own: list[Canvas], num_steps: int
+) -> None:
+    same(finish(fixed_model, own, num_steps), finish(golden_model, own, 2))
+
+
+@torch.inference_mode()
+def test_no_step_of_any_policy_reads_from_the_device(fixed_model: TransformerDenoiser) -> None:
+    own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
+    state = BurstState([c.spec for c in own], [c.state for c in own])
+    state.make_room(4)
+    plans = plan_packs(state, fixed_model)
+    with Blind():
+        for _ in range(4):
+            denoise(state, plans, fixed_model)
+    (plan,) = plans
+    assert len(state.to_states()) == len(POLICIES), "and it did step"
+    assert int(state.num_forwards.min()) == 4
+    assert plan.special is not None
+
+
+def test_canvases_that_pause_on_the_way_stay_as_they_were(fixed_model: TransformerDenoiser) -> None:
+    own = [canvas({"unmask": "schedule"}, 4, 4, 3), canvas({"unmask": "schedule", "stop": ["x"]}, 16, 4, 3)]
+    batch = StepBatch(
+        burst_id=0, num_steps=9, specs=[c.spec for c in own], states=[c.state for c in own]
+    )
+    ended, paused = Worker(fixed_model).run(batch).states
+    assert (ended.finished, ended.num_forwards) == (True, 4)
+    assert (paused.finished, paused.num_forwards, paused.block) == (False, 4, 1)
+    goes_on = msgspec.structs.replace(batch, burst_id=1, follows=0, num_steps=3, states=[0, 1])
+    worker = Worker(fixed_model)
+    worker.run(batch)
+    assert worker.run(goes_on).states[1].num_forwards == 7

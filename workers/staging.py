@@ -1,0 +1,135 @@
+"""Everything that a burst needs on the device, in one copy.
+
+A burst's canvases, parameters and plan are some sixty small tensors, made on the host. Copied one by one they
+would take longer than a step, and each would wait for the burst that runs; in one pinned buffer they are a
+single copy that nobody waits for. Trees of equal shapes can use the same memory on the device again, so that
+a graph which was captured on it serves them all.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+Tree = TypeVar("Tree")
+ALIGNMENT = 16  # bytes
+
+Signature: TypeAlias = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+
+
+class HoldsTensors:
+    """A class whose attributes are trees too."""
+
+
+def mapped(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
+    """A copy of a tree with each tensor replaced, in a fixed order.
+
+    Trees are tensors, lists, tuples and dicts of trees, dataclasses and `HoldsTensors` with trees as
+    attributes, and anything else, which is kept.
+    """
+    value: Any = tree
+    if isinstance(value, Tensor):
+        return function(value)  # type: ignore[return-value]
+    if isinstance(value, list):
+        return [mapped(item, function) for item in value]  # type: ignore[return-value]
+    if isinstance(value, dict):
+        return {key: mapped(item, function) for key, item in value.items()}  # type: ignore[return-value]
+    if isinstance(value, tuple):
+        items = (mapped(item, function) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: mapped(getattr(value, f.name), function) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)  # type: ignore[type-var]
+    if isinstance(value, HoldsTensors):
+        moved = copy.copy(value)
+        vars(moved).update({name: mapped(item, function) for name, item in vars(value).items()})
+        return moved  # type: ignore[return-value]
+    return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors of a tree, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(tree, note)
+    return found
+
+
+class Buffer(NamedTuple):
+    """Memory on a device for trees of one signature.
+
+    Attributes:
+        words: uint8 [bytes].
+        views: the tensors in it.
+    """
+
+    words: Tensor
+    views: list[Tensor]
+
+
+def signature(tensors: list[Tensor]) -> Signature:
+    """What trees must have in common to use the same buffer."""
+    return tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+
+
+def new_buffer(tensors: list[Tensor], device: torch.device) -> Buffer:
+    """Memory for tensors of these shapes."""
+    starts, end = [], 0
+    for tensor in tensors:
+        starts.append(end)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    words = torch.empty(end, dtype=torch.uint8, device=device)
+    return Buffer(words, _views(words, tensors, starts))
+
+
+def load(tree: Tree, buffer: Buffer) -> Tree:
+    """The tree with its tensors in the buffer, which has been made for such; returns before they are there.
+
+    What ran on the device before has read the buffer to the end: copies keep their turn.
+    """
+    tensors = tensors_of(tree)
+    pinned = torch.empty(buffer.words.shape, dtype=torch.uint8, pin_memory=buffer.words.is_cuda)
+    starts = [view.data_ptr() - buffer.words.data_ptr() for view in buffer.views]
+    for own, tensor in zip(_views(pinned, tensors, starts), tensors, strict=True):
+        own.copy_(tensor)
+    buffer.words.copy_(pinned, non_blocking=True)
+    views = iter(buffer.views)
+    return mapped(tree, lambda _: next(views))
+
+
+def _views(words: Tensor, tensors: list[Tensor], starts: list[int]) -> list[Tensor]:
+    return [
+        words[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, tensors, strict=True)
+    ]
+
+
+class Fetched(Generic[Tree]):
+    """A copy of a tree on the host, on its way from the device."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree, self._event = tree, None
+        if any(tensor.is_cuda for tensor in tensors_of(tree)):
+            self._tree = mapped(tree, _to_pinned)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> Tree:
+        """The copy, when it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tree
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
