@@ -45,8 +45,8 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
         token_ids: the visible tokens, with the end-of-sequence token or stop id that ended them; with a stop
             string up to the token that completes it; with `ignore_eos` and no other stop the whole canvas.
         finish_reason: "stop" where an end-of-sequence token, a stop id or a stop string ended the text,
-            "length" where the canvas did, "error" where workers died of it: then the tokens are those before
-            the first that is missing.
+            "length" where the canvas did, "error" where workers died of it or their memory does not hold it:
+            then the tokens are those before the first that is missing.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended the text; None for the model's
             own end-of-sequence tokens and where nothing did.
         nfe: model forwards that the sample took.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from remask.scheduler.canvas import CanvasSpec, CanvasState
@@ -22,9 +24,16 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The same canvases, up to `num_steps` further."""
+    """The same canvases, up to `num_steps` further; or word that the burst failed and changed nothing.
+
+    A worker answers every burst, in order, and lives on after one that did not fit its memory. A burst that
+    follows a failed one has nothing to go on from: the worker does not run it and answers "skipped", and so
+    with those that follow it in turn. One that follows nothing runs, whatever came before.
+    """
 
     burst_id: int
-    states: list[CanvasState]
+    states: list[CanvasState]  # one for each canvas; none where it failed
     num_rows: int  # rows forwarded, all steps together
     seconds: float  # spent in the burst
+    # "memory": it did not fit, a smaller one may; "skipped": the burst that it follows failed
+    failure: Literal["memory", "skipped"] | None = None

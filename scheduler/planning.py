@@ -15,6 +15,7 @@ AGEING_SECONDS = 60.0  # a request that has waited so much longer overtakes one 
 MAX_BURST = 8  # steps: long enough to hide the host, short enough to let newcomers in
 BURST_SECONDS = 0.2  # a burst gets no longer for the sake of the host, whose share is lost in it
 MAX_PASSED = 32  # canvases that do not fit before the search for smaller ones ends
+REGROW_AFTER = 64  # bursts in a row that fit a worker's memory before it gets larger ones again
 
 Order: TypeAlias = tuple[float, int]
 
@@ -24,6 +25,13 @@ class Budget(NamedTuple):
 
     max_num_rows: int
     max_num_seqs: int
+
+
+class Allowance(NamedTuple):
+    """What a worker gets: the engine's budget, or less after a burst that did not fit its memory."""
+
+    budget: Budget
+    num_fitting: int = 0  # bursts in a row that fitted since the budget last changed
 
 
 def order_of(priority: int, arrival_time: float, ordinal: int) -> Order:
@@ -78,3 +86,26 @@ def burst_len(fixed: int | None, *, others_wait: bool, num_quiet: int, step_seco
         return 1
     fitting = int(BURST_SECONDS / step_seconds) if step_seconds > 0 else MAX_BURST
     return max(1, min(1 << min(num_quiet, 30), MAX_BURST, fitting))
+
+
+def shrink(allowance: Allowance, *, num_rows: int, num_seqs: int) -> Allowance:
+    """What a worker gets after a burst of that size did not fit its memory: at most half of it.
+
+    So a few failures in a row lead to bursts of a single canvas, whatever it is that does not fit. A canvas
+    that failed alone says nothing about how many fit together.
+    """
+    rows, seqs = allowance.budget
+    rows = max(1, min(rows, num_rows // 2))
+    return Allowance(Budget(rows, min(seqs, num_seqs // 2) if num_seqs > 1 else seqs))
+
+
+def regrow(allowance: Allowance, full: Budget) -> Allowance:
+    """What a worker gets after one that fitted: after `REGROW_AFTER` in a row twice as much, up to `full`.
+
+    Memory may be short for a while only, because others use the device; and where it stays short, one burst
+    in so many is lost on finding out.
+    """
+    (rows, seqs), num_fitting = allowance.budget, allowance.num_fitting + 1
+    if num_fitting < REGROW_AFTER:
+        return Allowance(allowance.budget, num_fitting)
+    return Allowance(Budget(min(full.max_num_rows, 2 * rows), min(full.max_num_seqs, 2 * seqs)))

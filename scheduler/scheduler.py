@@ -8,22 +8,30 @@ newcomer displaces the last of them at the cost of nothing but their turn.
 A burst whose worker died is *suspected*: its canvases run again apart from all others, in halves, until the
 half that kills is a single canvas. Whatever comes back is cleared. So a request that kills workers is found
 in a few deaths, and one that was only there costs nothing.
+
+A burst that does not fit a worker's memory is no death: its canvases are ready again as they were, and for a
+while the worker gets smaller bursts. Only a canvas that does not fit alone ends its request.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from remask.scheduler.canvas import Canvas
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.scheduler.planning import Budget, Order, burst_len, order_of, take
+from remask.scheduler.planning import Allowance, Budget, Order, burst_len, order_of, regrow, shrink, take
 from remask.scheduler.request import Request
 
 MAX_LONE_DEATHS = 3  # a request is to blame after so many, in a row and without progress
+DEATHS = "{} workers in a row died while it ran alone"
+NO_ROOM = (
+    "a step of it takes {} rows, which do not fit into the worker's memory even alone; use fewer max_tokens, "
+    "a shorter prompt or a policy that needs fewer rows, or a smaller dtype, quantization or a larger GPU"
+)
 
 
 @dataclass
@@ -33,20 +41,23 @@ class _Burst:
     worker: int
     canvases: list[Canvas]
     num_steps: int
+    follows: int | None  # the burst whose canvases it continues
     apart: bool  # its canvases are suspected: the worker has nothing else
+    doomed: bool = False  # what it follows has failed: it will not run
 
 
 class Scheduler:
     """Cuts bursts from a queue of canvases and applies their results.
 
     Args:
-        max_num_rows: rows of a forward; a canvas that is larger runs alone.
-        max_num_seqs: canvases of a burst.
+        max_num_rows: rows of a forward where a worker's memory allows it; a canvas that is larger runs alone.
+        max_num_seqs: canvases of a burst, likewise.
         burst: denoising steps of a burst; None: see `planning.burst_len`.
     """
 
     def __init__(self, *, max_num_rows: int, max_num_seqs: int, burst: int | None) -> None:
         self._budget, self._burst_len = Budget(max_num_rows, max_num_seqs), burst
+        self._allowances = defaultdict[int, Allowance](lambda: Allowance(self._budget))  # by worker
         self._requests: dict[str, Request] = {}
         self._queue: list[tuple[Order, Canvas]] = []  # heap; may hold canvases of aborted requests
         self._num_stale = 0  # of them, those of aborted requests
@@ -103,12 +114,16 @@ class Scheduler:
             worker: whom it is for.
             num_idle: other workers that have nothing to do; canvases are left for them.
         """
-        follows = self._tails.get(worker)
-        before = self._bursts[follows].canvases if follows is not None else []
-        if follows is not None and (self._suspects or self._bursts[follows].apart):
-            return None  # a worker that dies may take the result of the burst before with it
+        follows, before = self._tails.get(worker), list[Canvas]()
+        if follows is not None:
+            tail = self._bursts[follows]
+            if self._suspects or tail.apart:
+                return None  # a worker that dies may take the result of the burst before with it
+            if tail.doomed:
+                return None  # what follows it would not run either
+            before = tail.canvases
         suspects = self._next_suspects()
-        taken = suspects or self._take(before, num_idle)
+        taken = suspects or self._take(worker, before, num_idle)
         if not taken:
             return None
         places = {id(canvas): place for place, canvas in enumerate(before)}
@@ -121,13 +136,14 @@ class Scheduler:
             num_quiet=self._num_quiet,
             step_seconds=self._step_seconds,
         )
-        self._bursts[burst_id] = _Burst(worker, taken, num_steps, apart=bool(suspects))
+        follows = follows if continued else None
+        self._bursts[burst_id] = _Burst(worker, taken, num_steps, follows, apart=bool(suspects))
         for canvas in taken:
             canvas.last_burst = burst_id
         batch = StepBatch(
             burst_id=burst_id,
             num_steps=num_steps,
-            follows=follows if continued else None,
+            follows=follows,
             specs=[canvas.spec for canvas in taken],
             states=[places.get(id(canvas), canvas.state) for canvas in taken],
         )
@@ -135,15 +151,20 @@ class Scheduler:
         return batch
 
     def update(self, result: StepResult) -> list[Request]:
-        """Applies a burst's result; returns the requests that it finished.
+        """Applies a burst's result; returns the requests that it finished, or the one that it has shown to be
+        too large for the worker's memory, which has ended with an `error`.
 
         Results of one worker come in the order of its bursts.
         """
         burst = self._bursts.pop(result.burst_id)
-        self._num_survived += 1
-        self._step_seconds = result.seconds / burst.num_steps
         if self._tails[burst.worker] == result.burst_id:
             del self._tails[burst.worker]
+        assert burst.doomed == (result.failure == "skipped"), "what follows a failed burst is skipped"
+        if result.failure is not None:
+            return self._fail(result.burst_id, burst)
+        self._num_survived += 1
+        self._step_seconds = result.seconds / burst.num_steps
+        self._allowances[burst.worker] = regrow(self._allowances[burst.worker], self._budget)
         finished: list[Request] = []
         for canvas, state in zip(burst.canvases, result.states, strict=True):
             in_next = canvas.last_burst != result.burst_id
@@ -171,47 +192,88 @@ class Scheduler:
 
         Args:
             worker: who does not bring its bursts back.
-            died: it died of itself: the burst that it ran, the first of its queue, is suspected.
+            died: it died of itself: the burst that it ran, the first of its queue that could, is suspected.
 
         Returns:
             Requests that are to blame for it; they have ended with an `error`.
         """
         suspects, were_alone = list[Canvas](), False
         lost = [(number, burst) for number, burst in self._bursts.items() if burst.worker == worker]
+        ran = next((burst for _, burst in lost if not burst.doomed), None)
         for burst_id, burst in lost:
             del self._bursts[burst_id]
             back = [c for c in burst.canvases if c.last_burst is not None and _goes_on(c)]
             for canvas in burst.canvases:
                 canvas.last_burst = None
-            if died and burst is lost[0][1]:
+            if died and burst is ran:
                 suspects, were_alone = back, len(burst.canvases) == 1
             else:
                 for canvas in back:
                     heapq.heappush(self._queue, (canvas.order, canvas))
         self._tails.pop(worker, None)
+        self._allowances.pop(worker, None)
         return self._suspect(suspects, were_alone)
+
+    def _fail(self, burst_id: int, burst: _Burst) -> list[Request]:
+        """Takes back what a worker could not run; returns the request that does not fit alone, if any."""
+        ended: list[Request] = []
+        if not burst.doomed:
+            self._shrink(burst)
+            self._doom_followers(burst_id)
+            (first, *others) = burst.canvases
+            if not others and _goes_on(first):
+                ended.append(self._end(first, NO_ROOM.format(first.num_rows)))
+        left = [canvas for canvas in burst.canvases if canvas.last_burst == burst_id]
+        for canvas in left:
+            canvas.last_burst = None
+        back = list(filter(_goes_on, left))
+        if burst.apart:
+            self._set_apart(back)
+        else:
+            for canvas in back:
+                heapq.heappush(self._queue, (canvas.order, canvas))
+        return ended
+
+    def _shrink(self, burst: _Burst) -> None:
+        """Lets a worker have less than a burst that did not fit."""
+        num_rows = sum(canvas.num_rows for canvas in burst.canvases)
+        self._allowances[burst.worker] = shrink(
+            self._allowances[burst.worker], num_rows=num_rows, num_seqs=len(burst.canvases)
+        )
+
+    def _doom_followers(self, failed: int) -> None:
+        """Marks the bursts in flight that go on from a failed one, directly or not."""
+        doomed = {failed}
+        for burst_id, burst in self._bursts.items():
+            if burst.follows in doomed:
+                burst.doomed = True
+                doomed.add(burst_id)
 
     def _suspect(self, canvases: list[Canvas], were_alone: bool) -> list[Request]:
         """Sets canvases apart whose burst died; returns the request that is to blame, if one is."""
-        for canvas in canvases:
-            canvas.suspected = True
-        if len(canvases) > 1:
-            half = len(canvases) // 2
-            self._suspects += [canvases[:half], canvases[half:]]
-        elif canvases:
+        self._set_apart(canvases)
+        if were_alone and canvases:
             (canvas,) = canvases
             # A death counts where something else has lived since the one before: else it may be the machine.
-            if were_alone and (not canvas.lone_deaths or self._num_survived > canvas.survived):
+            if not canvas.lone_deaths or self._num_survived > canvas.survived:
                 canvas.lone_deaths += 1
                 canvas.survived = self._num_survived
             if canvas.lone_deaths >= MAX_LONE_DEATHS:
-                return [self._blame(canvas)]
-            self._suspects.append(canvases)
+                self._suspects.pop()
+                return [self._end(canvas, DEATHS.format(canvas.lone_deaths))]
         return []
 
-    def _blame(self, canvas: Canvas) -> Request:
+    def _set_apart(self, canvases: list[Canvas]) -> None:
+        """Lets canvases run apart from all others, in halves."""
+        for canvas in canvases:
+            canvas.suspected = True
+        half = len(canvases) // 2
+        self._suspects += filter(None, (canvases[:half], canvases[half:]))
+
+    def _end(self, canvas: Canvas, error: str) -> Request:
+        """Ends the request of a canvas, which is not in the queue."""
         request = self._requests[canvas.request_id]
-        request.error = f"{canvas.lone_deaths} workers in a row died while it ran alone"
+        request.error = error
         self.abort([request.request_id])
         return request
 
@@ -226,9 +288,9 @@ class Scheduler:
                 return group
         return []
 
-    def _take(self, before: list[Canvas], num_idle: int) -> list[Canvas]:
-        """The first of the queue, and of a worker's burst in flight, that fit the budget."""
-        budget = self._budget
+    def _take(self, worker: int, before: list[Canvas], num_idle: int) -> list[Canvas]:
+        """The first of the queue, and of a worker's burst in flight, that fit what it may have."""
+        budget = self._allowances[worker].budget
         if num_idle:
             num_ready = len(self._queue) - self._num_stale + sum(map(_goes_on, before))
             share = max(1, -(-num_ready // (num_idle + 1)))

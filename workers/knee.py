@@ -88,7 +88,7 @@ def measure(model: TransformerDenoiser) -> tuple[list[tuple[int, float]], bool]:
     deadline = time.perf_counter() + SECONDS
 
     def rate(num_rows: int) -> float:
-        return num_rows / _seconds(worker, _burst(canvas, num_rows // canvas_rows), model)
+        return num_rows / _seconds(worker, _burst(canvas, num_rows // canvas_rows))
 
     points: list[tuple[int, float]] = []
     for num_rows in (canvas_rows << i for i in range(MAX_DOUBLINGS)):
@@ -110,11 +110,11 @@ def measure(model: TransformerDenoiser) -> tuple[list[tuple[int, float]], bool]:
     return points, True
 
 
-def _seconds(worker: Worker, batch: StepBatch, model: TransformerDenoiser) -> float:
+def _seconds(worker: Worker, batch: StepBatch) -> float:
     started = time.perf_counter()
-    worker.run(batch)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    result = worker.run(batch)
+    if result.failure is not None:
+        raise torch.OutOfMemoryError("a forward does not fit into the worker's memory")
     return time.perf_counter() - started
 
 

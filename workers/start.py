@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from remask.workers.knee import knee
+from remask.workers.memory import row_limit
 from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import TransformerDenoiser, denoiser_of, pick_device
 from remask.workers.models.load import load_model
@@ -55,6 +56,9 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
     max_num_rows = setup.max_num_rows
     if max_num_rows is None:
         max_num_rows = knee(model) if isinstance(model, TransformerDenoiser) else model.pack_rows
+    if isinstance(model, TransformerDenoiser):
+        limit = row_limit(model, setup.gpu_memory_utilization, lambda batch: Worker(model).run(batch))
+        max_num_rows = min(max_num_rows, limit) if limit is not None else max_num_rows
     if setup.batch_invariant:
         # Products of other shapes round differently; alone, a canvas has the same shapes in any company.
         model.pack_rows = 1

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
 from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.burst import BurstState, Results
+from remask.workers.memory import is_out_of_memory
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.staging import Fetched, load, new_buffer, tensors_of
 from remask.workers.step import Plans, denoise, plan_packs
 
 ROOM_STEPS = 16  # between two looks at how many tokens the slots have lost
+
+
+class NotRun(NamedTuple):
+    """A burst that did not run, and why; see `StepResult`."""
+
+    burst_id: int
+    failure: Literal["memory", "skipped"]
 
 
 @dataclass
@@ -55,6 +64,7 @@ class Worker:
     def __init__(self, model: Denoiser) -> None:
         self._model = model
         self._last: Launched | None = None
+        self._failed: int | None = None  # the last burst, where it did not run
         self._tensors: tuple[BurstState, Plans] | None = None  # what the last burst left on the device
 
     def run(self, batch: StepBatch) -> StepResult:
@@ -64,9 +74,26 @@ class Worker:
         """
         return self.collect(self.launch(batch))
 
-    @torch.inference_mode()
-    def launch(self, batch: StepBatch) -> Launched:
+    def launch(self, batch: StepBatch) -> Launched | NotRun:
         """Starts a burst. It may follow the one that was launched before it, collected or not."""
+        if batch.follows is not None and batch.follows == self._failed:
+            self._failed = batch.burst_id
+            return NotRun(batch.burst_id, "skipped")
+        self._failed = None
+        try:
+            return self._launch(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only now does nothing hold the tensors of the failed step any more.
+        self._last = self._tensors = None
+        self._failed = batch.burst_id
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return NotRun(batch.burst_id, "memory")
+
+    @torch.inference_mode()
+    def _launch(self, batch: StepBatch) -> Launched:
         started = time.perf_counter()
         state, plans = self._unpack(batch)
         if self._model.fixed_shapes:
@@ -79,8 +106,11 @@ class Worker:
         self._last, self._tensors = launched, (state, plans)
         return launched
 
-    def collect(self, launched: Launched) -> StepResult:
+    def collect(self, launched: Launched | NotRun) -> StepResult:
         """Waits for a burst; each is collected once, in their order."""
+        if isinstance(launched, NotRun):
+            burst_id, failure = launched
+            return StepResult(burst_id=burst_id, states=[], num_rows=0, seconds=0.0, failure=failure)
         return StepResult(
             burst_id=launched.burst_id,
             states=launched.wait(),

@@ -40,7 +40,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, times: Iterator[float] | None = N
     """Replaces the clock: a forward takes as long as 700 rows at least; returns the rows asked for."""
     asked: list[int] = []
 
-    def seconds(_: object, batch: Any, __: object) -> float:
+    def seconds(_: object, batch: Any) -> float:
         rows = sum(state.sequence_len for state in batch.states)
         asked.append(rows)
         return max(rows, 700) * (next(times) if times is not None else 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -121,3 +122,29 @@ def test_a_paused_canvas_does_not_change_while_others_go_on(golden_model: Transf
     paused, other = state.to_states()
     assert other.num_forwards > alone.num_forwards
     assert paused == alone
+
+
+def test_a_burst_that_does_not_fit_is_told_and_what_follows_it_is_skipped(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, batch = Worker(golden_model), first_burst([make(0, 12)], 2)
+    after = msgspec.structs.replace(batch, burst_id=1, follows=0, states=[0])
+    with monkeypatch.context() as scarce:
+        scarce.setattr(golden_model.model, "forward", lambda *_: torch.empty(1 << 60))
+        failed = worker.run(batch)
+    assert (failed.failure, failed.states, failed.burst_id) == ("memory", [], 0)
+    assert worker.run(after).failure == "skipped"
+    assert worker.run(msgspec.structs.replace(after, burst_id=2, follows=1)).failure == "skipped"
+    assert worker.run(batch) is not None, "and it goes on"
+    assert (
+        worker.run(after).states
+        == Worker(golden_model).run(msgspec.structs.replace(batch, num_steps=4)).states
+    )
+
+
+def test_an_error_that_is_none_of_memory_is_raised(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(golden_model.model, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Worker(golden_model).run(first_burst([make(0, 12)], 2))

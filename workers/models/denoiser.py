@@ -90,7 +90,7 @@ class TransformerDenoiser(Denoiser):
             live = live.index_fill(0, query.special, False)
         out = Statistics.blank(len(live), self.device)
         fused_statistics(
-            self.model.final_normed(hidden_ND),
+            self.model.normed(hidden_ND),
             self.model.head_weight,
             live_N=(~live).to(torch.int8).argsort(stable=True).int(),
             count=live.sum(dtype=torch.int32).view(1),
@@ -133,7 +133,7 @@ def denoiser_of(model: Transformer) -> TransformerDenoiser:
         keep_freed_memory()
         bound_kernel_caches()
     pack_rows = CPU_PACK_ROWS if on_cpu else GPU_PACK_ROWS
-    return TransformerDenoiser(model, SdpaAttention(), pack_rows=pack_rows)
+    return TransformerDenoiser(model, SdpaAttention(), pack_rows=pack_rows, fixed_shapes=not on_cpu)
 
 
 def keep_freed_memory() -> None:

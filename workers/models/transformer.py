@@ -117,8 +117,16 @@ class Transformer(nn.Module):
             x_TD = block(x_TD, rope, rows.layout, attention)
         return last.candidates(x_TD, rope, rows.candidates_H, rows.candidate_layout, attention)  # type: ignore[operator]
 
+    def normed(self, x_ND: Tensor) -> Tensor:
+        """Hidden states as the head takes them."""
+        return rms_norm(x_ND, self.final_norm, self.config.norm_eps)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]."""
+        head = self.embedding if self.head is None else self.head
+        return head[: self.config.vocab_size]
+
     def logits(self, x_ND: Tensor) -> Tensor:
         """Logits [N, V] of the rows that need them."""
-        normed = rms_norm(x_ND, self.final_norm, self.config.norm_eps)
-        head = self.embedding if self.head is None else self.head
-        return F.linear(normed, head[: self.config.vocab_size])
+        return F.linear(self.normed(x_ND), self.head_weight)

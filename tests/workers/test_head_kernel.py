@@ -1,0 +1,334 @@
+"""The fused head against the reference: numbers, ties, draws, and what is left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from remask.scheduler.sampling import Sampling
+from remask.workers import keyed_random
+from remask.workers.head import Statistics, logits_statistics
+from remask.workers.kernels import head as kernel
+from remask.workers.keyed_random import stream_keys
+from remask.workers.rows import HeadQuery
+from remask.workers.sampling import SamplingTables
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MASK, VOCAB, DIM = 3, 300, 40
+BOTH = frozenset({"margin", "entropy"})
+SENTINEL = -7
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of rows, several splits of several tiles, and none of them full at the end."""
+    for name, value in {
+        "TILE_N": 32,
+        "TILE_V": 64,
+        "TILE_BYTES": 64,
+        "SPLIT_TILES": 2,
+        "MERGED_ROWS": 4,
+    }.items():
+        monkeypatch.setattr(kernel, name, value)
+
+
+def rows(
+    count: int, *, vocab: int = VOCAB, scale: float = 0.5, dtype: torch.dtype = torch.float32, seed: int = 0
+):
+    """Hidden states and a head, whose logits have a deviation of about six times the scale."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(count, DIM, generator=generator).to(dtype),
+        (torch.randn(vocab, DIM, generator=generator) * scale).to(dtype),
+    )
+
+
+def query(count: int, *, heat: Tensor | float = 0.0, vocab: int = VOCAB, seed: int = 0) -> HeadQuery:
+    return HeadQuery(
+        owners=torch.zeros(count, dtype=torch.int64),
+        sampling=SamplingTables([Sampling()]),
+        given=torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed)),
+        temperature=torch.zeros(count) + heat,
+        keys=stream_keys(torch.tensor(seed), torch.arange(count)),
+        needs=BOTH,
+    )
+
+
+def dense(normed: Tensor, head: Tensor, asked: HeadQuery, mask_id: int = MASK) -> Statistics:
+    logits = (normed.double() @ head.double().T).float()
+    return logits_statistics(logits, asked, slice(0, len(normed)), mask_id)
+
+
+def fused(
+    normed: Tensor, head: Tensor, asked: HeadQuery, live: Tensor | None = None, mask_id: int = MASK
+) -> Statistics:
+    """Of the live rows (of all where not given); the others hold what they held before."""
+    count = len(normed)
+    live = torch.arange(count) if live is None else live
+    is_live = torch.zeros(count, dtype=torch.bool).index_fill(0, live, True)
+    out = Statistics(torch.full((2, count), SENTINEL), torch.full((7, count), float(SENTINEL)))
+    out = Statistics(*(x.to(DEVICE) for x in out))
+    kernel.fused_statistics(
+        normed.to(DEVICE),
+        head.to(DEVICE),
+        live_N=torch.cat([live, (~is_live).nonzero().squeeze(1)]).int().to(DEVICE),
+        count=torch.tensor([len(live)], dtype=torch.int32, device=DEVICE),
+        given_N=asked.given.to(DEVICE),
+        temperature_N=asked.temperature.to(DEVICE),
+        keys_N=asked.keys.to(DEVICE),
+        mask_id=mask_id,
+        needs=asked.needs,
+        out=out,
+    )
+    return Statistics(*(x.cpu() for x in out))
+
+
+def assert_equal(found: Statistics, expected: Statistics, rtol: float = 1e-5, atol: float = 2e-6) -> None:
+    assert torch.equal(found.ids, expected.ids)
+    torch.testing.assert_close(found.reals, expected.reals, rtol=rtol, atol=atol)
+
+
+def mixed_heat(count: int) -> Tensor:
+    return torch.tensor([0.0, 0.5, 1.0, 2.0]).repeat(count)[:count]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [0.1, 20.0])
+def test_statistics_equal_the_references(dtype: torch.dtype, scale: float) -> None:
+    normed, head = rows(37, scale=scale, dtype=dtype)
+    asked = query(37)
+    assert_equal(fused(normed, head, asked), dense(normed, head, asked))
+
+
+def test_drawn_tokens_equal_the_references_beside_rows_that_do_not_draw() -> None:
+    normed, head = rows(120, scale=0.2)
+    asked = query(120, heat=mixed_heat(120))
+    found = fused(normed, head, asked)
+    assert_equal(found, dense(normed, head, asked))
+    assert int((found.proposal != found.top_token).sum()) > 40
+
+
+def logits_of(table_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and a head that give exactly these finite logits."""
+    return torch.eye(len(table_NV)), table_NV.T.contiguous()
+
+
+def adversarial() -> Tensor:
+    table = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(5))
+    table[0] = 2.5
+    table[1, [MASK, 280, 281]] = torch.tensor([21.0, 20.0, 20.0])
+    table[2, 250] = 1e30
+    table[3] = torch.where(torch.arange(VOCAB) % 2 == 0, 1e30, -1e30)
+    table[4] *= 1e4
+    table[5] = -1e30
+    table[5, [MASK, 40]] = torch.tensor([1e30, 1e29])
+    table[6] = 0
+    table[6, MASK] = 200.0
+    table[7] = 0
+    table[7, [100, 170, 290]] = 30.0
+    table[8] = torch.linspace(-1e30, 1e30, VOCAB)
+    return table
+
+
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+@pytest.mark.parametrize("given", [MASK, 250])
+def test_equal_and_huge_logits_give_the_references_finite_numbers(heat: float, given: int) -> None:
+    normed, head = logits_of(adversarial())
+    asked = replace(query(9, heat=heat), given=torch.full((9,), given))
+    found = fused(normed, head, asked)
+    assert_equal(found, dense(normed, head, asked))
+    assert torch.isfinite(found.reals).all()
+
+
+def test_ties_go_to_the_lower_id_and_the_mask_is_never_proposed() -> None:
+    found = fused(*logits_of(adversarial()), query(9))
+    assert found.top_token.tolist()[:4] == [0, 280, 250, 0]
+    assert found.top_token.tolist()[6:8] == [0, 100]
+    assert found.margin[[0, 1, 3, 7]].tolist() == [0.0] * 4
+    assert fused(*logits_of(torch.zeros(1, VOCAB)), query(1), mask_id=0).top_token.tolist() == [1]
+
+
+def test_a_probability_near_one_keeps_its_last_bits() -> None:
+    table = torch.zeros(2, VOCAB)
+    table[0, 7], table[1, 7] = 20.0, 40.0
+    found = fused(*logits_of(table), query(2)).top_prob
+    expected = table.double().softmax(-1)[:, 7].float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=2.0**-24)
+    assert expected[0] < 1
+
+
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+def test_ids_that_are_impossible_have_no_weight(heat: float) -> None:
+    normed, head = torch.ones(32, DIM), torch.zeros(VOCAB, DIM)
+    asked = replace(query(32, heat=heat), given=torch.full((32,), MASK))
+    head[MASK + 1 :] = -torch.inf
+    assert_equal(fused(normed, head, asked), dense(normed, head, asked))
+    head[[i for i in range(VOCAB) if i != MASK]] = -torch.inf
+    found = fused(normed, head, asked)
+    assert not found.ids.any()
+    assert found.reals[:, 0].tolist() == [0, 0, 1, 0, 0, -torch.inf, -torch.inf]
+
+
+def test_with_one_token_beside_the_mask_the_second_probability_is_0() -> None:
+    normed, head = rows(5, vocab=2)
+    asked = query(5, vocab=2)
+    found = fused(normed, head, asked, mask_id=0)
+    assert found.top_token.tolist() == [1] * 5
+    assert torch.equal(found.margin, found.top_prob)
+
+
+def test_a_rows_numbers_are_the_same_to_the_bit_in_any_company_and_place() -> None:
+    normed, head = rows(40, scale=0.3)
+    asked = query(40, heat=mixed_heat(40))
+    whole = fused(normed, head, asked)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    for live in (order, order[:9], torch.tensor([36, 0])):
+        part = fused(normed, head, asked, live)
+        assert torch.equal(part.ids[:, live], whole.ids[:, live])
+        assert torch.equal(part.reals[:, live], whole.reals[:, live])
+
+
+@pytest.mark.parametrize("num_live", [0, 32, 37])
+def test_rows_that_are_not_live_are_not_written_and_change_nothing(num_live: int) -> None:
+    normed, head = rows(70)
+    asked = query(70, heat=mixed_heat(70))
+    expected = dense(normed, head, asked)
+    live = torch.randperm(70, generator=torch.Generator().manual_seed(2))[:num_live]
+    dead = torch.ones(70, dtype=torch.bool).index_fill(0, live, False)
+    normed[dead] = torch.nan
+    asked.temperature[dead] = torch.nan
+    found = fused(normed, head, asked, live)
+    assert (found.ids[:, dead] == SENTINEL).all()
+    assert (found.reals[:, dead] == SENTINEL).all()
+    assert_equal(
+        Statistics(found.ids[:, live], found.reals[:, live]),
+        Statistics(expected.ids[:, live], expected.reals[:, live]),
+    )
+
+
+@pytest.mark.parametrize("split_tiles", [1, 3])
+def test_the_number_of_splits_changes_nothing_but_roundings(
+    split_tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normed, head = rows(20)
+    asked = query(20, heat=mixed_heat(20))
+    expected = fused(normed, head, asked)
+    monkeypatch.setattr(kernel, "SPLIT_TILES", split_tiles)
+    assert_equal(fused(normed, head, asked), expected)
+
+
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({"margin"}), frozenset({"entropy"})])
+def test_what_nobody_reads_is_0(needs: frozenset[str]) -> None:
+    normed, head = rows(20)
+    asked = replace(query(20), needs=needs)
+    assert_equal(fused(normed, head, asked), dense(normed, head, asked))
+
+
+def test_views_are_read_and_written_where_they_lie() -> None:
+    normed, head = rows(20)
+    wide = torch.full((20, DIM + 8), torch.nan)
+    wide[:, :DIM] = normed
+    wide_head = torch.full((VOCAB, DIM + 24), torch.nan)
+    wide_head[:, :DIM] = head
+    asked, wider = query(20), Statistics.blank(33, torch.device(DEVICE))
+    kernel.fused_statistics(
+        wide.to(DEVICE)[:, :DIM],
+        wide_head.to(DEVICE)[:, :DIM],
+        live_N=torch.arange(20, dtype=torch.int32, device=DEVICE),
+        count=torch.tensor([20], dtype=torch.int32, device=DEVICE),
+        given_N=asked.given.to(DEVICE),
+        temperature_N=asked.temperature.to(DEVICE),
+        keys_N=asked.keys.to(DEVICE),
+        mask_id=MASK,
+        needs=BOTH,
+        out=wider.part(slice(5, 25)),
+    )
+    expected = fused(normed, head, asked)
+    assert torch.equal(wider.reals[:, 5:25].cpu(), expected.reals)
+    assert not wider.ids[:, [*range(5), *range(25, 33)]].any()
+
+
+@pytest.mark.parametrize("heat", [0.5, 2.0])
+def test_frequencies_match_the_tempered_softmax(heat: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TILE_N", "MERGED_ROWS"):
+        monkeypatch.setattr(kernel, name, 1024 if DEVICE == "cpu" else 16)
+    count, vocab = 10_000, 12
+    head = torch.randn(vocab, 1, generator=torch.Generator().manual_seed(3))
+    drawn = fused(torch.ones(count, 1), head, query(count, heat=heat, vocab=vocab)).proposal
+    tempered = head[:, 0].double() / heat
+    tempered[MASK] = -torch.inf
+    expected = tempered.softmax(-1) * count
+    counts = torch.bincount(drawn, minlength=vocab)
+    assert int(counts[MASK]) == 0
+    others = [i for i in range(vocab) if i != MASK]
+    chi_square = float(((counts[others] - expected[others]) ** 2 / expected[others]).sum())
+    assert chi_square < 31.4  # the 99.95th percentile at 10 degrees of freedom
+
+
+@triton.jit
+def _noise(keys_ptr, uniform_ptr, gumbel_ptr, KEYS: tl.constexpr, IDS: tl.constexpr):
+    ids = tl.arange(0, IDS)
+    keys = tl.load(keys_ptr + tl.arange(0, KEYS))
+    places = tl.arange(0, KEYS)[:, None] * IDS + ids[None, :]
+    tl.store(uniform_ptr + places, kernel.uniform(keys, ids))
+    tl.store(gumbel_ptr + places, kernel.gumbel(keys, ids))
+
+
+def noise(keys: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
+    out = torch.empty(2, len(keys), num_ids, device=DEVICE)
+    _noise[(1,)](keys.to(DEVICE), out[0], out[1], KEYS=len(keys), IDS=num_ids)
+    return out[0].cpu(), out[1].cpu()
+
+
+def key_of(word: int) -> int:
+    """The key of the stream that begins with a word: the generator backwards."""
+
+    def unshift(x: int, bits: int) -> int:
+        found = x
+        for _ in range(64 // bits):
+            found = x ^ (found >> bits)
+        return found
+
+    for bits, factor in ((31, keyed_random._MUL2), (27, keyed_random._MUL1)):
+        word = unshift(word, bits) * pow(factor, -1, 2**64) % 2**64
+    key = (unshift(word, 30) - keyed_random._GAMMA) % 2**64
+    return key - 2**64 if key >= 2**63 else key
+
+
+def test_uniform_numbers_are_those_of_the_reference_to_the_bit() -> None:
+    keys = stream_keys(torch.arange(64))
+    words = keyed_random._mix(keys.unsqueeze(-1) + (torch.arange(128) + 1) * keyed_random._GAMMA)
+    assert torch.equal(noise(keys, 128)[0], keyed_random.uniform(words))
+
+
+def test_noise_is_that_of_the_reference_up_to_rounding() -> None:
+    keys = stream_keys(torch.arange(64))
+    expected = keyed_random.gumbel(keys, torch.arange(128))
+    torch.testing.assert_close(noise(keys, 128)[1], expected, rtol=3e-7, atol=5e-7)
+
+
+def test_noise_is_precise_where_the_uniform_number_is_almost_0_or_1() -> None:
+    words = [0, *(1 << bits for bits in range(24, 64)), 2**64 - 1, 2**64 - 2**39, *range(2**54, 2**59, 2**54)]
+    keys = torch.tensor([key_of(word) for word in (words * 2)[:64]])
+    found, drawn = (x[:, 0] for x in noise(keys, 16))
+    assert found[0] == 2.0**-41
+    assert found.max() == 1 - 2.0**-24
+    expected = -torch.log(-torch.log1p(-found.double()))
+    torch.testing.assert_close(drawn.double(), expected, rtol=2e-7, atol=4e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_compiled_tiles_give_the_references_numbers(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    normed, head = rows(300, vocab=5003, dtype=dtype)
+    asked = query(300, heat=mixed_heat(300), vocab=5003)
+    assert_equal(fused(normed, head, asked), dense(normed, head, asked), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,162 @@
+"""Memory: which errors say that there was too little of it, and how many rows a GPU has room for.
+
+The row limit is measured when a worker starts, with the most demanding bursts that requests can lead to. It
+is a bound for what the engine packs together, not a promise: a burst may still find less memory than there
+was, and then `is_out_of_memory` tells that smaller ones can help. A CPU has no limit of its own. Workers ask
+here, so nothing in this file knows them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from remask.scheduler.canvas import Canvas, new_canvas
+from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.messages import StepBatch, StepResult
+from remask.scheduler.params import SamplingParams, resolve
+from remask.workers.models.config import ModelConfig
+from remask.workers.models.denoiser import TransformerDenoiser
+
+logger = logging.getLogger(__name__)
+
+# What errors say that are not of a class of their own: the CUDA driver, Triton and pinned memory; torch's
+# allocator on the CPU; libraries that could not make their workspace.
+MESSAGES = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+MAX_CANVAS_LEN = 512  # of the canvases that memory is measured with
+MAX_ROWS = 1 << 14  # beyond, peaks grow as they did before
+GROWTH = 4  # times as many rows from one measurement to the next
+RESERVE_BYTES = 1 << 30  # for captured graphs, and for what is lost between allocations
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, so that a smaller burst may go through.
+
+    A kernel that asks for more shared memory than a GPU's core has is no such error: it never fits.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
+
+
+def row_limit(
+    model: TransformerDenoiser, utilization: float, run: Callable[[StepBatch], StepResult]
+) -> int | None:
+    """Rows of a forward that the device has room for beside the weights; None on a CPU.
+
+    Args:
+        model: as it will run.
+        utilization: the share of the GPU's memory that this process may use, in (0, 1].
+        run: runs a burst on the model as a worker does, to the end.
+
+    Raises:
+        InvalidRequest: there is no room for a single row.
+    """
+    if model.device.type != "cuda":
+        return None
+
+    def peak_bytes(num_rows: int) -> int | None:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(model.device)
+        torch.cuda.reset_peak_memory_stats(model.device)
+        result = run(demanding_burst(model.config, num_rows))
+        peak = torch.cuda.max_memory_allocated(model.device) - before
+        return peak if result.failure is None else None
+
+    smallest = demanding_canvas(model.config).num_rows
+    peak_bytes(smallest)  # the first forward also allocates what stays
+    points, too_many = measure(peak_bytes, smallest)
+    torch.cuda.empty_cache()
+    limit = limit_from(points, room_bytes(model.device, utilization))
+    if too_many is not None:
+        limit = min(limit, too_many - 1)
+    logger.info("memory for %d rows on %s; measured rows and peak bytes: %s", limit, model.device, points)
+    if limit < 1:
+        problem = "leaves no room beside the weights; use more of it, quantization or a larger GPU"
+        raise InvalidRequest("gpu_memory_utilization", utilization, problem)
+    return limit
+
+
+def measure(
+    peak_bytes: Callable[[int], int | None], smallest: int
+) -> tuple[list[tuple[int, int]], int | None]:
+    """Rows and peak bytes of growing forwards up to `MAX_ROWS`, two of them at least; and the rows that did
+    not fit any more (None: all did).
+
+    Args:
+        peak_bytes: what a forward of so many rows takes at its peak; None: more than there is.
+        smallest: rows of the first.
+    """
+    points: list[tuple[int, int]] = []
+    num_rows = smallest
+    while num_rows <= MAX_ROWS or len(points) < 2:
+        peak = peak_bytes(num_rows)
+        if peak is None:
+            return points, num_rows
+        points.append((num_rows, peak))
+        num_rows *= GROWTH
+    return points, None
+
+
+def limit_from(points: Sequence[tuple[int, int]], budget_bytes: int) -> int:
+    """How many rows fit, by the line through the last two points; 0 where none does.
+
+    Where that line does not rise, or there is one point, a row takes its share of the last peak; without a
+    point nothing fits.
+
+    Args:
+        points: rows, growing, and peak bytes.
+        budget_bytes: what the peak may reach.
+    """
+    if not points:
+        return 0
+    (fewer, lower), (num_rows, peak) = points[-2] if len(points) > 1 else (0, 0), points[-1]
+    if peak <= lower:
+        fewer = lower = 0
+    return max(0, num_rows + (budget_bytes - peak) * (num_rows - fewer) // (peak - lower))
+
+
+def room_bytes(device: torch.device, utilization: float) -> int:
+    """What bursts may take of a GPU's memory: the share that is ours, as far as nobody else has it."""
+    free, total = torch.cuda.mem_get_info(device)
+    ours = int(utilization * total) - torch.cuda.memory_reserved(device)
+    return min(ours, free) - RESERVE_BYTES
+
+
+def demanding_canvas(config: ModelConfig, *, special: bool = False) -> Canvas:
+    """A canvas of which somebody reads every row: one block, all masked, with a shadow row for each slot, a
+    policy that asks for all statistics, and tokens that are drawn.
+
+    Args:
+        config: of the model.
+        special: whether its rows also ask for whole logits.
+    """
+    canvas_len = min(MAX_CANVAS_LEN, config.max_len)
+    params = SamplingParams(
+        max_tokens=canvas_len,
+        block_length=canvas_len,
+        unmask="entropy_bound:order=margin",
+        remask={"type": "wino", "ban_old": special},
+        temperature=1.0,
+        top_p=0.9 if special else 1.0,
+        trace=True,
+    )
+    return new_canvas("memory", 0, [], resolve(params), seed=0, sample=0, mask_id=config.mask_id, stop_ids=[])
+
+
+def demanding_burst(config: ModelConfig, num_rows: int) -> StepBatch:
+    """Demanding canvases with so many rows together, a multiple of those of one.
+
+    One of them is special: work on whole logits goes in chunks, and many would take no more memory for it.
+    """
+    special, plain = (demanding_canvas(config, special=special) for special in (True, False))
+    canvases = [special] + [plain] * (num_rows // plain.num_rows - 1)
+    return StepBatch(
+        burst_id=0,
+        num_steps=2,  # the first commits what the shadow rows of the second verify
+        specs=[canvas.spec for canvas in canvases],
+        states=[canvas.state for canvas in canvases],
+    )
