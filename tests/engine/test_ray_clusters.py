@@ -78,6 +78,7 @@ memory = {name.rstrip(":"): 1024 * int(count) for name, count, *_ in lines}
 total = memory["MemTotal"]
 allowed = (total - memory["MemAvailable"] + 5e9) / total
 ray.init(
+    address="local",  # and no cluster that another test has left
     num_cpus=2,
     include_dashboard=False,
     log_to_driver=False,
