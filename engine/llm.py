@@ -53,6 +53,8 @@ class LLM:
         num_cpus_per_worker: what Ray reserves for each, and how many threads it computes on.
         num_gpus_per_worker: likewise; None: 1 where the device is "cuda", or "auto" and the cluster has GPUs.
         placement_group: where the workers go; None: that of the caller, if it runs in one.
+        gpu_memory_utilization: the share of a GPU's memory that a worker may use; what the weights leave of
+            it bounds the rows of its batches. A CPU has no such bound.
         burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
 
     An engine serves one call at a time; give each thread an engine of its own.
@@ -96,7 +98,6 @@ class LLM:
             ("distributed_executor_backend", distributed_executor_backend, ("uni", "ray")),
             ("batch_invariant", batch_invariant, (False, True)),
             ("attention_backend", attention_backend, ("auto", "sdpa")),
-            ("gpu_memory_utilization", gpu_memory_utilization, (0.9,)),
         ):
             if value not in supported:
                 raise InvalidRequest(
@@ -113,6 +114,9 @@ class LLM:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequest(name, value, "must be a positive integer")
+        if not isinstance(gpu_memory_utilization, int | float) or not 0 < gpu_memory_utilization <= 1:
+            fix = "must lie above 0 and not above 1"
+            raise InvalidRequest("gpu_memory_utilization", gpu_memory_utilization, fix)
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise InvalidRequest("seed", seed, "must be an integer")
         if not isinstance(model, str | Path):
@@ -131,8 +135,6 @@ class LLM:
                 load_format=load_format,
                 batch_invariant=batch_invariant,
                 max_num_rows=max_num_rows,
-                attention_backend=attention_backend,
-                quantization=quantization,
                 gpu_memory_utilization=gpu_memory_utilization,
             )
             executor = _executor(distributed_executor_backend, setup, ray_options)

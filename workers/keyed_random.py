@@ -13,9 +13,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_MUL1 = 0xBF58476D1CE4E5B9 - 2**64
-_MUL2 = 0x94D049BB133111EB - 2**64
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
+MUL1 = 0xBF58476D1CE4E5B9 - 2**64
+MUL2 = 0x94D049BB133111EB - 2**64
 _UNIT = 2.0**-40  # uniforms have 40 bits before rounding to fp32, so that small ones keep their precision
 
 
@@ -34,16 +34,16 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MUL1
-    x = (x ^ _shift(x, 27)) * _MUL2
+    x = (x ^ _shift(x, 30)) * MUL1
+    x = (x ^ _shift(x, 27)) * MUL2
     return x ^ _shift(x, 31)
 
 
 def stream_keys(seed: Tensor, *fields: Tensor | int) -> Tensor:
     """64-bit keys from a seed and any number of integer fields, all broadcast together."""
-    key = _mix(seed + _GAMMA)
+    key = _mix(seed + GAMMA)
     for field in fields:
-        key = _mix((key ^ field) + _GAMMA)
+        key = _mix((key ^ field) + GAMMA)
     return key
 
 
@@ -54,10 +54,10 @@ def uniform(words: Tensor) -> Tensor:
 
 def uniform_at(keys: Tensor) -> Tensor:
     """One uniform number for each key."""
-    return uniform(_mix(keys + _GAMMA))
+    return uniform(_mix(keys + GAMMA))
 
 
 def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel numbers fp32 [..., V] for keys [...] and token ids [V]."""
-    words = _mix(keys.unsqueeze(-1) + (token_ids + 1) * _GAMMA)
+    words = _mix(keys.unsqueeze(-1) + (token_ids + 1) * GAMMA)
     return -torch.log(-torch.log1p(-uniform(words)))

@@ -1,31 +1,28 @@
-"""Packing: the rows of many canvases in one forward, without padding, and which of them the head must look
-at.
+"""What a pack is: the rows of many canvases in one forward, without padding, and what is asked about some.
+
+Main rows (prompt and canvas) of all canvases come first, then those of the second copies that guidance needs,
+in which fixed tokens are hidden behind masks, and of the copies that the exact answer needs. The shadow rows
+of canvases whose remask policy verifies come last. The *candidates* are the rows that somebody reads: masked
+slots (and committed ones, where a policy looks at them), the same in second copies, those of copies, then
+shadow rows.
 
 A *plan* says which canvases share a pack and holds what does not change while they are together; its `pack`
-adds what the current step needs. Main rows (prompt and canvas) of all canvases come first, then those of the
-second copies that guidance needs, in which fixed tokens are hidden behind masks. The shadow rows of canvases
-whose remask policy verifies come last: one for each slot of the active block, masked or not, because they see
-each other (where they do not, only of the committed ones); none while nothing of the block is committed,
-because no other row sees them. The *candidates* are the rows that somebody reads: masked slots (and committed
-ones, where a policy looks at them), the same in second copies, then the shadow rows of committed slots.
-
-A policy may ask for the exact answer instead of shadow rows: then there is one more copy of the sequence for
-each committed slot, with that slot masked, behind the other main rows.
+adds what the current step needs. There are plans that fit (`fitting_rows`) and plans of fixed shapes
+(`fixed_rows`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import TOKEN, CanvasSpec
-from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
+from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.sampling import SamplingTables
 
 
@@ -115,123 +112,6 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class PackPlan:
-    """The canvases of one pack. Slots are numbered as in the burst's flattened [R, B].
-
-    The second copies of guided canvases are sequences of their own, behind those of all canvases.
-
-    Attributes:
-        num_canvases: sequences that are first copies.
-        token_index: int64 [T_main]: where in the burst's flat tokens each main row's token stands.
-        positions: int64 [T_main]: position ids.
-        is_hidden: bool [T_main]: fixed tokens of second copies; None where there are none.
-        cu_seqlens: boundaries of the sequences among the main rows.
-        slots: int64 [M]: the slots that may be candidates, `block_length` of them for each sequence.
-        is_guided: bool [M]: those of first copies that have a second.
-        slot_shifts: int64 [M]: row of its token in the pack minus the token's place in the flat tokens.
-        cu_slots: int64: boundaries of the sequences in `slots`.
-        shadow_slots: int64 [S]: the slots that a shadow row may verify.
-        shadow_starts: int64 [S]: where in the flat tokens the sequence of each of them begins.
-        cu_shadow_slots: int64: boundaries of the verifying canvases in `shadow_slots`.
-        shadow_owners: the place in the pack of each verifying canvas.
-        sees_block: whether the shadow rows of each of these see each other.
-        copy_slots: int64 [C]: the slots that a copy of the sequence may verify.
-        copy_owners: int64 [C]: the place in the pack of each one's canvas.
-        copy_starts: int64 [C]: where in the flat tokens its sequence begins.
-    """
-
-    num_canvases: int
-    token_index: Tensor
-    positions: Tensor
-    is_hidden: Tensor | None
-    cu_seqlens: tuple[int, ...]
-    slots: Tensor
-    is_guided: Tensor
-    slot_shifts: Tensor
-    cu_slots: Tensor
-    shadow_slots: Tensor
-    shadow_starts: Tensor
-    cu_shadow_slots: Tensor
-    shadow_owners: tuple[int, ...]
-    sees_block: tuple[bool, ...]
-    copy_slots: Tensor
-    copy_owners: Tensor
-    copy_starts: Tensor
-
-    def pack(
-        self,
-        tokens: Tensor,
-        blocks: ActiveBlocks,
-        *,
-        mask_id: int,
-        sampling: SamplingTables,
-        keys: Tensor,
-        needs: frozenset[str],
-        removed: Tensor | None,
-    ) -> tuple[PackedRows, HeadQuery]:
-        """The rows of one forward, and what is asked about the candidates among them.
-
-        Args:
-            tokens: int64: the burst's flat tokens.
-            blocks: the active blocks of all canvases of the burst.
-            mask_id: M.
-            sampling: the parameters of all canvases of the burst.
-            keys: int64 [R, B]: keys of the token stream.
-            needs: statistics beyond the proposal's probability.
-            removed: int64 [R, B, K] or None: ids that may not be proposed at a slot.
-        """
-        valid, masked, read_slots, held, places = (
-            part.flatten() for part in (blocks.valid, blocks.masked, blocks.read, blocks.tokens, blocks.rows)
-        )
-        is_candidate = read_slots[self.slots]
-        num_candidates = _counts(is_candidate, self.cu_slots).tolist()
-        num_main_slots = sum(num_candidates[: self.num_canvases])
-        main = self.slots[is_candidate]
-        is_shadow, is_read = _needed_shadows(self, valid, masked)
-        shadow = self.shadow_slots[is_shadow]
-        shadow_positions = places[shadow] - self.shadow_starts[is_shadow]
-        every, read = _shadow_segments(self, shadow_positions, is_shadow, is_read)
-        shadow_candidates = is_read[is_shadow].nonzero().squeeze(1)
-        ids_T = tokens[self.token_index]
-        if self.is_hidden is not None:
-            ids_T = ids_T.masked_fill(self.is_hidden, mask_id)
-        copies = _copies(self, valid & ~masked, places, ids_T, mask_id)
-        cu_seqlens = copies.cu_seqlens
-        slots_N = torch.cat([main[:num_main_slots], copies.slots, shadow[shadow_candidates]])
-        rows = PackedRows(
-            ids_T=torch.cat([ids_T, copies.ids_T, torch.full_like(shadow, mask_id)]),
-            positions_T=torch.cat([self.positions, copies.positions_T, shadow_positions]),
-            layout=VarlenLayout(cu_seqlens, cu_seqlens, every),
-            candidates_H=torch.cat(
-                [
-                    places[main] + self.slot_shifts[is_candidate],
-                    copies.candidates,
-                    shadow_candidates + cu_seqlens[-1],
-                ]
-            ),
-            candidate_layout=VarlenLayout(
-                (0, *itertools.accumulate([*num_candidates, *[1] * len(copies.slots)])), cu_seqlens, read
-            ),
-            slots_N=slots_N,
-            num_main_slots=num_main_slots,
-        )
-        owners = slots_N // keys.shape[1]
-        temperature = sampling.temperature[owners]
-        temperature[num_main_slots:] = 0  # proposals of rows that verify are not used
-        query = HeadQuery(
-            owners=owners,
-            sampling=sampling,
-            given=held[slots_N],
-            temperature=temperature,
-            keys=keys.flatten()[slots_N],
-            needs=needs,
-            guidance=_guidance(self, is_candidate, len(main), rows) if self.is_hidden is not None else None,
-            removed=removed.flatten(0, 1)[slots_N] if removed is not None else None,
-        )
-        return rows, query
-
-
-@dataclass(frozen=True)
 class ActiveBlocks:
     """The active blocks of R canvases as tensors [R, B]; slots beyond a shorter block are not valid.
 
@@ -250,6 +130,63 @@ class ActiveBlocks:
     read: Tensor
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step knows of all canvases of a burst.
+
+    Attributes:
+        tokens: int64: the burst's flat tokens.
+        blocks: the active blocks.
+        mask_id: M.
+        sampling: the canvases' sampling parameters.
+        keys: int64 [R, B]: keys of the token stream.
+        needs: statistics beyond the proposal's probability.
+        removed: int64 [R, B, K]: ids that may not be proposed at a slot; None: nobody has any.
+    """
+
+    tokens: Tensor
+    blocks: ActiveBlocks
+    mask_id: int
+    sampling: SamplingTables
+    keys: Tensor
+    needs: frozenset[str]
+    removed: Tensor | None
+
+    def ask(
+        self,
+        slots_N: Tensor,
+        num_main_slots: int,
+        guidance: Guidance | None,
+        *,
+        live: Tensor | None = None,
+        special: Tensor | None = None,
+    ) -> HeadQuery:
+        """What the head is asked about slots, of which the first `num_main_slots` are of main rows."""
+        owners = slots_N // self.keys.shape[1]
+        is_main = torch.arange(len(owners), device=owners.device) < num_main_slots
+        return HeadQuery(
+            owners=owners,
+            sampling=self.sampling,
+            given=self.blocks.tokens.flatten()[slots_N],
+            # Proposals of rows that verify are not used.
+            temperature=torch.where(is_main, self.sampling.temperature[owners], 0.0),
+            keys=self.keys.flatten()[slots_N],
+            needs=self.needs,
+            guidance=guidance,
+            removed=self.removed.flatten(0, 1)[slots_N] if self.removed is not None else None,
+            live=live,
+            special=special,
+        )
+
+
+class Plan(Protocol):
+    """The canvases of one pack."""
+
+    def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
+        """The rows of one forward, and what is asked about the candidates among them."""
+        ...
+
+
 def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) -> list[list[int]]:
     """Cuts live canvases into consecutive groups of at most `max_rows` rows; a larger canvas stands alone."""
     groups: list[list[int]] = []
@@ -263,159 +200,32 @@ def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) 
     return groups
 
 
-def plan_pack(
-    canvases: list[int], specs: Sequence[CanvasSpec], cu_tokens: Sequence[int], device: torch.device
-) -> PackPlan:
-    """The plan for some canvases of a burst.
+def hidden_tokens(
+    specs: Sequence[CanvasSpec], sequences: Sequence[int], lens: Sequence[int], second: range
+) -> Tensor:
+    """Which main rows hold a fixed token of a second copy, bool [T_main].
 
     Args:
-        canvases: indices in the burst.
         specs: of all canvases of the burst.
-        cu_tokens: boundaries of all sequences of the burst in its flat tokens.
-        device: where the tensors go.
+        sequences: the canvas of each sequence of the pack.
+        lens: their rows.
+        second: which of them are second copies.
     """
-    width = max(spec.block_length for spec in specs)
-
-    def ints(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=device)
-
-    def joined(ranges: Iterable[range]) -> Tensor:
-        return ints(itertools.chain(*ranges))
-
-    def repeated(values: Sequence[int], counts: Sequence[int]) -> Tensor:
-        return ints(values).repeat_interleave(ints(counts))
-
-    guided = [c for c in canvases if specs[c].is_guided]
-    sequences = [*canvases, *guided]
-    starts = [cu_tokens[c] for c in sequences]
-    lens = [cu_tokens[c + 1] - cu_tokens[c] for c in sequences]
-    blocks = [specs[c].block_length for c in sequences]
-    shadows = [specs[c].num_shadow_rows for c in canvases]
-    copies = [specs[c].num_copies for c in canvases]
-    cu_seqlens = (0, *itertools.accumulate(lens))
-    has_second = [specs[c].is_guided for c in canvases] + [False] * len(guided)
-    return PackPlan(
-        num_canvases=len(canvases),
-        token_index=joined(range(start, start + n) for start, n in zip(starts, lens, strict=True)),
-        positions=joined(range(n) for n in lens),
-        is_hidden=_fixed_tokens(specs, canvases, guided, lens, device) if guided else None,
-        cu_seqlens=cu_seqlens,
-        slots=joined(range(c * width, c * width + n) for c, n in zip(sequences, blocks, strict=True)),
-        is_guided=repeated(has_second, blocks).bool(),
-        slot_shifts=repeated([row - place for row, place in zip(cu_seqlens, starts, strict=False)], blocks),
-        cu_slots=ints((0, *itertools.accumulate(blocks))),
-        shadow_slots=joined(range(c * width, c * width + n) for c, n in zip(canvases, shadows, strict=True)),
-        shadow_starts=repeated(starts[: len(canvases)], shadows),
-        cu_shadow_slots=ints((0, *itertools.accumulate(n for n in shadows if n))),
-        shadow_owners=tuple(place for place, n in enumerate(shadows) if n),
-        sees_block=tuple(
-            specs[c].shadows_see_each_other for c, n in zip(canvases, shadows, strict=True) if n
-        ),
-        copy_slots=joined(range(c * width, c * width + n) for c, n in zip(canvases, copies, strict=True)),
-        copy_owners=repeated(range(len(canvases)), copies),
-        copy_starts=repeated(starts[: len(canvases)], copies),
-    )
-
-
-def _fixed_tokens(
-    specs: Sequence[CanvasSpec], canvases: list[int], guided: list[int], lens: list[int], device: torch.device
-) -> Tensor:
-    """Which main rows hold a fixed token of a second copy, bool [T_main]."""
     flags = [np.zeros(length, dtype=bool) for length in lens]
-    for flag, canvas in zip(flags[len(canvases) :], guided, strict=True):
-        flag[:] = True
-        flag[np.frombuffer(specs[canvas].slots, TOKEN)] = False
-    return torch.from_numpy(np.concatenate(flags)).to(device)
+    for place in second:
+        flags[place][:] = True
+        flags[place][np.frombuffer(specs[sequences[place]].slots, TOKEN)] = False
+    return torch.from_numpy(np.concatenate(flags))
 
 
-@dataclass(frozen=True)
-class _Copies:
-    """Sequences once more, each with the token of one committed slot masked, behind the others of a pack.
+def shadow_mask(holes_K: Tensor, length: int, *, sees_block: bool) -> Tensor:
+    """Which main rows, then shadow rows of its sequence each shadow row sees, bool [K, length + K].
 
-    Attributes:
-        ids_T, positions_T: int64: their rows.
-        cu_seqlens: boundaries of all sequences of the pack, theirs included.
-        slots: int64 [C]: the slot that each of them verifies.
-        candidates: int64 [C]: that slot's row.
+    It sees all main rows but the one at its own position (`holes_K`), and every shadow row, or of these only
+    itself.
     """
-
-    ids_T: Tensor
-    positions_T: Tensor
-    cu_seqlens: tuple[int, ...]
-    slots: Tensor
-    candidates: Tensor
-
-
-def _copies(plan: PackPlan, committed: Tensor, places: Tensor, ids_T: Tensor, mask_id: int) -> _Copies:
-    """The copies that the committed slots of a pack need; `ids_T` are its main rows."""
-    is_copied = committed[plan.copy_slots]
-    slots = plan.copy_slots[is_copied]
-    if not len(slots):
-        return _Copies(ids_T[:0], ids_T[:0], plan.cu_seqlens, slots, slots)
-    first = plan.cu_seqlens[-1]
-    owners = plan.copy_owners[is_copied].tolist()
-    bounds = [range(plan.cu_seqlens[owner], plan.cu_seqlens[owner + 1]) for owner in owners]
-    ends = tuple(first + end for end in itertools.accumulate(map(len, bounds)))
-
-    def ints(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=ids_T.device)
-
-    sources = ints(itertools.chain(*bounds))
-    candidates = places[slots] - plan.copy_starts[is_copied] + ints((first, *ends[:-1]))
-    ids = ids_T[sources]
-    ids[candidates - first] = mask_id
-    return _Copies(ids, plan.positions[sources], plan.cu_seqlens + ends, slots, candidates)
-
-
-def _guidance(plan: PackPlan, is_candidate: Tensor, num_main: int, rows: PackedRows) -> Guidance:
-    """Second copies have the same candidates in the same order as the guided among the first."""
-    first = torch.arange(len(rows.slots_N), device=rows.slots_N.device)
-    first[rows.num_main_slots :] += num_main - rows.num_main_slots
-    second = torch.full_like(first, -1)
-    is_guided = plan.is_guided[is_candidate][: rows.num_main_slots].nonzero().squeeze(1)
-    second[is_guided] = torch.arange(rows.num_main_slots, num_main, device=first.device)
-    return Guidance(first, second)
-
-
-def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
-    """How many flags are set between each two bounds."""
-    return torch.nn.functional.pad(flags.cumsum(0), (1, 0))[bounds].diff()
-
-
-def _needed_shadows(plan: PackPlan, valid: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of `plan.shadow_slots` get a shadow row, and which of these rows the head must look at, bool
-    [S]."""
-    in_block = valid[plan.shadow_slots]
-    is_read = in_block & ~masked[plan.shadow_slots]
-    # Rows that nobody reads are there to be seen by the others.
-    sees_block = torch.tensor(plan.sees_block, dtype=torch.bool, device=valid.device)
-    whole = (_counts(is_read, plan.cu_shadow_slots) > 0) & sees_block
-    return (in_block & whole.repeat_interleave(plan.cu_shadow_slots.diff())) | is_read, is_read
-
-
-def _shadow_segments(
-    plan: PackPlan, positions: Tensor, is_shadow: Tensor, is_read: Tensor
-) -> tuple[tuple[ShadowSegment, ...], tuple[ShadowSegment, ...]]:
-    """The segments of all shadow rows as queries, and of those only that are read.
-
-    A shadow row sees all main rows but the one at its own position, and every shadow row of its block, or of
-    these only itself.
-    """
-    cu_keys, cu_read = (
-        (0, *itertools.accumulate(_counts(flags, plan.cu_shadow_slots).tolist()))
-        for flags in (is_shadow, is_read)
-    )
-    read_rows = is_read[is_shadow]
-    every, read = [], []
-    for i, sequence in enumerate(plan.shadow_owners):
-        first, last = keys = cu_keys[i], cu_keys[i + 1]
-        if first == last:
-            continue
-        length = plan.cu_seqlens[sequence + 1] - plan.cu_seqlens[sequence]
-        mask = torch.ones(last - first, length + last - first, dtype=torch.bool, device=positions.device)
-        mask.scatter_(1, positions[first:last].unsqueeze(1), False)
-        if not plan.sees_block[i]:
-            mask[:, length:] = torch.eye(last - first, dtype=torch.bool, device=mask.device)
-        every.append(ShadowSegment(sequence, keys, keys, mask))
-        read.append(ShadowSegment(sequence, (cu_read[i], cu_read[i + 1]), keys, mask[read_rows[first:last]]))
-    return tuple(every), tuple(read)
+    mask = torch.ones(len(holes_K), length + len(holes_K), dtype=torch.bool, device=holes_K.device)
+    mask.scatter_(1, holes_K.unsqueeze(1), False)
+    if not sees_block:
+        mask[:, length:] = torch.eye(len(holes_K), dtype=torch.bool, device=holes_K.device)
+    return mask

@@ -25,9 +25,7 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     load_format: str
     batch_invariant: bool
     max_num_rows: int | None
-    attention_backend: str = "auto"
-    quantization: str | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

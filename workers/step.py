@@ -7,35 +7,33 @@ one canvas ever enters the decision about another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from remask.workers.burst import BurstState
-from remask.workers.fixed_rows import FixedPlan, plan_fixed
+from remask.workers.fitting_rows import plan_pack
+from remask.workers.fixed_rows import plan_fixed
 from remask.workers.head import Statistics
 from remask.workers.keyed_random import Purpose, stream_keys, uniform_at
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.room import NO_ROOM, Room
-from remask.workers.rows import ActiveBlocks, PackPlan, group_canvases, plan_pack
+from remask.workers.rows import ActiveBlocks, Plan, StepInputs, group_canvases
 from remask.workers.strategies.view import BlockView
 
-Plans: TypeAlias = list[PackPlan] | list[FixedPlan]
+Plans: TypeAlias = Sequence[Plan]
 
 
-def plan_packs(state: BurstState, model: Denoiser, room: Room = NO_ROOM) -> Plans:
+def plan_packs(state: BurstState, model: Denoiser) -> Plans:
     """Cuts the canvases that go on into packs of the size that the model is best fed with. Plans of fixed
     shapes are on the host, as the state still is."""
     live = (~state.paused).nonzero().squeeze(1).tolist()
-    if room.group_size:  # canvases that have ended, as a filling
-        live = list(range(len(state.specs)))
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
+    plan = plan_fixed if model.fixed_shapes else plan_pack
     groups = group_canvases(num_rows, live, model.pack_rows)
-    if model.fixed_shapes:
-        return [plan_fixed(group, state.specs, state.cu_tokens, room) for group in groups]
-    return [plan_pack(group, state.specs, state.cu_tokens, state.device) for group in groups]
+    return [plan(group, state.specs, state.cu_tokens) for group in groups]
 
 
 def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
@@ -47,16 +45,9 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     verified = torch.ones(shape, device=state.device)
     keys = stream_keys(state.keys.unsqueeze(1), Purpose.TOKEN, state.num_forwards.unsqueeze(1), slots)
     num_rows = 0
+    step = StepInputs(state.tokens, blocks, model.mask_id, state.sampling, keys, state.needs, state.removed)
     for plan in plans:
-        rows, query = plan.pack(
-            state.tokens,
-            blocks,
-            mask_id=model.mask_id,
-            sampling=state.sampling,
-            keys=keys,
-            needs=state.needs,
-            removed=state.removed,
-        )
+        rows, query = plan.pack(step)
         found = model.statistics(rows, query)
         num_rows += len(rows.ids_T)
         own, verifying = slice(rows.num_main_slots), slice(rows.num_main_slots, None)

@@ -1,61 +1,24 @@
 """A worker: weights, and the canvases of its last burst in case the next one goes on with them.
 
 What it keeps is a convenience: the scheduler has all canvases, and a burst that follows nothing runs on any
-worker. A burst is *launched*, which on a GPU returns before it has run, and *collected*: so the next one can
-be on its way while the host reads the results of this one.
+worker.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
 
 from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.burst import BurstState, Results
+from remask.workers.burst import BurstState
 from remask.workers.memory import is_out_of_memory
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.staging import Fetched, load, new_buffer, tensors_of
+from remask.workers.staging import to_device
 from remask.workers.step import Plans, denoise, plan_packs
 
 ROOM_STEPS = 16  # between two looks at how many tokens the slots have lost
-
-
-class NotRun(NamedTuple):
-    """A burst that did not run, and why; see `StepResult`."""
-
-    burst_id: int
-    failure: Literal["memory", "skipped"]
-
-
-@dataclass
-class Launched:
-    """A burst that runs, or has run.
-
-    Attributes:
-        burst_id: its number.
-        started: monotonic seconds.
-        num_rows: rows forwarded.
-        state: the canvases, where they were moved to.
-        results: what it leaves behind.
-        states: the same as the scheduler gets them, once somebody has waited for them.
-    """
-
-    burst_id: int
-    started: float
-    num_rows: int
-    state: BurstState
-    results: Fetched[Results]
-    states: list[CanvasState] | None = None
-
-    def wait(self) -> list[CanvasState]:
-        """The canvases, when the burst is over."""
-        if self.states is None:
-            self.states = self.state.to_states(self.results.wait())
-        return self.states
 
 
 class Worker:
@@ -63,25 +26,23 @@ class Worker:
 
     def __init__(self, model: Denoiser) -> None:
         self._model = model
-        self._last: Launched | None = None
+        self._last: tuple[int, list[CanvasState]] | None = None  # the last burst and how it left its canvases
+        self._tensors: tuple[BurstState, Plans] | None = None  # the same canvases on the device
         self._failed: int | None = None  # the last burst, where it did not run
-        self._tensors: tuple[BurstState, Plans] | None = None  # what the last burst left on the device
 
     def run(self, batch: StepBatch) -> StepResult:
         """Takes up to `batch.num_steps` denoising steps; a pure function of the canvases and the weights.
 
-        A burst that was interrupted may be run again.
+        A burst that was interrupted may be run again. One that does not fit the memory, or follows such a
+        one, changes nothing and is answered as failed.
         """
-        return self.collect(self.launch(batch))
-
-    def launch(self, batch: StepBatch) -> Launched | NotRun:
-        """Starts a burst. It may follow the one that was launched before it, collected or not."""
         if batch.follows is not None and batch.follows == self._failed:
             self._failed = batch.burst_id
-            return NotRun(batch.burst_id, "skipped")
+            return StepResult(burst_id=batch.burst_id, states=[], num_rows=0, seconds=0.0, failure="skipped")
         self._failed = None
+        started = time.perf_counter()
         try:
-            return self._launch(batch)
+            return self._run(batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -90,59 +51,45 @@ class Worker:
         self._failed = batch.burst_id
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
-        return NotRun(batch.burst_id, "memory")
+        seconds = time.perf_counter() - started
+        return StepResult(burst_id=batch.burst_id, states=[], num_rows=0, seconds=seconds, failure="memory")
 
     @torch.inference_mode()
-    def _launch(self, batch: StepBatch) -> Launched:
+    def _run(self, batch: StepBatch) -> StepResult:
         started = time.perf_counter()
         state, plans = self._unpack(batch)
         if self._model.fixed_shapes:
             num_rows = advance_blindly(state, plans, batch.num_steps, self._model)
         else:
             num_rows = advance(state, batch.num_steps, self._model)
-        launched = Launched(batch.burst_id, started, num_rows, state, Fetched(state.results()))
-        if self._model.device.type == "cpu":
-            launched.wait()  # the next burst writes into the same tensors
-        self._last, self._tensors = launched, (state, plans)
-        return launched
-
-    def collect(self, launched: Launched | NotRun) -> StepResult:
-        """Waits for a burst; each is collected once, in their order."""
-        if isinstance(launched, NotRun):
-            burst_id, failure = launched
-            return StepResult(burst_id=burst_id, states=[], num_rows=0, seconds=0.0, failure=failure)
+        states = state.to_states()
+        self._last, self._tensors = (batch.burst_id, states), (state, plans)
         return StepResult(
-            burst_id=launched.burst_id,
-            states=launched.wait(),
-            num_rows=launched.num_rows,
-            seconds=time.perf_counter() - launched.started,
+            burst_id=batch.burst_id, states=states, num_rows=num_rows, seconds=time.perf_counter() - started
         )
 
     def _unpack(self, batch: StepBatch) -> tuple[BurstState, Plans]:
         """The canvases of a burst on the device, and where shapes are fixed the plans for them."""
+        fixed = self._model.fixed_shapes
         # Taken out for as long as they are written to: an interrupted burst starts again from the bytes.
         tensors, self._tensors = self._tensors, None
-        last = self._last
-        if batch.follows is not None:
-            assert last is not None, "there is no burst to follow"
-            assert last.burst_id == batch.follows, f"burst {batch.follows} is not the last one here"
-            goes_on = batch.states == list(range(len(last.state.specs)))
-            if (
-                tensors is not None
-                and goes_on
-                and (tensors[0].removed is None or not self._model.fixed_shapes)
-            ):
+        if batch.follows is None:
+            before: list[CanvasState] = []
+        else:
+            assert self._last is not None, "there is no burst to follow"
+            last_id, before = self._last
+            assert last_id == batch.follows, f"burst {batch.follows} is not the last one here"
+            # In fixed shapes, how many tokens slots have lost is read from the bytes.
+            may_go_on = tensors is not None and not (fixed and tensors[0].removed is not None)
+            if tensors is not None and may_go_on and batch.states == list(range(len(before))):
                 tensors[0].resume()
                 return tensors
-        states = [last.wait()[s] if isinstance(s, int) and last else s for s in batch.states]
-        state = BurstState(batch.specs, states)  # type: ignore[arg-type]
-        if not self._model.fixed_shapes:
+        states = [before[state] if isinstance(state, int) else state for state in batch.states]
+        state = BurstState(batch.specs, states)
+        if not fixed:
             return state, []
         state.make_room(batch.num_steps)
-        tree = (state, plan_packs(state, self._model))
-        if self._model.device.type == "cpu":
-            return tree
-        return load(tree, new_buffer(tensors_of(tree), self._model.device))
+        return to_device((state, plan_packs(state, self._model)), self._model.device)
 
 
 def advance_blindly(state: BurstState, plans: Plans, num_steps: int, model: Denoiser) -> int:

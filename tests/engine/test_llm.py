@@ -81,6 +81,8 @@ def test_the_number_of_parameters_must_fit_the_prompts(tiny_llm: LLM) -> None:
         ({"tokenizer": 5}, "tokenizer"),
         ({"dtype": []}, "dtype"),
         ({"seed": None}, "seed"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"load_format": "safetensors"}, "load_format"),
         ({"quantization": "fp8"}, "quantization"),

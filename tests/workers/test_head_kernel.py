@@ -14,6 +14,7 @@ from remask.scheduler.sampling import Sampling
 from remask.workers import keyed_random
 from remask.workers.head import Statistics, logits_statistics
 from remask.workers.kernels import head as kernel
+from remask.workers.kernels import keyed_random as noise_kernel
 from remask.workers.keyed_random import stream_keys
 from remask.workers.rows import HeadQuery
 from remask.workers.sampling import SamplingTables
@@ -275,8 +276,8 @@ def _noise(keys_ptr, uniform_ptr, gumbel_ptr, KEYS: tl.constexpr, IDS: tl.conste
     ids = tl.arange(0, IDS)
     keys = tl.load(keys_ptr + tl.arange(0, KEYS))
     places = tl.arange(0, KEYS)[:, None] * IDS + ids[None, :]
-    tl.store(uniform_ptr + places, kernel.uniform(keys, ids))
-    tl.store(gumbel_ptr + places, kernel.gumbel(keys, ids))
+    tl.store(uniform_ptr + places, noise_kernel.uniform(keys, ids))
+    tl.store(gumbel_ptr + places, noise_kernel.gumbel(keys, ids))
 
 
 def noise(keys: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
@@ -294,15 +295,15 @@ def key_of(word: int) -> int:
             found = x ^ (found >> bits)
         return found
 
-    for bits, factor in ((31, keyed_random._MUL2), (27, keyed_random._MUL1)):
+    for bits, factor in ((31, keyed_random.MUL2), (27, keyed_random.MUL1)):
         word = unshift(word, bits) * pow(factor, -1, 2**64) % 2**64
-    key = (unshift(word, 30) - keyed_random._GAMMA) % 2**64
+    key = (unshift(word, 30) - keyed_random.GAMMA) % 2**64
     return key - 2**64 if key >= 2**63 else key
 
 
 def test_uniform_numbers_are_those_of_the_reference_to_the_bit() -> None:
     keys = stream_keys(torch.arange(64))
-    words = keyed_random._mix(keys.unsqueeze(-1) + (torch.arange(128) + 1) * keyed_random._GAMMA)
+    words = keyed_random._mix(keys.unsqueeze(-1) + (torch.arange(128) + 1) * keyed_random.GAMMA)
     assert torch.equal(noise(keys, 128)[0], keyed_random.uniform(words))
 
 

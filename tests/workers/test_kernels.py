@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
-from remask.workers.attention.sdpa import SdpaAttention
-from remask.workers.attention.varlen import DeviceLayout, DeviceShadows, VarlenLayout
 from remask.workers.kernels.elementwise import quantize_rows, rms_norm, rotate_halves, silu_mul
-from remask.workers.kernels.shadow_attention import shadow_attention
+from remask.workers.kernels.shadow_attention import DeviceShadows, shadow_attention
 from remask.workers.models import transformer
+from remask.workers.rows import shadow_mask
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -76,11 +75,17 @@ def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: in
     q = random(80 + 45, 4, head_dim, dtype=dtype)
     k, v = random(80 + 45, 6, head_dim, dtype=dtype, seed=1)[:, :4].split(2, dim=1)
     found = shadow_attention(q[80:], k[:80], v[:80], k[80:], v[80:], shadows)
-    bounds = (0, 70, 71, 80)
-    on_device = torch.tensor(bounds, dtype=torch.int32)
-    layout = VarlenLayout(bounds, bounds, (), DeviceLayout(on_device, on_device, 70, 70, shadows))
-    dense = SdpaAttention().attend(q.float(), k.float(), v.float(), layout)[80:]
-    close(found[:43], dense[:43].to(dtype))
+    for own, main in ((slice(0, 40), slice(0, 70)), (slice(40, 43), slice(70, 71))):
+        mask = shadow_mask(
+            shadows.holes[own].long() - main.start, main.stop - main.start, sees_block=own.start == 0
+        )
+        mask[:, main.stop - main.start :] &= shadows.is_key[own] | torch.eye(len(mask), dtype=torch.bool)
+        queries, keys, values = (
+            x.float().transpose(0, 1)
+            for x in (q[80:][own], torch.cat([k[main], k[80:][own]]), torch.cat([v[main], v[80:][own]]))
+        )
+        dense = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+        close(found[own], dense.transpose(0, 1).to(dtype))
     assert not found[43:].any(), "nobody asked"
     alone = shadow_attention(q[120:123], k[70:71], v[70:71], k[120:123], v[120:123], only(shadows))
     assert torch.equal(alone, found[40:43]), "the rows beside them change no bit"

@@ -17,6 +17,7 @@ from remask.scheduler.params import resolve
 from remask.workers.burst import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.markov import MarkovDenoiser, write_markov
+from remask.workers.rows import StepInputs
 from remask.workers.step import plan_packs
 
 INITIAL = [0.5, 0.2, 0.3]
@@ -115,15 +116,16 @@ def test_what_verifies_is_the_exact_leave_one_out(remask: str) -> None:
     state = BurstState([own.spec], [half_way])
     (plan,) = plan_packs(state, model)
     slots, valid = state.active_slots()
-    rows, query = plan.pack(
-        state.tokens,
-        state.active_blocks(slots, valid, MASK),
+    step = StepInputs(
+        tokens=state.tokens,
+        blocks=state.active_blocks(slots, valid, MASK),
         mask_id=MASK,
         sampling=state.sampling,
         keys=stream_keys(state.keys.unsqueeze(1), slots),
         needs=frozenset(),
         removed=None,
     )
+    rows, query = plan.pack(step)
     found = model.statistics(rows, query).given_prob[rows.num_main_slots :]
     for value, place in zip(found.tolist(), (1, 3, 4), strict=True):
         hidden = [MASK if i == place else token for i, token in enumerate(ids)]

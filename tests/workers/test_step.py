@@ -38,7 +38,7 @@ from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.burst import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
-from remask.workers.rows import HeadQuery, PackedRows
+from remask.workers.rows import HeadQuery, PackedRows, StepInputs
 from remask.workers.step import plan_packs
 from remask.workers.worker import Worker
 
@@ -233,15 +233,16 @@ def packed(
     state = BurstState([c.spec for c in canvases], states)
     (plan,) = plan_packs(state, model)
     slots, valid = state.active_slots()
-    return plan.pack(
-        state.tokens,
-        state.active_blocks(slots, valid, model.mask_id),
+    step = StepInputs(
+        tokens=state.tokens,
+        blocks=state.active_blocks(slots, valid, model.mask_id),
         mask_id=model.mask_id,
         sampling=state.sampling,
         keys=stream_keys(state.keys.unsqueeze(1), slots),
         needs=frozenset(),
         removed=state.removed,
     )
+    return plan.pack(step)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from remask.workers.attention.varlen import AttentionBackend, DeviceShadows, VarlenLayout
+from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 
 
 class SdpaAttention(AttentionBackend):
@@ -35,30 +35,5 @@ class SdpaAttention(AttentionBackend):
                     q[:, :, own], seen_k, seen_v, attn_mask=shadow.mask, enable_gqa=grouped
                 )
             )
-        shadows = layout.device.shadows if layout.device is not None else None
-        num_shadows = len(shadows.holes) if shadows is not None else 0
-        num_rows, num_main = q.shape[2] - num_shadows, layout.cu_queries[-1]
-        if not layout.shadows:  # rows of no sequence
-            out.append(torch.zeros_like(q[:, :, num_main:num_rows]))
-        if shadows is not None:
-            mask = _mask(shadows, k.shape[2] - num_shadows)
-            out.append(
-                scaled_dot_product_attention(q[:, :, num_rows:], k, v, attn_mask=mask, enable_gqa=grouped)
-            )
         # SDPA writes its output row by row behind a transposed view; joined in that order it is copied once.
         return torch.cat([part.transpose(1, 2).squeeze(0) for part in out])
-
-
-def _mask(shadows: DeviceShadows, num_main: int) -> Tensor:
-    """Which of all rows each shadow row sees, bool [S, M + S], for the few that a test or a study has."""
-    main, own = (torch.arange(n, device=shadows.holes.device) for n in (num_main, len(shadows.holes)))
-    first, end, main_first, main_end, block_first, block_end = shadows.tiles.T.unsqueeze(2)
-    in_tile = ((own >= first) & (own < end)).float()  # [tiles, S]
-
-    def span(rows: Tensor, start: Tensor, stop: Tensor) -> Tensor:
-        """Which rows [S, rows] the tile of each shadow row spans."""
-        return in_tile.T @ ((rows >= start) & (rows < stop)).float() > 0
-
-    sees_main = span(main, main_first, main_end) & (main != shadows.holes.unsqueeze(1))
-    sees_block = span(own, block_first, block_end) & shadows.sees_block.unsqueeze(1) & shadows.is_key
-    return torch.cat([sees_main, sees_block | (own == own.unsqueeze(1))], dim=1)

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from remask.workers import keyed_random
 from remask.workers.head import Statistics
+from remask.workers.kernels.keyed_random import gumbel
 
 # Made for Hopper. A program of 8 warps multiplies [TILE_N, D] by [D, TILE_V] in steps of TILE_BYTES of each
 # row, a line of shared memory. Three stages of that are 96 KiB, and 128 registers a thread are allowed, so
@@ -40,9 +40,6 @@ _NUM_REALS, _NUM_IDS = tl.constexpr(8), tl.constexpr(2)
 _NO_ID = tl.constexpr(2**31 - 1)  # larger than any id, so that an id wins a tie against it
 # What is as far below the largest logit weighs 0 in fp32, and 0 times this is no NaN.
 _FAR = tl.constexpr(-200.0)
-_GAMMA, _MUL1, _MUL2 = (
-    tl.constexpr(word) for word in (keyed_random._GAMMA, keyed_random._MUL1, keyed_random._MUL2)
-)
 
 
 def fused_statistics(
@@ -124,34 +121,6 @@ def fused_statistics(
         ROWS=MERGED_ROWS,
         num_warps=8,
     )
-
-
-@triton.jit
-def _mix(word):
-    word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * _MUL1
-    word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * _MUL2
-    return word ^ ((word >> 31) & ((1 << 33) - 1))
-
-
-@triton.jit
-def uniform(keys, ids):
-    """fp32 [N, V]: the numbers behind `keyed_random.gumbel`, to the bit, for int64 keys [N] and ids [V]."""
-    word = _mix(keys[:, None] + ((ids.to(tl.int64) + 1) * _GAMMA)[None, :])
-    # (r + 1/2) / 2^40 of the upper 40 bits r is (2 r + 1) / 2^41: rounded once, with no need of fp64.
-    odd = ((word >> 23) & ((1 << 41) - 1)) | 1
-    return tl.minimum(odd.to(tl.float32) * 2.0**-41, 1 - 2.0**-24)
-
-
-@triton.jit
-def gumbel(keys, ids):
-    """fp32 [N, V]: `keyed_random.gumbel` up to the rounding of its logarithms."""
-    u = uniform(keys, ids)
-    # log1p(-u) without log1p. What rounding adds to 1 - u is known exactly: rest + u - 1, at most 2^-25, and
-    # 0 from u = 1/2 on. To first order log(rest) is too large by as much; the next order is less than a
-    # unit in the last place for every u. So the error is that of the logarithms and of one difference: with
-    # exact ones, less than 2e-7 beside the rounding of the result.
-    rest = 1 - u
-    return -tl.log((u - (1 - rest)) - tl.log(rest))
 
 
 @triton.jit
