@@ -20,6 +20,7 @@ from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
+from remask.workers.attention.select import BACKENDS
 from remask.workers.executor import Executor, InProcessExecutor
 from remask.workers.start import WorkerSetup
 
@@ -53,6 +54,11 @@ class LLM:
         num_cpus_per_worker: what Ray reserves for each, and how many threads it computes on.
         num_gpus_per_worker: likewise; None: 1 where the device is "cuda", or "auto" and the cluster has GPUs.
         placement_group: where the workers go; None: that of the caller, if it runs in one.
+        quantization: "fp8": products of the layers in fp8, with scales that need no calibration; the weights
+            are bfloat16. A CPU computes the same numbers, no faster.
+        attention_backend: "flash2", "flash3" and "flash4" are the flash-attn packages of these versions,
+            "torch" is torch's own kernel, all of them for GPUs; "sdpa" runs everywhere. "auto": the fastest
+            that is installed and serves the model.
         gpu_memory_utilization: the share of a GPU's memory that a worker may use; what the weights leave of
             it bounds the rows of its batches. A CPU has no such bound.
         burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
@@ -76,7 +82,7 @@ class LLM:
         seed: int = 0,
         trust_remote_code: bool = False,
         load_format: Literal["auto", "dummy", "object_store"] = "auto",
-        quantization: None = None,
+        quantization: Literal["fp8"] | None = None,
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
         distributed_executor_backend: Literal["uni", "ray"] = "uni",
@@ -87,17 +93,17 @@ class LLM:
         max_num_seqs: int = 1024,
         burst: int | None = None,
         batch_invariant: bool = False,
-        attention_backend: Literal["auto", "sdpa"] = "auto",
+        attention_backend: Literal["auto", "sdpa", "torch", "flash2", "flash3", "flash4"] = "auto",
         gpu_memory_utilization: float = 0.9,
     ) -> None:
         for name, value, supported in (
             ("trust_remote_code", trust_remote_code, (False,)),
             ("load_format", load_format, ("auto", "dummy", "object_store")),
-            ("quantization", quantization, (None,)),
+            ("quantization", quantization, (None, "fp8")),
             ("tensor_parallel_size", tensor_parallel_size, (1,)),
             ("distributed_executor_backend", distributed_executor_backend, ("uni", "ray")),
             ("batch_invariant", batch_invariant, (False, True)),
-            ("attention_backend", attention_backend, ("auto", "sdpa")),
+            ("attention_backend", attention_backend, ("auto", *BACKENDS)),
         ):
             if value not in supported:
                 raise InvalidRequest(
@@ -135,6 +141,8 @@ class LLM:
                 load_format=load_format,
                 batch_invariant=batch_invariant,
                 max_num_rows=max_num_rows,
+                attention_backend=attention_backend,
+                quantization=quantization,
                 gpu_memory_utilization=gpu_memory_utilization,
             )
             executor = _executor(distributed_executor_backend, setup, ray_options)

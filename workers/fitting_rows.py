@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import CanvasSpec
-from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
-from remask.workers.rows import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens, shadow_mask
+from remask.workers.attention.varlen import ShadowSegment, VarlenLayout, shadow_mask
+from remask.workers.rows import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens
 
 
 @dataclass(frozen=True)
@@ -232,13 +232,14 @@ def _shadow_segments(
         for flags in (is_shadow, is_read)
     )
     read_rows = is_read[is_shadow]
+    sees_block = torch.tensor(plan.sees_block, dtype=torch.bool, device=positions.device)
     every, read = [], []
     for i, sequence in enumerate(plan.shadow_owners):
         first, last = keys = cu_keys[i], cu_keys[i + 1]
         if first == last:
             continue
         length = plan.cu_seqlens[sequence + 1] - plan.cu_seqlens[sequence]
-        mask = shadow_mask(positions[first:last], length, sees_block=plan.sees_block[i])
+        mask = shadow_mask(positions[first:last], length, sees_block[i : i + 1])
         every.append(ShadowSegment(sequence, keys, keys, mask))
         read.append(ShadowSegment(sequence, (cu_read[i], cu_read[i + 1]), keys, mask[read_rows[first:last]]))
     return tuple(every), tuple(read)

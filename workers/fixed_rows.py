@@ -5,21 +5,25 @@ for every slot of the active blocks, a shadow row for every slot of those that v
 for the exact answer a copy of the sequence for every slot. Which of them count is data, as is the place of
 the active blocks. A plan is made on the host, from what it knows of the canvases; `pack` runs on the device
 and never looks back.
+
+A plan may be larger than its canvases need (`Room`): plans of equal sizes can use the same memory, and the
+graph that was captured on it.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import CanvasSpec
-from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
-from remask.workers.rows import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens, shadow_mask
+from remask.workers.attention.varlen import SHADOW_TILE, DeviceLayout, DeviceShadows, VarlenLayout
+from remask.workers.room import NO_ROOM, Room
+from remask.workers.rows import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,12 @@ class FixedPlan:
             and its position.
         is_hidden: bool [T_main]: fixed tokens of second copies; None where there are none.
         cu_queries, cu_keys: boundaries of the sequences among candidates and main rows.
+        rows, candidates: the layouts without shadow rows: of all rows as queries, and of the candidates.
         num_main_slots: slots of first copies.
         main: slots of first and second copies.
         copies: the slot that each copy verifies.
-        shadows: slots of shadow rows.
-        cu_shadows: boundaries of the verifying canvases in `shadows`.
-        shadow_owners: the place in the pack of each verifying canvas.
-        sees_block: whether the shadow rows of each of these see each other.
+        shadows: slots of shadow rows; their shifts lead to rows of the main sequence.
+        tiles, sees_block, spans: see `DeviceShadows`.
         guidance: which hidden states belong together; None where nobody is guided.
         special: int64: which of the N slots are of canvases that `needs_logits`; None: none.
         slots_N: int64 [N]: the slots that are answered for.
@@ -51,13 +54,15 @@ class FixedPlan:
     is_hidden: Tensor | None
     cu_queries: tuple[int, ...]
     cu_keys: tuple[int, ...]
+    rows: DeviceLayout
+    candidates: DeviceLayout
     num_main_slots: int
     main: Slots
     copies: Slots
     shadows: Slots
-    cu_shadows: tuple[int, ...]
-    shadow_owners: tuple[int, ...]
-    sees_block: tuple[bool, ...]
+    tiles: Tensor
+    sees_block: Tensor
+    spans: tuple[tuple[int, int, int, int, int], ...]
     guidance: Guidance | None
     special: Tensor | None
     slots_N: Tensor
@@ -73,15 +78,21 @@ class FixedPlan:
             ids = ids.masked_fill(self.is_hidden, step.mask_id)
         copied = self.copies.places(valid, places) + self.copies.shifts
         ids = ids.scatter(0, copied, step.mask_id)
-        positions = self.shadows.places(valid, places) - self.shadows.starts
+        verified = self.shadows.places(valid, places)
+        positions = verified - self.shadows.starts
         shadow_rows = torch.arange(len(positions), device=ids.device) + len(ids)
-        segments = self._segments(positions, valid[self.shadows.slots])
+        shadows = None
+        if len(positions):
+            holes, is_key = (verified + self.shadows.shifts).int(), valid[self.shadows.slots]
+            shadows = DeviceShadows(self.tiles, holes, is_key, self.sees_block, self.spans)
         rows = PackedRows(
             ids_T=torch.cat([ids, torch.full_like(positions, step.mask_id)]),
             positions_T=torch.cat([self.positions, positions]),
-            layout=VarlenLayout(self.cu_keys, self.cu_keys, segments),
+            layout=VarlenLayout(self.cu_keys, self.cu_keys, (), replace(self.rows, shadows=shadows)),
             candidates_H=torch.cat([self.main.places(valid, places) + self.main.shifts, copied, shadow_rows]),
-            candidate_layout=VarlenLayout(self.cu_queries, self.cu_keys, segments),
+            candidate_layout=VarlenLayout(
+                self.cu_queries, self.cu_keys, (), replace(self.candidates, shadows=shadows)
+            ),
             slots_N=self.slots_N,
             num_main_slots=self.num_main_slots,
         )
@@ -91,18 +102,6 @@ class FixedPlan:
         return rows, step.ask(
             self.slots_N, self.num_main_slots, self.guidance, live=live, special=self.special
         )
-
-    def _segments(self, positions: Tensor, is_slot: Tensor) -> tuple[ShadowSegment, ...]:
-        """The shadow rows of each verifying canvas, all queries; nobody else sees those of no slot."""
-        segments = []
-        for i, owner in enumerate(self.shadow_owners):
-            bounds = first, last = self.cu_shadows[i], self.cu_shadows[i + 1]
-            length = self.cu_keys[owner + 1] - self.cu_keys[owner]
-            mask = shadow_mask(positions[first:last], length, sees_block=self.sees_block[i])
-            itself = torch.eye(last - first, dtype=torch.bool, device=mask.device)
-            mask[:, length:] &= is_slot[first:last] | itself
-            segments.append(ShadowSegment(owner, bounds, bounds, mask))
-        return tuple(segments)
 
 
 @dataclass(frozen=True)
@@ -124,59 +123,94 @@ class Slots:
         return torch.where(valid[self.slots], places[self.slots], self.starts)
 
 
-def plan_fixed(canvases: Sequence[int], specs: Sequence[CanvasSpec], cu_tokens: Sequence[int]) -> FixedPlan:
+def plan_fixed(
+    canvases: Sequence[int], specs: Sequence[CanvasSpec], cu_tokens: Sequence[int], room: Room = NO_ROOM
+) -> FixedPlan:
     """The plan for some canvases of a burst, on the host.
 
     Args:
         canvases: indices in the burst.
         specs: of all canvases of the burst.
         cu_tokens: boundaries of all sequences of the burst in its flat tokens.
+        room: sizes that other bursts have. Nobody may be guided or need copies then.
     """
-    width = max(spec.block_length for spec in specs)
+    width = max(room.widest, max(spec.block_length for spec in specs))
     guided = [c for c in canvases if specs[c].is_guided]
     copied = [(c, i) for c in canvases for i in range(specs[c].num_copies)]
+    assert room == NO_ROOM or not (guided or copied), "they have no room"
     sequences = [*canvases, *guided, *(c for c, _ in copied)]
     lens = [cu_tokens[c + 1] - cu_tokens[c] for c in sequences]
     cu_keys = (0, *itertools.accumulate(lens))
     num_blocks = len(canvases) + len(guided)
     block_lens = [specs[c].block_length for c in sequences[:num_blocks]]
+    filling = (len(specs) * width - width, -cu_tokens[-2], cu_tokens[-2])  # the last canvas's, at row 0
 
-    def slots_of(entries: Iterable[tuple[int, int]]) -> Slots:
+    def slots_of(entries: Iterable[tuple[int, int]], least: int = 0) -> Slots:
         """Slots given by the place of their sequence in the pack and their number in the block."""
-        which = list(entries)
-        owners = [sequences[place] for place, _ in which]
-        starts = [cu_tokens[c] for c in owners]
-        shifts = [cu_keys[place] - start for (place, _), start in zip(which, starts, strict=True)]
-        slots = [c * width + i for c, (_, i) in zip(owners, which, strict=True)]
-        return Slots(*(torch.tensor(values, dtype=torch.int64) for values in (slots, shifts, starts)))
+        which = []
+        for place, i in entries:
+            start = cu_tokens[sequences[place]]
+            which.append((sequences[place] * width + i, cu_keys[place] - start, start))
+        which += [filling] * (least - len(which))
+        return Slots(*torch.tensor(which, dtype=torch.int64).view(-1, 3).T.contiguous().unbind())
 
     num_shadows = [specs[c].num_shadow_rows for c in canvases]
-    verifying = [place for place, count in enumerate(num_shadows) if count]
-    main = slots_of((place, i) for place, count in enumerate(block_lens) for i in range(count))
+    main = slots_of(((place, i) for place, count in enumerate(block_lens) for i in range(count)), room.slots)
     copies = slots_of((place, i) for place, (_, i) in enumerate(copied, start=num_blocks))
-    shadows = slots_of((place, i) for place, count in enumerate(num_shadows) for i in range(count))
-    num_first = sum(block_lens[: len(canvases)])
+    shadows = slots_of(
+        ((place, i) for place, count in enumerate(num_shadows) for i in range(count)), room.shadow_rows
+    )
+    spans, end = [], 0
+    for place, count in enumerate(num_shadows):
+        first, end = end, end + count
+        if count:
+            spans.append((place, cu_keys[place], cu_keys[place + 1], first, end))
+    sees_block = torch.zeros(len(shadows.slots), dtype=torch.bool)
+    for place, _, _, first, end in spans:
+        sees_block[first:end] = specs[canvases[place]].shadows_see_each_other
+    num_first = sum(block_lens[: len(canvases)]) if guided else len(main.slots)
     slots_N = torch.cat([main.slots[:num_first], copies.slots, shadows.slots])
     is_special = torch.isin(slots_N // width, torch.tensor([c for c in canvases if specs[c].needs_logits]))
     ranges = (range(cu_tokens[c], cu_tokens[c + 1]) for c in sequences)
     second = range(len(canvases), num_blocks)
+    num_more = max(0, room.main_rows - cu_keys[-1])
+    places = [*itertools.chain(*ranges), *[cu_tokens[-1]] * num_more]
+    positions = [*itertools.chain(*map(range, lens)), *[0] * num_more]
+    cu_queries = (0, *itertools.accumulate([*block_lens, *[1] * len(copied)]))
+    cu_queries_T, cu_keys_T = (torch.tensor(bounds, dtype=torch.int32) for bounds in (cu_queries, cu_keys))
+    longest, widest = max(*lens, room.longest), max(*block_lens, room.widest)
     return FixedPlan(
-        token_index=torch.tensor(list(itertools.chain(*ranges)), dtype=torch.int64),
-        positions=torch.tensor(list(itertools.chain(*map(range, lens))), dtype=torch.int64),
+        token_index=torch.tensor(places, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
         is_hidden=hidden_tokens(specs, sequences, lens, second) if guided else None,
-        cu_queries=(0, *itertools.accumulate([*block_lens, *[1] * len(copied)])),
+        cu_queries=cu_queries,
         cu_keys=cu_keys,
+        rows=DeviceLayout(cu_keys_T, cu_keys_T, longest, longest, None),
+        candidates=DeviceLayout(cu_queries_T, cu_keys_T, widest, longest, None),
         num_main_slots=num_first,
         main=main,
         copies=copies,
         shadows=shadows,
-        cu_shadows=(0, *itertools.accumulate(num_shadows[place] for place in verifying)),
-        shadow_owners=tuple(verifying),
-        sees_block=tuple(specs[canvases[place]].shadows_see_each_other for place in verifying),
+        tiles=_tiles(
+            spans, num_tiles=room.shadow_rows // SHADOW_TILE + len(canvases) if room.shadow_rows else 0
+        ),
+        sees_block=sees_block,
+        spans=tuple(spans),
         guidance=_guidance(specs, canvases, block_lens, len(main.slots), len(slots_N)) if guided else None,
         special=is_special.nonzero().squeeze(1) if bool(is_special.any()) else None,
         slots_N=slots_N,
     )
+
+
+def _tiles(spans: Sequence[tuple[int, int, int, int, int]], num_tiles: int) -> Tensor:
+    """The tiles of all shadow rows, int32 [tiles, 6], and empty ones up to a number."""
+    tiles = [
+        (start, min(start + SHADOW_TILE, end), main_first, main_end, first, end)
+        for _, main_first, main_end, first, end in spans
+        for start in range(first, end, SHADOW_TILE)
+    ]
+    tiles += [(0,) * 6] * (num_tiles - len(tiles))
+    return torch.tensor(tiles, dtype=torch.int32).view(-1, 6)
 
 
 def _guidance(

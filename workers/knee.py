@@ -26,6 +26,7 @@ from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import SamplingParams, resolve
 from remask.workers.device import device_name
 from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.fp8 import ScaledWeight
 from remask.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,8 @@ def _key(model: TransformerDenoiser) -> dict[str, Any]:
         "device": device_name(model.device),
         "dtype": str(model.model.embedding.dtype),
         "attention": model.attention.name,
+        "kernels": model.kernels,
+        "quantized": isinstance(model.model.blocks[0].qkv, ScaledWeight),
         "pack_rows": model.pack_rows,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,

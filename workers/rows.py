@@ -216,16 +216,3 @@ def hidden_tokens(
         flags[place][:] = True
         flags[place][np.frombuffer(specs[sequences[place]].slots, TOKEN)] = False
     return torch.from_numpy(np.concatenate(flags))
-
-
-def shadow_mask(holes_K: Tensor, length: int, *, sees_block: bool) -> Tensor:
-    """Which main rows, then shadow rows of its sequence each shadow row sees, bool [K, length + K].
-
-    It sees all main rows but the one at its own position (`holes_K`), and every shadow row, or of these only
-    itself.
-    """
-    mask = torch.ones(len(holes_K), length + len(holes_K), dtype=torch.bool, device=holes_K.device)
-    mask.scatter_(1, holes_K.unsqueeze(1), False)
-    if not sees_block:
-        mask[:, length:] = torch.eye(len(holes_K), dtype=torch.bool, device=holes_K.device)
-    return mask

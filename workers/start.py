@@ -25,6 +25,8 @@ class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     load_format: str
     batch_invariant: bool
     max_num_rows: int | None
+    attention_backend: str
+    quantization: str | None
     gpu_memory_utilization: float
 
 
@@ -33,6 +35,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     config: ModelConfig
     max_num_rows: int  # as given, or the knee
+    attention_backend: str | None  # the one in use; None: the model has no attention
 
 
 def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tuple[Worker, WorkerFacts]:
@@ -46,10 +49,19 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
         InvalidRequest: the device is not here, or the checkpoint is at fault.
     """
     if weights is not None:
-        model = denoiser_of(model_of(weights, pick_device(setup.device)))
+        model = denoiser_of(
+            model_of(weights, pick_device(setup.device)),
+            attention_backend=setup.attention_backend,
+            quantization=setup.quantization,
+        )
     else:
         model = load_model(
-            Path(setup.model), dtype=setup.dtype, device=setup.device, load_format=setup.load_format
+            Path(setup.model),
+            dtype=setup.dtype,
+            device=setup.device,
+            load_format=setup.load_format,
+            attention_backend=setup.attention_backend,
+            quantization=setup.quantization,
         )
     max_num_rows = setup.max_num_rows
     if max_num_rows is None:
@@ -61,4 +73,6 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
         # Products of other shapes round differently; alone, a canvas has the same shapes in any company.
         model.pack_rows = 1
     config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
-    return Worker(model), WorkerFacts(config=config, max_num_rows=max_num_rows)
+    attention = model.attention.name if isinstance(model, TransformerDenoiser) else None
+    facts = WorkerFacts(config=config, max_num_rows=max_num_rows, attention_backend=attention)
+    return Worker(model), facts

@@ -156,13 +156,13 @@ def answers(model: TransformerDenoiser, own: list[Canvas], states: list[CanvasSt
     }
 
 
-@pytest.mark.parametrize("fused_head", [False, True])
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("num_steps", [3, 10], ids=["a whole block", "a shorter one"])
 def test_every_row_that_is_asked_has_the_same_answer_in_fixed_shapes(
-    golden_model: TransformerDenoiser, num_steps: int, fused_head: bool
+    golden_model: TransformerDenoiser, num_steps: int, kernels: bool
 ) -> None:
     fixed = TransformerDenoiser(
-        golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True, fused_head=fused_head
+        golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True, kernels=kernels
     )
     own = [
         canvas({"unmask": "schedule", "remask": remask}, 11, 8, 4 + i) for i, remask in enumerate(VERIFYING)
@@ -217,7 +217,7 @@ def test_the_fused_head_answers_as_whole_logits_do(
     golden_model: TransformerDenoiser, fixed_model: TransformerDenoiser
 ) -> None:
     fused = TransformerDenoiser(
-        golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True, fused_head=True
+        golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True, kernels=True
     )
     own = [canvas(POLICIES[i], 8, 4, 3) for i in (0, 1, 3, 12, 13)]
     same(finish(fused, own, 4), finish(fixed_model, own, 4))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
+from remask.workers.attention.varlen import DeviceShadows, shadow_mask
 from remask.workers.kernels.elementwise import quantize_rows, rms_norm, rotate_halves, silu_mul
-from remask.workers.kernels.shadow_attention import DeviceShadows, shadow_attention
-from remask.workers.models import transformer
-from remask.workers.rows import shadow_mask
+from remask.workers.kernels.shadow_attention import shadow_attention
+from remask.workers.models import row_ops
+from remask.workers.models.transformer import rope_tables
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -28,23 +29,22 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("shape", [(5, 96), (0, 64), (3, 64)], ids=str)
 def test_a_norm_is_that_of_the_transformer(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = random(*shape, dtype=dtype), random(shape[1], dtype=dtype, seed=1)
-    close(rms_norm(x, weight, 1e-5), transformer.rms_norm(x, weight, 1e-5))
+    close(rms_norm(x, weight, 1e-5), row_ops.rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rotation_of_some_heads_of_a_projection_is_that_of_the_transformer(dtype: torch.dtype) -> None:
     heads = random(7, 9, 24, dtype=dtype)[:, 2:7]
-    tables = transformer.rope_tables(torch.arange(7) * 3, 24, 1e4)
+    tables = rope_tables(torch.arange(7) * 3, 24, 1e4)
     found = rotate_halves(heads, *tables)
     assert found.is_contiguous()
-    close(found, transformer.rotate_halves(heads, *tables))
+    close(found, row_ops.rotate_halves(heads, *tables))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gate_is_rounded_before_its_product(dtype: torch.dtype) -> None:
     both = random(5, 2 * 70, dtype=dtype) * 3
-    gate, up = both.chunk(2, dim=-1)
-    close(silu_mul(both), silu(gate).mul_(up))
+    close(silu_mul(both), row_ops.silu_mul(both))
 
 
 def test_a_quantized_row_has_its_largest_number_at_the_end_of_the_scale() -> None:
@@ -71,13 +71,14 @@ def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: in
         holes=torch.tensor(holes, dtype=torch.int32),
         is_key=torch.rand(45, generator=generator) < 0.7,
         sees_block=torch.tensor([True] * 40 + [False] * 5),
+        spans=((0, 0, 70, 0, 40), (1, 70, 71, 40, 43)),
     )
     q = random(80 + 45, 4, head_dim, dtype=dtype)
     k, v = random(80 + 45, 6, head_dim, dtype=dtype, seed=1)[:, :4].split(2, dim=1)
     found = shadow_attention(q[80:], k[:80], v[:80], k[80:], v[80:], shadows)
     for own, main in ((slice(0, 40), slice(0, 70)), (slice(40, 43), slice(70, 71))):
         mask = shadow_mask(
-            shadows.holes[own].long() - main.start, main.stop - main.start, sees_block=own.start == 0
+            shadows.holes[own].long() - main.start, main.stop - main.start, shadows.sees_block[own]
         )
         mask[:, main.stop - main.start :] &= shadows.is_key[own] | torch.eye(len(mask), dtype=torch.bool)
         queries, keys, values = (
@@ -95,4 +96,4 @@ def only(shadows: DeviceShadows) -> DeviceShadows:
     """The second sequence's shadow rows by themselves."""
     tiles = torch.tensor([(0, 3, 0, 1, 0, 3)], dtype=torch.int32)
     own = slice(40, 43)
-    return DeviceShadows(tiles, shadows.holes[own] - 70, shadows.is_key[own], shadows.sees_block[own])
+    return DeviceShadows(tiles, shadows.holes[own] - 70, shadows.is_key[own], shadows.sees_block[own], ())

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from remask import InvalidRequest
 from remask.workers.models import llada
 from remask.workers.models.loading import destinations, load_checkpoint, read_config
-from remask.workers.models.transformer import Transformer, rms_norm
+from remask.workers.models.row_ops import rms_norm
+from remask.workers.models.transformer import Transformer
 
 # The values of LLaDA-8B-Instruct's published config.json that describe the model.
 LLADA_8B: dict[str, Any] = {

@@ -25,7 +25,7 @@ class SdpaAttention(AttentionBackend):
             scaled_dot_product_attention(q[:, :, own], k[:, :, seen], v[:, :, seen], enable_gqa=grouped)
             for own, seen in zip(queries, keys, strict=True)
         ]
-        for shadow in layout.shadows:
+        for shadow in layout.segments:
             own = slice(*(layout.cu_queries[-1] + bound for bound in shadow.queries))
             shadow_keys = slice(*(layout.cu_keys[-1] + bound for bound in shadow.keys))
             main = keys[shadow.sequence]

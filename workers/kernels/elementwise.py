@@ -1,6 +1,6 @@
 """What a layer does to its rows between the matrix products, each in one launch and one pass over memory.
 
-The same arithmetic as the eager functions of `remask.workers.models.transformer`, and the same roundings: the
+The same arithmetic as the eager functions of `remask.workers.models.row_ops`, and the same roundings: the
 numbers are fp32 and are rounded to the rows' dtype wherever eager torch would store them. A row is worked on
 by itself, so it never depends on those beside it. Rows may be views; their last dimension is contiguous.
 """
@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
+from remask.workers.models.row_ops import FP8
+
 _FP8_MAX = tl.constexpr(448.0)
 _SMALLEST_AMAX = tl.constexpr(1e-12)  # rows of zeros get a scale too
 _COLUMNS = 2048  # of a program, where a row is cut up
@@ -23,7 +24,7 @@ _HEADS = 16  # of a program
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """As `transformer.rms_norm`, of rows [T, D] and weights [D] of one dtype; a row is one block."""
+    """As `row_ops.rms_norm`, of rows [T, D] and weights [D] of one dtype; a row is one block."""
     (num_rows, num_columns), out = x_TD.shape, x_TD.new_empty(x_TD.shape)
     block = triton.next_power_of_2(num_columns)
     _rms_norm[(num_rows,)](
@@ -33,7 +34,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rotate_halves(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `transformer.rotate_halves`, of rows [T, H, d] of heads.
+    """As `row_ops.rotate_halves`, of rows [T, H, d] of heads.
 
     Args:
         x_THd: may be some heads of a wider projection.
@@ -58,7 +59,7 @@ def rotate_halves(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
-    """[T, F]: `F.silu(gate).mul_(up)`, where gate and up are the halves of rows [T, 2F]."""
+    """As `row_ops.silu_mul`."""
     num_rows, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
     out = gate_up_T2F.new_empty(num_rows, width)
     _silu_mul[(num_rows, triton.cdiv(width, _COLUMNS))](
@@ -68,11 +69,7 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
 
 
 def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """fp8 with one scale a row, as `torch._scaled_mm` takes it; a row is one block.
-
-    Returns:
-        e4m3 [T, D] and fp32 [T, 1], whose product is nearly `x_TD`: a row's largest magnitude becomes 448.
-    """
+    """As `row_ops.quantize_rows`; a row is one block."""
     num_rows, num_columns = x_TD.shape
     values_TD = x_TD.new_empty(x_TD.shape, dtype=FP8)
     scales_T1 = x_TD.new_empty(num_rows, 1, dtype=torch.float32)

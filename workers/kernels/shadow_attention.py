@@ -13,38 +13,15 @@ A sequence's keys are cut into tiles from its own first row, so that what else i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-SHADOW_TILE = 32  # rows of a tile of shadow rows
+from remask.workers.attention.varlen import SHADOW_TILE, DeviceShadows
+
 KEY_TILE = 64
-
-
-@dataclass(frozen=True)
-class DeviceShadows:
-    """The S shadow rows of a pack of fixed shape, all of them queries as well as keys. Those of a sequence
-    stand together.
-
-    A shadow row sees the main rows of its sequence but one, itself, and where it sees its block all shadow
-    rows of the sequence that are keys.
-
-    Attributes:
-        tiles: int32 [tiles, 6], all counted from the first shadow or main row: first shadow row of up to
-            SHADOW_TILE of one sequence, and their end (excluded); first main row of the sequence, and its
-            end; first shadow row of the sequence, and its end. A tile may be empty.
-        holes: int32 [S]: the main row that each does not see.
-        is_key: bool [S]: whether others may see it.
-        sees_block: bool [S].
-    """
-
-    tiles: Tensor
-    holes: Tensor
-    is_key: Tensor
-    sees_block: Tensor
 
 
 def shadow_attention(

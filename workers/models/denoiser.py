@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from remask.scheduler.errors import InvalidRequest
-from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.attention.select import pick_attention
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.head import Statistics, head_statistics
 from remask.workers.models.config import ModelConfig, TransformerConfig
 from remask.workers.models.dummy import dummy_model
+from remask.workers.models.fp8 import quantize_layers
 from remask.workers.models.loading import load_checkpoint
+from remask.workers.models.row_ops import EAGER, triton_ops
 from remask.workers.models.transformer import Transformer
 from remask.workers.rows import HeadQuery, PackedRows
+
+logger = logging.getLogger(__name__)
 
 CPU_PACK_ROWS = 1024  # a larger pack gains nothing
 GPU_PACK_ROWS = 1 << 30  # the row budget alone bounds a forward
@@ -54,7 +60,7 @@ class TransformerDenoiser(Denoiser):
         model: the weights.
         attention: which rows see which is its matter.
         pack_rows, fixed_shapes: see `Denoiser`.
-        fused_head: whether one kernel does the head; needs fixed shapes and Triton.
+        kernels: whether Triton does the head, and what layers do between products; needs fixed shapes.
     """
 
     config: TransformerConfig
@@ -66,15 +72,16 @@ class TransformerDenoiser(Denoiser):
         *,
         pack_rows: int,
         fixed_shapes: bool = False,
-        fused_head: bool = False,
+        kernels: bool = False,
     ) -> None:
         self.model, self.attention, self.pack_rows = model, attention, pack_rows
-        self.config, self.fixed_shapes, self.fused_head = model.config, fixed_shapes, fused_head
+        self.config, self.fixed_shapes, self.kernels = model.config, fixed_shapes, kernels
+        self.ops = triton_ops() if kernels else EAGER
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
-        hidden_HD = self.model(rows, self.attention)
-        return self._fused(hidden_HD, query) if self.fused_head else self._whole_logits(hidden_HD, query)
+        hidden_HD = self.model(rows, self.attention, self.ops)
+        return self._fused(hidden_HD, query) if self.kernels else self._whole_logits(hidden_HD, query)
 
     def _whole_logits(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
         return head_statistics(hidden_HD, self.model.logits, self.config.vocab_size, query, self.mask_id)
@@ -90,7 +97,7 @@ class TransformerDenoiser(Denoiser):
             live = live.index_fill(0, query.special, False)
         out = Statistics.blank(len(live), self.device)
         fused_statistics(
-            self.model.normed(hidden_ND),
+            self.model.normed(hidden_ND, self.ops),
             self.model.head_weight,
             live_N=(~live).to(torch.int8).argsort(stable=True).int(),
             count=live.sum(dtype=torch.int32).view(1),
@@ -109,7 +116,13 @@ class TransformerDenoiser(Denoiser):
 
 
 def load_denoiser(
-    directory: Path, *, dtype: str = "auto", device: str = "auto", load_format: str = "auto"
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    load_format: str = "auto",
+    attention_backend: str = "auto",
+    quantization: str | None = None,
 ) -> TransformerDenoiser:
     """The model in a local checkpoint directory, ready to denoise.
 
@@ -118,22 +131,48 @@ def load_denoiser(
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
         load_format: "auto" reads the checkpoint's weights, "dummy" makes random ones.
+        attention_backend, quantization: see `denoiser_of`.
 
     Raises:
         InvalidRequest: the device is not here, or the checkpoint is at fault.
     """
     load = dummy_model if load_format == "dummy" else load_checkpoint
-    return denoiser_of(load(directory, dtype=dtype, device=pick_device(device)))
+    model = load(directory, dtype=dtype, device=pick_device(device))
+    return denoiser_of(model, attention_backend=attention_backend, quantization=quantization)
 
 
-def denoiser_of(model: Transformer) -> TransformerDenoiser:
-    """A loaded model, ready to denoise."""
-    on_cpu = model.embedding.device.type == "cpu"
+def denoiser_of(
+    model: Transformer, *, attention_backend: str = "auto", quantization: str | None = None
+) -> TransformerDenoiser:
+    """A loaded model, ready to denoise.
+
+    Args:
+        model: its weights are replaced where they are quantized.
+        attention_backend: see `pick_attention`.
+        quantization: None, or "fp8" (`remask.workers.models.fp8`).
+
+    Raises:
+        InvalidRequest: backend or quantization do not serve the model where it is.
+    """
+    weight, head_dim = model.embedding, model.config.head_dim
+    attention = pick_attention(attention_backend, device=weight.device, dtype=weight.dtype, head_dim=head_dim)
+    if quantization == "fp8":
+        quantize_layers(model.blocks)
+    on_cpu = weight.device.type == "cpu"
     if on_cpu:
         keep_freed_memory()
         bound_kernel_caches()
-    pack_rows = CPU_PACK_ROWS if on_cpu else GPU_PACK_ROWS
-    return TransformerDenoiser(model, SdpaAttention(), pack_rows=pack_rows, fixed_shapes=not on_cpu)
+    kernels = not on_cpu and find_spec("triton") is not None
+    logger.info(
+        "attention by %s, %s", attention.name, "Triton kernels" if kernels else "no kernels of our own"
+    )
+    return TransformerDenoiser(
+        model,
+        attention,
+        pack_rows=CPU_PACK_ROWS if on_cpu else GPU_PACK_ROWS,
+        fixed_shapes=not on_cpu,
+        kernels=kernels,
+    )
 
 
 def keep_freed_memory() -> None:

@@ -11,7 +11,13 @@ from remask.workers.models.markov import ARCHITECTURE, load_markov
 
 
 def load_model(
-    directory: Path, *, dtype: str = "auto", device: str = "auto", load_format: str = "auto"
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    load_format: str = "auto",
+    attention_backend: str = "auto",
+    quantization: str | None = None,
 ) -> Denoiser:
     """The model in a local directory, ready to denoise; the arguments are those of `load_denoiser`.
 
@@ -24,8 +30,18 @@ def load_model(
             ("dtype", dtype, ("auto", "float64")),
             ("device", device, ("auto", "cpu")),
             ("load_format", load_format, ("auto",)),
+            ("attention_backend", attention_backend, ("auto",)),
+            ("quantization", quantization, (None,)),
         ):
             if value not in honoured:
-                raise InvalidRequest(name, value, f"a Markov chain takes only {' or '.join(honoured)}")
+                fix = f"a Markov chain takes only {' or '.join(map(str, honoured))}"
+                raise InvalidRequest(name, value, fix)
         return load_markov(raw, str(directory / "config.json"))
-    return load_denoiser(directory, dtype=dtype, device=device, load_format=load_format)
+    return load_denoiser(
+        directory,
+        dtype=dtype,
+        device=device,
+        load_format=load_format,
+        attention_backend=attention_backend,
+        quantization=quantization,
+    )

@@ -1,6 +1,7 @@
 """The packed bidirectional transformer that all families share: rows in, hidden states of the candidates out.
 
 Fused qkv and gate/up projections, RMSNorm and RoPE in fp32, positions given with the rows. Inference only.
+Attention and what is done to rows between the products (`RowOps`) are given from outside.
 Parameters are made on the meta device and filled by `remask.workers.models.loading`.
 """
 
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.config import TransformerConfig
+from remask.workers.models.fp8 import ScaledWeight, linear
+from remask.workers.models.row_ops import EAGER, RowOps
 from remask.workers.rows import PackedRows
 
 
@@ -19,26 +22,11 @@ def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Normalises in fp32, casts back, then multiplies."""
-    x32 = x_TD.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype) * weight_D
-
-
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [T, 1, head_dim] in fp32, each half of a head's dimensions with the same angles."""
     half = torch.arange(head_dim // 2, device=positions_T.device, dtype=torch.float32) * 2 / head_dim
     angles = (positions_T.float().unsqueeze(1) * (1.0 / theta**half)).unsqueeze(1)
     return angles.cos().tile(2), angles.sin().tile(2)
-
-
-def rotate_halves(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates each head's first half against its second (NeoX layout), in fp32."""
-    x32, half = x_THd.float(), x_THd.shape[-1] // 2
-    out = x32 * cos
-    out[..., :half].addcmul_(x32[..., half:], sin[..., half:], value=-1)
-    out[..., half:].addcmul_(x32[..., :half], sin[..., :half])
-    return out.to(x_THd.dtype)
 
 
 class Block(nn.Module):
@@ -62,14 +50,19 @@ class Block(nn.Module):
         self.down = _empty(d, config.ffn_size)
 
     def forward(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], layout: VarlenLayout, attention: AttentionBackend
+        self,
+        x_TD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        layout: VarlenLayout,
+        attention: AttentionBackend,
+        ops: RowOps,
     ) -> Tensor:
         """All rows [T, D] through the layer."""
-        qkv = self._heads(rms_norm(x_TD, self.attn_norm, self.eps), self.qkv)
+        qkv = self._heads(ops.rms_norm(x_TD, self.attn_norm, self.eps), self.qkv, ops)
         q_and_k, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=1)
-        q, k = rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
+        q, k = ops.rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
         attended = attention.attend(q, k, v, layout).flatten(1)
-        return self._ffn(F.linear(attended, self.attn_out).add_(x_TD))
+        return self._ffn(linear(attended, self.attn_out, ops).add_(x_TD), ops)
 
     def candidates(
         self,
@@ -78,23 +71,24 @@ class Block(nn.Module):
         rows_N: Tensor,
         layout: VarlenLayout,
         attention: AttentionBackend,
+        ops: RowOps,
     ) -> Tensor:
         """Only some rows [N, D] through the layer; all rows give keys and values."""
-        normed_TD = rms_norm(x_TD, self.attn_norm, self.eps)
+        normed_TD = ops.rms_norm(x_TD, self.attn_norm, self.eps)
         q_size = self.sizes[0] * self.head_dim
-        q = self._heads(normed_TD[rows_N], self.qkv[:q_size])
-        k, v = self._heads(normed_TD, self.qkv[q_size:]).split(self.sizes[1:], dim=1)
+        q = self._heads(normed_TD[rows_N], self.qkv[:q_size], ops)
+        k, v = self._heads(normed_TD, self.qkv[q_size:], ops).split(self.sizes[1:], dim=1)
         cos, sin = rope
-        q, k = rotate_halves(q, cos[rows_N], sin[rows_N]), rotate_halves(k, cos, sin)
+        q, k = ops.rotate_halves(q, cos[rows_N], sin[rows_N]), ops.rotate_halves(k, cos, sin)
         attended = attention.attend(q, k, v, layout).flatten(1)
-        return self._ffn(F.linear(attended, self.attn_out).add_(x_TD[rows_N]))
+        return self._ffn(linear(attended, self.attn_out, ops).add_(x_TD[rows_N]), ops)
 
-    def _heads(self, x_TD: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x_TD, weight).unflatten(-1, (-1, self.head_dim))
+    def _heads(self, x_TD: Tensor, weight: Tensor | ScaledWeight, ops: RowOps) -> Tensor:
+        return linear(x_TD, weight, ops).unflatten(-1, (-1, self.head_dim))
 
-    def _ffn(self, x_TD: Tensor) -> Tensor:
-        gate, up = F.linear(rms_norm(x_TD, self.ffn_norm, self.eps), self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), self.down).add_(x_TD)
+    def _ffn(self, x_TD: Tensor, ops: RowOps) -> Tensor:
+        gate_up = linear(ops.rms_norm(x_TD, self.ffn_norm, self.eps), self.gate_up, ops)
+        return linear(ops.silu_mul(gate_up), self.down, ops).add_(x_TD)
 
 
 class Transformer(nn.Module):
@@ -108,18 +102,19 @@ class Transformer(nn.Module):
         self.final_norm = _empty(config.hidden_size)
         self.head = None if config.tied_embeddings else _empty(config.embedding_size, config.hidden_size)
 
-    def forward(self, rows: PackedRows, attention: AttentionBackend) -> Tensor:
+    def forward(self, rows: PackedRows, attention: AttentionBackend, ops: RowOps = EAGER) -> Tensor:
         """Hidden states [H, D] of the candidates, not yet normed; the last layer computes only those."""
         rope = rope_tables(rows.positions_T, self.config.head_dim, self.config.rope_theta)
         x_TD = self.embedding[rows.ids_T]
         *blocks, last = self.blocks
         for block in blocks:
-            x_TD = block(x_TD, rope, rows.layout, attention)
-        return last.candidates(x_TD, rope, rows.candidates_H, rows.candidate_layout, attention)  # type: ignore[operator]
+            x_TD = block(x_TD, rope, rows.layout, attention, ops)
+        chosen = (rows.candidates_H, rows.candidate_layout)
+        return last.candidates(x_TD, rope, *chosen, attention, ops)  # type: ignore[operator]
 
-    def normed(self, x_ND: Tensor) -> Tensor:
+    def normed(self, x_ND: Tensor, ops: RowOps = EAGER) -> Tensor:
         """Hidden states as the head takes them."""
-        return rms_norm(x_ND, self.final_norm, self.config.norm_eps)
+        return ops.rms_norm(x_ND, self.final_norm, self.config.norm_eps)
 
     @property
     def head_weight(self) -> Tensor:

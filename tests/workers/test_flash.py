@@ -1,0 +1,180 @@
+"""Flash-attention backends: which is chosen, and how their kernels are called.
+
+Without a GPU a library's kernel is stood in for by a dense one with the same signature, which takes nothing
+but what kernels take. `test_fixed_rows` runs whole models on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from remask import InvalidRequest
+from remask.workers.attention import flash, select
+from remask.workers.attention.flash import MODULES, FlashAttention
+from remask.workers.attention.select import pick_attention
+from remask.workers.attention.varlen import DeviceLayout, VarlenLayout
+
+GPU = torch.device("cuda", 0)
+BOUNDS = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+
+
+def dense_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> Tensor:
+    """Attention of each query to the keys of its sequence; NaN for rows of no sequence."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert q.shape[1] == k.shape[1], "grouped heads are repeated first"
+    assert int(cu_q.diff().max()) <= max_q
+    assert int(cu_k.diff().max()) <= max_k
+    own, theirs = (
+        torch.bucketize(torch.arange(len(x)), cu[1:].long(), right=True) for x, cu in ((q, cu_q), (k, cu_k))
+    )
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * q.shape[2] ** -0.5
+    seen = (own.unsqueeze(1) == theirs) & (own < len(cu_q) - 1).unsqueeze(1)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q, *(x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+
+
+def flash_attn_varlen_func(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
+    assert named.pop("causal") is False
+    order = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return dense_varlen(*_grouped(q, k, v), *(named.pop(name) for name in order), **named), torch.empty(0)
+
+
+def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, enable_gqa: bool = False) -> Tensor:
+    return dense_varlen(*(_grouped(q, k, v) if enable_gqa else (q, k, v)), *bounds)
+
+
+def varlen_attn_without_groups(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> Tensor:
+    return dense_varlen(q, k, v, cu_q, cu_k, max_q, max_k)
+
+
+LIBRARIES = {
+    "flash": SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func),
+    "torch": SimpleNamespace(varlen_attn=varlen_attn),
+    "torch 2.11": SimpleNamespace(varlen_attn=varlen_attn_without_groups),
+}
+
+
+def backend(monkeypatch: pytest.MonkeyPatch, library: str, name: str) -> FlashAttention:
+    monkeypatch.setattr(flash.importlib, "import_module", lambda _: LIBRARIES[library])
+    try:
+        return FlashAttention(name)
+    finally:
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [("flash", "flash3"), ("torch", "torch"), ("torch 2.11", "torch")]
+)
+def test_a_kernel_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch, library: str, name: str) -> None:
+    attention = backend(monkeypatch, library, name)
+    q, (k, v) = torch.randn(7, 4, 8), torch.randn(2, 7, 2, 8)
+    layout = VarlenLayout((), (), (), DeviceLayout(BOUNDS, BOUNDS, 4, 4, None))
+    expected = dense_varlen(*_grouped(q, k, v), BOUNDS, BOUNDS, 4, 4)
+    torch.testing.assert_close(attention.attend(q, k, v, layout), expected)
+    assert attention.name == name
+    assert attention.reads_device
+
+
+def test_a_library_without_the_function_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImportError, match="varlen"):
+        backend(monkeypatch, "torch", "flash2")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine with a GPU of some capability, and some libraries."""
+
+    def has(capability: tuple[int, int], *installed: str) -> None:
+        real = importlib.import_module
+
+        def find(module: str) -> Any:
+            if module in MODULES.values():
+                name = next(name for name, path in MODULES.items() if path == module)
+                if name not in installed:
+                    raise ImportError(f"no module named {module}")
+                return LIBRARIES["torch" if name == "torch" else "flash"]
+            return real(module)
+
+        monkeypatch.setattr(flash.importlib, "import_module", find)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "dtype", "head_dim", "name"),
+    [
+        ((9, 0), ("torch", "flash2", "flash3", "flash4"), torch.bfloat16, 128, "flash3"),
+        ((9, 0), ("torch", "flash2", "flash4"), torch.bfloat16, 128, "flash4"),
+        ((9, 0), ("torch", "flash2", "flash4"), torch.bfloat16, 256, "flash2"),
+        ((9, 0), ("torch",), torch.float16, 128, "torch"),
+        ((9, 0), (), torch.float16, 128, "sdpa"),
+        ((9, 0), ("torch", "flash3"), torch.float32, 128, "sdpa"),
+        ((9, 0), ("torch", "flash3"), torch.bfloat16, 100, "sdpa"),
+        ((8, 0), ("torch", "flash3", "flash2"), torch.bfloat16, 128, "flash2"),
+        ((10, 0), ("torch", "flash3"), torch.bfloat16, 128, "torch"),
+        ((12, 0), ("torch", "flash4"), torch.bfloat16, 128, "torch"),
+        ((7, 5), ("torch", "flash2"), torch.float16, 128, "sdpa"),
+    ],
+)
+def test_auto_is_the_fastest_that_is_here_and_fits(
+    gpu: Any,
+    capability: tuple[int, int],
+    installed: tuple[str, ...],
+    dtype: torch.dtype,
+    head_dim: int,
+    name: str,
+) -> None:
+    gpu(capability, *installed)
+    assert pick_attention("auto", device=GPU, dtype=dtype, head_dim=head_dim).name == name
+
+
+def test_auto_on_a_cpu_is_sdpa() -> None:
+    picked = pick_attention("auto", device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=128)
+    assert (picked.name, picked.reads_device) == ("sdpa", False)
+
+
+@pytest.mark.parametrize(
+    ("requested", "dtype", "head_dim", "problem"),
+    [
+        ("flash3", torch.float32, 128, "takes bfloat16 or float16"),
+        ("flash4", torch.bfloat16, 256, "up to 128"),
+        ("flash2", torch.bfloat16, 128, "install flash-attn"),
+        ("flash", torch.bfloat16, 128, "use auto or one of sdpa, torch, flash2"),
+    ],
+)
+def test_what_is_asked_for_is_used_or_refused_with_the_reason(
+    gpu: Any, requested: str, dtype: torch.dtype, head_dim: int, problem: str
+) -> None:
+    gpu((9, 0), "torch", "flash3", "flash4")
+    assert pick_attention("torch", device=GPU, dtype=torch.bfloat16, head_dim=128).name == "torch"
+    with pytest.raises(InvalidRequest, match=problem) as error:
+        pick_attention(requested, device=GPU, dtype=dtype, head_dim=head_dim)
+    assert error.value.parameter == "attention_backend"
+    gpu((8, 6), "flash3")
+    with pytest.raises(InvalidRequest, match=r"capability 8\.6"):
+        pick_attention("flash3", device=GPU, dtype=torch.bfloat16, head_dim=128)
+    with pytest.raises(InvalidRequest, match="GPUs only"):
+        pick_attention("torch", device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=128)
+
+
+def test_without_triton_nothing_could_serve_the_rows_that_verify(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu((9, 0), "torch")
+    monkeypatch.setattr(select, "find_spec", lambda _: None)
+    assert pick_attention("auto", device=GPU, dtype=torch.bfloat16, head_dim=128).name == "sdpa"

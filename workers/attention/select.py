@@ -1,0 +1,77 @@
+"""Which attention backend a worker uses: the fastest that is here and fits, or the one that is asked for."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from remask.scheduler.errors import InvalidRequest
+from remask.workers.attention.flash import FlashAttention
+from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.attention.varlen import AttentionBackend
+
+BACKENDS = ("sdpa", "torch", "flash2", "flash3", "flash4")
+# The first major version of GPUs' compute capability that each kernel runs on, and the first that it does
+# not; and the largest head.
+_SUPPORT = {"torch": (8, 99, 256), "flash2": (8, 12, 256), "flash3": (9, 10, 256), "flash4": (9, 12, 128)}
+# The fastest first.
+_PREFERENCE = {8: ("flash2", "torch"), 9: ("flash3", "flash4", "flash2", "torch"), 10: ("flash4", "torch")}
+_INSTALL = {
+    "flash2": "install flash-attn",
+    "flash3": "install flash-attn-3",
+    "flash4": "install flash-attn-4",
+    "torch": "install torch 2.11 or newer",
+}
+
+
+def pick_attention(
+    requested: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> AttentionBackend:
+    """The backend for a model.
+
+    Args:
+        requested: "auto" or one of `BACKENDS`.
+        device, dtype, head_dim: where the model is and what its queries are.
+
+    Raises:
+        InvalidRequest: what is asked for is unknown, not installed, or does not serve this model here.
+    """
+    if requested not in ("auto", *BACKENDS):
+        fix = f"is not known; use auto or one of {', '.join(BACKENDS)}"
+        raise InvalidRequest("attention_backend", requested, fix)
+    if requested == "sdpa":
+        return SdpaAttention()
+    if requested != "auto":
+        problem = _obstacle(requested, device, dtype, head_dim)
+        if problem is None:
+            try:
+                return FlashAttention(requested)
+            except ImportError as error:
+                problem = f"cannot be loaded ({error}); {_INSTALL[requested]}, or use auto"
+        raise InvalidRequest("attention_backend", requested, problem)
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    for name in _PREFERENCE.get(min(major, max(_PREFERENCE)), ()):
+        if _obstacle(name, device, dtype, head_dim) is None:
+            try:
+                return FlashAttention(name)
+            except ImportError:
+                continue
+    return SdpaAttention()
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a kernel cannot serve a model; None where it can."""
+    first, beyond, largest_head = _SUPPORT[name]
+    if device.type != "cuda":
+        return "runs on GPUs only; use auto or sdpa"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not first <= major < beyond:
+        return f"does not run on a GPU of compute capability {major}.{minor}; use auto"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "takes bfloat16 or float16; use one of these as dtype, or auto"
+    if head_dim > largest_head or head_dim % 8:
+        return f"takes heads of up to {largest_head} dimensions, a multiple of 8; the model's have {head_dim}"
+    if find_spec("triton") is None:
+        return "needs Triton for the rows that verify; install triton, or use sdpa"
+    return None

@@ -1,0 +1,68 @@
+"""What a transformer does to its rows between the matrix products, each row by itself.
+
+`EAGER` is the reference and runs everywhere; `triton_ops` does the same in one launch each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(FP8).max
+_SMALLEST_AMAX = 1e-12  # rows of zeros get a scale too
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Normalises in fp32, casts back, then multiplies."""
+    x32 = x_TD.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype) * weight_D
+
+
+def rotate_halves(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates each head's first half against its second (NeoX layout), in fp32."""
+    x32, half = x_THd.float(), x_THd.shape[-1] // 2
+    out = x32 * cos
+    out[..., :half].addcmul_(x32[..., half:], sin[..., half:], value=-1)
+    out[..., half:].addcmul_(x32[..., :half], sin[..., :half])
+    return out.to(x_THd.dtype)
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """[T, F]: SiLU of the first halves of rows [T, 2F], times the second."""
+    gate, up = gate_up_T2F.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """fp8 with one scale a row.
+
+    Returns:
+        e4m3 [T, D] and fp32 [T, 1], whose product is nearly `x_TD`: a row's largest magnitude becomes 448.
+    """
+    x32 = x_TD.float()
+    scales_T1 = x32.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) / _FP8_MAX
+    return (x32 / scales_T1).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scales_T1
+
+
+class RowOps(NamedTuple):
+    """One way to compute them."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rotate_halves: Callable[[Tensor, Tensor, Tensor], Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
+    quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+EAGER = RowOps(rms_norm, rotate_halves, silu_mul, quantize_rows)
+
+
+def triton_ops() -> RowOps:
+    """Our kernels; needs Triton."""
+    from remask.workers.kernels import elementwise as kernels
+
+    return RowOps(kernels.rms_norm, kernels.rotate_halves, kernels.silu_mul, kernels.quantize_rows)
