@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,11 +12,26 @@ from torch import Tensor
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.workers.events import EventLog
 from remask.workers.keyed_random import stream_keys
+from remask.workers.room import NO_ROOM, Room
 from remask.workers.rows import ActiveBlocks
 from remask.workers.sampling import SamplingTables
 from remask.workers.staging import HoldsTensors
 from remask.workers.strategies.groups import PolicyGroup, group_policies
 from remask.workers.strategies.view import Memory
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a burst leaves behind, on the device or on the host; see `BurstState`."""
+
+    tokens: Tensor
+    confidences: Tensor
+    logprobs: Tensor
+    commit_steps: Tensor
+    counters: Tensor  # int64 [4, R]: block, num_forwards, block_forwards, finished
+    memory: list[Memory]
+    removed: Tensor | None
+    events: list[Tensor]
 
 
 class BurstState(HoldsTensors):
@@ -37,7 +53,9 @@ class BurstState(HoldsTensors):
             None where no policy bans what it removes.
     """
 
-    def __init__(self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState]) -> None:
+    def __init__(
+        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], room: Room = NO_ROOM
+    ) -> None:
         self.specs = specs
 
         def ints(values: Sequence[int]) -> Tensor:
@@ -45,12 +63,13 @@ class BurstState(HoldsTensors):
 
         sequences = [state.token_array() for state in states]
         self.cu_tokens = np.cumsum([0, *map(len, sequences)]).tolist()
-        flat = np.concatenate([*sequences, np.zeros(1, dtype=TOKEN)])
+        more = max(0, room.main_rows - self.cu_tokens[-1])
+        flat = np.concatenate([*sequences, np.zeros(more + 1, dtype=TOKEN)])
         self.tokens = torch.from_numpy(flat.astype(np.int64))
         canvas_lens = [spec.canvas_len for spec in specs]
-        self.num_slots = max(canvas_lens)
+        self.num_slots = max(*canvas_lens, room.canvas_len)
         self.canvas_len, self.block_len = ints(canvas_lens), ints([spec.block_length for spec in specs])
-        self.max_block_len = max(spec.block_length for spec in specs)
+        self.max_block_len = max(*(spec.block_length for spec in specs), room.widest)
         slots = [np.frombuffer(spec.slots, TOKEN) for spec in specs]
         rows = [own.astype(np.int64) + start for own, start in zip(slots, self.cu_tokens, strict=False)]
         self.slot_rows = self._table(rows, fill=self.cu_tokens[-1])
@@ -67,13 +86,13 @@ class BurstState(HoldsTensors):
         self.paused = self.finished.clone()
         self.sampling = SamplingTables([spec.sampling for spec in specs])
         self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
-        num_stops = max(1, *(len(spec.stop_ids) for spec in specs))
+        num_stops = max(1, room.num_stops, *(len(spec.stop_ids) for spec in specs))
         self.stop_ids = ints([spec.stop_ids + [-1] * (num_stops - len(spec.stop_ids)) for spec in specs])  # type: ignore[list-item]
         self.unmask = group_policies(
-            [spec.unmask for spec in specs], [spec.unmask_params() for spec in specs]
+            [spec.unmask for spec in specs], [spec.unmask_params() for spec in specs], room
         )
         self.remask = group_policies(
-            [spec.remask for spec in specs], [spec.remask_params() for spec in specs]
+            [spec.remask for spec in specs], [spec.remask_params() for spec in specs], room
         )
         self.reads_committed = torch.tensor([spec.reads_committed_rows for spec in specs])
         self.verifies = torch.tensor([spec.verifies for spec in specs])
@@ -130,17 +149,28 @@ class BurstState(HoldsTensors):
         masked = valid & (tokens == mask_id)
         return ActiveBlocks(rows, valid, tokens, masked, masked | (valid & self.reads_committed.unsqueeze(1)))
 
-    def to_states(self) -> list[CanvasState]:
-        """The canvases as they go back to the scheduler."""
-        tokens = self.tokens.cpu().numpy().astype(TOKEN)
-        confidences, logprobs = self.confidences.cpu().numpy(), self.logprobs.cpu().numpy()
-        commit_steps = self.commit_steps.cpu().numpy().astype(TOKEN)
-        counters = (
-            torch.stack([self.block, self.num_forwards, self.block_forwards, self.finished.long()])
-            .cpu()
-            .tolist()
+    def results(self) -> Results:
+        """What the burst leaves behind; the events are taken out."""
+        return Results(
+            tokens=self.tokens,
+            confidences=self.confidences,
+            logprobs=self.logprobs,
+            commit_steps=self.commit_steps,
+            counters=torch.stack([self.block, self.num_forwards, self.block_forwards, self.finished.long()]),
+            memory=self.memory,
+            removed=self.removed,
+            events=self.events.taken(),
         )
-        memories, events = self._pack_memory(), self.events.packed()
+
+    def to_states(self, results: Results | None = None) -> list[CanvasState]:
+        """The canvases as they go back to the scheduler; `results` are on the host (None: all of it is)."""
+        if results is None:
+            results = self.results()
+        tokens = results.tokens.numpy().astype(TOKEN)
+        confidences, logprobs = results.confidences.numpy(), results.logprobs.numpy()
+        commit_steps = results.commit_steps.numpy().astype(TOKEN)
+        counters = results.counters.tolist()
+        memories, events = self._pack_memory(results.memory), self.events.pack(results.events)
         states = []
         for i, spec in enumerate(self.specs):
             length = spec.canvas_len
@@ -152,7 +182,7 @@ class BurstState(HoldsTensors):
                     logprobs=logprobs[i, :length].tobytes(),
                     commit_steps=commit_steps[i, :length].tobytes(),
                     memory=memories[i],
-                    removed=self._pack_removed(i),
+                    removed=self._pack_removed(i, results.removed),
                     events=events.get(i, b""),
                     block=block,
                     num_forwards=num_forwards,
@@ -184,10 +214,10 @@ class BurstState(HoldsTensors):
                     target.copy_(values[0])
         return memory
 
-    def _pack_memory(self) -> list[bytes]:
+    def _pack_memory(self, memories: Sequence[Memory]) -> list[bytes]:
         parts: list[list[bytes]] = [[] for _ in self.specs]
-        for group, memory in zip(self.groups, self.memory, strict=True):
-            arrays = {name: tensor.cpu().numpy() for name, tensor in memory.items()}
+        for group, memory in zip(self.groups, memories, strict=True):
+            arrays = {name: tensor.numpy() for name, tensor in memory.items()}
             for place, canvas in enumerate(group.members if memory else ()):
                 for field in group.memory_fields:
                     values = arrays[field.name][place]
@@ -207,8 +237,8 @@ class BurstState(HoldsTensors):
             own[: table.shape[0], : table.shape[1]] = table
         return torch.from_numpy(removed)
 
-    def _pack_removed(self, canvas: int) -> bytes:
-        if self.removed is None or not self.specs[canvas].bans_removed:
+    def _pack_removed(self, canvas: int, removed: Tensor | None) -> bytes:
+        if removed is None or not self.specs[canvas].bans_removed:
             return b""
-        own = self.removed[canvas, : self.specs[canvas].block_length].cpu().numpy()
+        own = removed[canvas, : self.specs[canvas].block_length].numpy()
         return own[:, : (own >= 0).sum(1).max()].astype(TOKEN).tobytes()

@@ -48,11 +48,15 @@ class EventLog(HoldsTensors):
         fields = (when, slots, token, confidence, commit, remask)
         self._steps.append(tuple(field[self.canvases] for field in fields))
 
-    def packed(self) -> dict[int, bytes]:
-        """All events of each traced canvas, by step and slot."""
-        if self._steps:
-            fields = [torch.stack(parts, 1).cpu().numpy() for parts in zip(*self._steps, strict=True)]
-            self._steps = []
+    def taken(self) -> list[Tensor]:
+        """The fields of all steps so far, [traced, steps, ...] each, which are forgotten; empty: none."""
+        steps, self._steps = self._steps, []
+        return [torch.stack(parts, 1) for parts in zip(*steps, strict=True)]
+
+    def pack(self, taken: list[Tensor]) -> dict[int, bytes]:
+        """All events of each traced canvas, by step and slot; `taken` are the last, on the host."""
+        if taken:
+            fields = [part.numpy() for part in taken]
             for place, canvas in enumerate(self._packed):
                 step, slot, token, confidence, commit, remask = (field[place] for field in fields)
                 happened = commit | remask

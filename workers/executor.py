@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.start import WorkerFacts, WorkerSetup, start_worker
-from remask.workers.worker import Worker
+from remask.workers.worker import Launched, NotRun, Worker
 
 
 class Finished(NamedTuple):
@@ -76,23 +76,31 @@ class Executor(ABC):
 
 
 class InProcessExecutor(Executor):
-    """One worker in the caller's process and thread, which runs a burst when its result is asked for; never
-    starts Ray."""
+    """One worker in the caller's process and thread; never starts Ray.
+
+    A burst runs when a result is asked for. On a GPU the next one is then launched too, before the host waits
+    for the first.
+    """
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._worker: Worker | None
         self._worker, self.facts = start_worker(setup)
+        self.queue_depth = 2 if self.facts.overlaps else 1
         self._queue: deque[StepBatch] = deque()
+        self._launched: deque[Launched | NotRun] = deque()
 
     def submit(self, batch: StepBatch, worker: int) -> None:
         self._queue.append(batch)
 
     def next_event(self) -> Event:
         assert self._worker is not None, "the executor is closed"
-        return Finished(0, self._worker.run(self._queue.popleft()))
+        while self._queue and len(self._launched) < self.queue_depth:
+            self._launched.append(self._worker.launch(self._queue.popleft()))
+        return Finished(0, self._worker.collect(self._launched.popleft()))
 
     def forget(self) -> None:
         self._queue.clear()
+        self._launched.clear()
 
     def scale(self, num_workers: int) -> None:
         fix = "there is one worker, in this process; set distributed_executor_backend='ray'"
@@ -100,4 +108,4 @@ class InProcessExecutor(Executor):
 
     def close(self) -> None:
         self._worker = None
-        self._queue.clear()
+        self.forget()

@@ -177,16 +177,19 @@ def plan_fixed(
     places = [*itertools.chain(*ranges), *[cu_tokens[-1]] * num_more]
     positions = [*itertools.chain(*map(range, lens)), *[0] * num_more]
     cu_queries = (0, *itertools.accumulate([*block_lens, *[1] * len(copied)]))
+    if room != NO_ROOM:  # what fills up belongs to the last canvas, so that its numbers are defined
+        cu_keys = (*cu_keys[:-1], len(places))
+        cu_queries = (*cu_queries[:-1], len(main.slots))
     cu_queries_T, cu_keys_T = (torch.tensor(bounds, dtype=torch.int32) for bounds in (cu_queries, cu_keys))
-    longest, widest = max(*lens, room.longest), max(*block_lens, room.widest)
+    max_keys, max_queries = max(*lens, room.max_keys), max(*block_lens, room.max_queries)
     return FixedPlan(
         token_index=torch.tensor(places, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         is_hidden=hidden_tokens(specs, sequences, lens, second) if guided else None,
         cu_queries=cu_queries,
         cu_keys=cu_keys,
-        rows=DeviceLayout(cu_keys_T, cu_keys_T, longest, longest, None),
-        candidates=DeviceLayout(cu_queries_T, cu_keys_T, widest, longest, None),
+        rows=DeviceLayout(cu_keys_T, cu_keys_T, max_keys, max_keys, None),
+        candidates=DeviceLayout(cu_queries_T, cu_keys_T, max_queries, max_keys, None),
         num_main_slots=num_first,
         main=main,
         copies=copies,

@@ -14,7 +14,8 @@ class Room(NamedTuple):
     main_rows: int = 0
     slots: int = 0  # of active blocks
     shadow_rows: int = 0
-    longest: int = 0  # rows of a sequence
+    max_keys: int = 0  # rows of a sequence, what fills up included
+    max_queries: int = 0  # candidates of a sequence, likewise
     widest: int = 0  # slots of a block
     canvas_len: int = 0
     num_blocks: int = 0

@@ -1,7 +1,9 @@
 """Everything that a burst needs on the device, in one copy.
 
 A burst's canvases, parameters and plan are some sixty small tensors, made on the host. Copied one by one they
-would take longer than a short step; in one pinned buffer they are a single copy that nobody waits for.
+would take longer than a short step; in one pinned buffer they are a single copy that nobody waits for. Trees
+of equal shapes can use the same memory on the device again. What a burst leaves behind comes back likewise,
+while the next one runs.
 """
 
 from __future__ import annotations
@@ -9,13 +11,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 Tree = TypeVar("Tree")
 ALIGNMENT = 16  # bytes
+
+Signature: TypeAlias = tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 
 
 class HoldsTensors:
@@ -60,17 +64,72 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return found
 
 
-def to_device(tree: Tree, device: torch.device) -> Tree:
-    """The tree with its tensors in one piece of memory of the device; returns before they are there."""
-    tensors, starts, end = tensors_of(tree), [], 0
+class Buffer(NamedTuple):
+    """Memory on a device for trees of one signature.
+
+    Attributes:
+        words: uint8 [bytes].
+        views: the tensors in it.
+    """
+
+    words: Tensor
+    views: list[Tensor]
+
+
+def signature(tensors: list[Tensor]) -> Signature:
+    """What trees must have in common to use the same buffer."""
+    return tuple((tensor.dtype, tuple(tensor.shape)) for tensor in tensors)
+
+
+def new_buffer(tensors: list[Tensor], device: torch.device) -> Buffer:
+    """Memory for tensors of these shapes."""
+    starts, end = [], 0
     for tensor in tensors:
         starts.append(end)
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    host = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    words = torch.empty(end, dtype=torch.uint8, device=device)
+    return Buffer(words, _views(words, tensors, starts))
+
+
+def load(tree: Tree, buffer: Buffer) -> Tree:
+    """The tree with its tensors in the buffer, which has been made for such; returns before they are there.
+
+    What ran on the device before has read the buffer to the end: copies keep their turn.
+    """
+    host = torch.empty(buffer.words.shape, dtype=torch.uint8, pin_memory=buffer.words.is_cuda)
+    tensors = tensors_of(tree)
+    starts = [view.data_ptr() - buffer.words.data_ptr() for view in buffer.views]
     for own, tensor in zip(_views(host, tensors, starts), tensors, strict=True):
         own.copy_(tensor)
-    views = iter(_views(host.to(device, non_blocking=True), tensors, starts))
+    buffer.words.copy_(host, non_blocking=True)
+    views = iter(buffer.views)
     return mapped(tree, lambda _: next(views))
+
+
+def to_device(tree: Tree, device: torch.device) -> Tree:
+    """The tree with its tensors in one piece of memory of the device; returns before they are there."""
+    return load(tree, new_buffer(tensors_of(tree), device))
+
+
+class Fetched(Generic[Tree]):
+    """A tree on its way to the host."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree, self._event = tree, None
+        if any(tensor.is_cuda for tensor in tensors_of(tree)):
+            self._tree = mapped(tree, _to_pinned)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> Tree:
+        """The copy, when it is there; of a tree on the host the tree itself."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tree
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _views(words: Tensor, tensors: list[Tensor], starts: list[int]) -> list[Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from remask.workers.graphs import graphs_for
 from remask.workers.knee import knee
 from remask.workers.memory import row_limit
 from remask.workers.models.config import ModelConfig
@@ -36,6 +37,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     config: ModelConfig
     max_num_rows: int  # as given, or the knee
     attention_backend: str | None  # the one in use; None: the model has no attention
+    overlaps: bool  # whether launching a burst returns before it has run
 
 
 def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tuple[Worker, WorkerFacts]:
@@ -74,5 +76,10 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
         model.pack_rows = 1
     config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
     attention = model.attention.name if isinstance(model, TransformerDenoiser) else None
-    facts = WorkerFacts(config=config, max_num_rows=max_num_rows, attention_backend=attention)
-    return Worker(model), facts
+    facts = WorkerFacts(
+        config=config,
+        max_num_rows=max_num_rows,
+        attention_backend=attention,
+        overlaps=model.device.type == "cuda",
+    )
+    return Worker(model, graphs_for(model) if not setup.batch_invariant else None), facts

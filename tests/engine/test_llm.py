@@ -232,16 +232,16 @@ def test_a_call_after_an_interrupt_runs_nothing_of_the_interrupted_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with LLM("tiny", device="cpu", burst=64, max_num_rows=4096) as llm:
-        run: Callable[..., Any] = Worker.run
+        launch: Callable[..., Any] = Worker.launch
         ran: list[int] = []
 
         def counted(self: Worker, batch: StepBatch) -> Any:
             ran.append(len(batch.specs))
             if len(ran) == 1:
                 raise KeyboardInterrupt
-            return run(self, batch)
+            return launch(self, batch)
 
-        monkeypatch.setattr(Worker, "run", counted)
+        monkeypatch.setattr(Worker, "launch", counted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([PUZZLE] * 30, ASK)
         llm.generate(PUZZLE, ASK)
@@ -256,19 +256,19 @@ def test_a_second_burst_in_the_queue_changes_no_output(monkeypatch: pytest.Monke
         {"max_tokens": 30, "block_length": 30, "preset": "wino", "temperature": 1.0, "n": 3, "seed": 4},
         {"max_tokens": 12, "priority": -1},
     ]
-    run: Callable[..., Any] = Worker.run
+    launch: Callable[..., Any] = Worker.launch
     followed: list[int | None] = []
 
     def recorded(self: Worker, batch: StepBatch) -> Any:
         followed.append(batch.follows)
-        return run(self, batch)
+        return launch(self, batch)
 
-    monkeypatch.setattr(Worker, "run", recorded)
+    monkeypatch.setattr(Worker, "launch", recorded)
     outputs = []
     for depth in (1, 2):
-        monkeypatch.setattr(InProcessExecutor, "queue_depth", depth)
         followed.clear()
         with LLM("tiny", device="cpu", dtype="float32", burst=2, max_num_rows=256) as llm:
+            llm._executor.queue_depth = depth  # as on a GPU
             outputs.append([output.outputs for output in llm.generate([PUZZLE] * 4, asked)])
         assert any(burst is not None for burst in followed) == (depth == 2)
     assert [[(s.text, s.nfe, s.commit_steps, s.stop_reason) for s in o] for o in outputs[0]] == [

@@ -80,8 +80,7 @@ class DeviceLayout:
     """A layout for kernels.
 
     Attributes:
-        cu_queries, cu_keys: int32 [sequences + 1]: boundaries among the main rows. Sequences may be empty,
-            and rows may stand behind the last one, which no sequence owns: their output means nothing.
+        cu_queries, cu_keys: int32 [sequences + 1]: boundaries of the sequences among the main rows.
         max_queries, max_keys: no sequence has more.
         shadows: None where nobody verifies.
     """

@@ -27,10 +27,11 @@ ATTENTION_SCALE = 0.3
 
 @torch.no_grad()
 def dummy_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Transformer:
-    """A model of the shape in a directory's `config.json`; the same numbers in every process.
+    """A model of the shape in a directory's `config.json`; the same numbers in every process on the same kind
+    of device.
 
-    Numbers are drawn in fp32, parameter by parameter on the CPU, and then rounded: every dtype and device
-    holds the same model, and peak memory is the weights plus one fp32 parameter.
+    Numbers are drawn in fp32, parameter by parameter where they stay, and then rounded: every dtype holds the
+    same model, and peak memory is the weights plus one fp32 parameter.
 
     Args:
         directory: holds `config.json`; weights and tokenizer are not needed.
@@ -45,7 +46,7 @@ def dummy_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") ->
         model = Transformer(config)
     torch_dtype = pick_dtype(dtype, config.dtype or "float32", str(directory / "config.json"))
     model.to(torch_dtype).to_empty(device=device)
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
     num_queries_and_keys = (config.num_heads + config.num_kv_heads) * config.head_dim
     scales = {"head": HEAD_SCALE, "attn_out": ATTENTION_SCALE}
     for path, parameter in model.named_parameters():
@@ -55,7 +56,7 @@ def dummy_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") ->
         kind = path.rpartition(".")[2]
         # Deviation 1/sqrt(inputs) keeps activations at the size of a row of the embedding, 1.
         deviation = 1.0 if kind == "embedding" else parameter.shape[1] ** -0.5
-        numbers = torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator)
+        numbers = torch.empty(parameter.shape, device=device).normal_(0.0, deviation, generator=generator)
         numbers *= scales.get(kind, 1.0)
         if kind == "qkv":
             numbers[:num_queries_and_keys] *= QUERY_KEY_SCALE

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.policies import MemoryField, Policy
+from remask.workers.room import NO_ROOM, Room
 from remask.workers.strategies import kernel_of
 from remask.workers.strategies.view import Memory, Params
 
@@ -22,7 +23,8 @@ class PolicyGroup:
     Attributes:
         kernel: the kind's function.
         members: their indices in the burst.
-        canvases: int64 [Rg]: the same.
+        canvases: int64 [Rg]: the same, and behind them as many of the burst's last canvas as there is room
+            for.
         fields: the policies' fields, fp32 [Rg] each; of a choice between words, the word's place in the spec.
         block_fields: fp32 [Rg, blocks] each: fields that differ from block to block.
         memory_fields: what the kind carries from step to step.
@@ -65,20 +67,23 @@ def _choices(policy: type) -> dict[str, tuple[str, ...]]:
 
 
 def group_policies(
-    policies: Sequence[Policy | None], block_params: Sequence[dict[str, list[float]]]
+    policies: Sequence[Policy | None], block_params: Sequence[dict[str, list[float]]], room: Room = NO_ROOM
 ) -> list[PolicyGroup]:
     """One group for each kind among the policies of a burst's canvases (None: no policy).
 
     Args:
         policies: one for each canvas.
         block_params: their parameters that differ from block to block.
+        room: sizes of the groups.
     """
     by_kind: dict[type[Policy], list[int]] = {}
     for canvas, policy in enumerate(policies):
         if policy is not None:
             by_kind.setdefault(type(policy), []).append(canvas)
     groups = []
-    for kind, canvases in by_kind.items():
+    for kind, members in by_kind.items():
+        num_more = max(0, room.group_size - len(members))
+        canvases = members + members[:1] * num_more
         choices = _choices(kind)
 
         def number(name: str, value: Any, choices: dict[str, tuple[str, ...]] = choices) -> float:
@@ -91,19 +96,19 @@ def group_policies(
         groups.append(
             PolicyGroup(
                 kernel=kernel_of(kind),
-                members=tuple(canvases),
-                canvases=torch.tensor(canvases),
+                members=tuple(members),
+                canvases=torch.tensor(members + [len(policies) - 1] * num_more),
                 fields=fields,
-                block_fields=_block_tables([block_params[c] for c in canvases]),
+                block_fields=_block_tables([block_params[c] for c in canvases], room.num_blocks),
                 memory_fields=kind.memory,
             )
         )
     return groups
 
 
-def _block_tables(rows: list[dict[str, list[float]]]) -> Params:
+def _block_tables(rows: list[dict[str, list[float]]], least: int) -> Params:
     """fp32 [Rg, blocks] for each name, short rows padded with their last number."""
-    width = max((len(values) for row in rows for values in row.values()), default=0)
+    width = max([least, *(len(values) for row in rows for values in row.values())])
     return {
         name: torch.tensor([row[name] + row[name][-1:] * (width - len(row[name])) for row in rows])
         for name in rows[0]

@@ -1,0 +1,58 @@
+"""Attention that reads nothing but a layout's device part, as kernels do, in torch operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from remask.workers.attention.varlen import AttentionBackend, DeviceLayout, DeviceShadows, VarlenLayout
+
+
+class DenseAttention(AttentionBackend):
+    """One mask over all rows."""
+
+    name = "dense"
+    reads_device = True
+
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
+        assert layout.device is not None
+        seen = _visible(layout.device, len(q_QHd), len(k_TKd))
+        k, v = (x.repeat_interleave(q_QHd.shape[1] // x.shape[1], dim=1) for x in (k_TKd, v_TKd))
+        scores = torch.einsum("qhd,khd->hqk", q_QHd, k) * q_QHd.shape[2] ** -0.5
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.fixture(scope="session")
+def dense_attention() -> DenseAttention:
+    return DenseAttention()
+
+
+def _visible(layout: DeviceLayout, num_queries: int, num_keys: int) -> Tensor:
+    """Which key each query sees, bool [Q, T]."""
+    num_shadows = len(layout.shadows.holes) if layout.shadows is not None else 0
+    num_queries, num_keys = num_queries - num_shadows, num_keys - num_shadows
+    own, theirs = (
+        torch.bucketize(torch.arange(count), cu[1:], right=True)
+        for count, cu in ((num_queries, layout.cu_queries), (num_keys, layout.cu_keys))
+    )
+    main = own.unsqueeze(1) == theirs
+    if layout.shadows is None:
+        return main
+    hidden = torch.zeros(num_queries, num_shadows, dtype=torch.bool)
+    return torch.cat([torch.cat([main, hidden], dim=1), _shadows_see(layout.shadows, num_keys)])
+
+
+def _shadows_see(shadows: DeviceShadows, num_main: int) -> Tensor:
+    """Which main rows, then shadow rows each shadow row sees, bool [S, M + S]; of no tile: only itself."""
+    main, own = torch.arange(num_main), torch.arange(len(shadows.holes))
+    first, end, main_first, main_end, block_first, block_end = shadows.tiles.T.unsqueeze(2)
+    in_tile = ((own >= first) & (own < end)).float()  # [tiles, S]
+
+    def span(rows: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """Which rows [S, rows] the tile of each shadow row spans."""
+        return in_tile.T @ ((rows >= start) & (rows < stop)).float() > 0
+
+    sees_main = span(main, main_first, main_end) & (main != shadows.holes.unsqueeze(1))
+    sees_block = span(own, block_first, block_end) & shadows.sees_block.unsqueeze(1) & shadows.is_key
+    return torch.cat([sees_main, sees_block | (own == own.unsqueeze(1))], dim=1)

@@ -1,0 +1,274 @@
+"""Captured steps: which bursts share one, and that it writes what the plain path writes.
+
+A tape stands in for CUDA: it records every operation of a step and repeats them on the same tensors, so that
+what a graph must not hold (another burst's numbers, a look at the host) shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from remask import SamplingParams
+from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
+from remask.workers import graphs as module
+from remask.workers.attention.varlen import AttentionBackend
+from remask.workers.graphs import Graph, StepGraphs, room_for
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.worker import Worker
+
+
+def storages(tree: Any) -> set[int]:
+    return {x.untyped_storage().data_ptr() for x in tree_flatten(tree)[0] if isinstance(x, Tensor)}
+
+
+class Tape(TorchDispatchMode):
+    """A recorded step. As with CUDA, recording it changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: set[int] = set()
+        self.num_replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for x in tree_flatten((args, kwargs))[0]:
+            if isinstance(x, Tensor):
+                place = x.untyped_storage().data_ptr()
+                if place not in self.made and place not in self.before:
+                    whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+                    self.before[place] = (whole, whole.clone())
+        out = func(*args, **kwargs)
+        self.made |= storages(out) - storages((args, kwargs))
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def restore(self) -> None:
+        for whole, copy in self.before.values():
+            whole.copy_(copy)
+        self.before.clear()
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
+                if isinstance(old, Tensor) and not storages(old) & storages((args, kwargs)):
+                    old.copy_(new)
+
+
+class Recorder:
+    """Captures on tapes, which hold as many bytes each as it is told."""
+
+    def __init__(self, num_bytes: int = 1) -> None:
+        self.tapes: list[Tape] = []
+        self.num_bytes = num_bytes
+
+    def __call__(self, step: Callable[[], int]) -> tuple[Graph, int, int]:
+        with (tape := Tape()):
+            num_rows = step()
+        tape.restore()
+        self.tapes.append(tape)
+        return tape, num_rows, self.num_bytes
+
+
+@pytest.fixture
+def model(golden_model: TransformerDenoiser, dense_attention: AttentionBackend) -> TransformerDenoiser:
+    return TransformerDenoiser(golden_model.model, dense_attention, pack_rows=1 << 30, fixed_shapes=True)
+
+
+def make(i: int, canvas_len: int, seed: int = 0, **fields: Any) -> Canvas:
+    block = {} if "dream" in fields.get("unmask", "") else {"block_length": min(6, canvas_len)}
+    params = resolve(SamplingParams(max_tokens=canvas_len, **block, **fields))
+    prompt = [5 + i % 3, 11, 7, 9, 12][: 2 + i % 4]
+    return new_canvas("r", i, prompt, params, seed=seed, sample=i, mask_id=0, stop_ids=[3])
+
+
+def burst(canvases: list[Canvas], num_steps: int = 5, **fields: Any) -> StepBatch:
+    states: list[CanvasState | int] = [c.state for c in canvases]
+    return StepBatch(
+        burst_id=0, num_steps=num_steps, specs=[c.spec for c in canvases], states=states, **fields
+    )
+
+
+def same(states: list[CanvasState], others: list[CanvasState]) -> None:
+    """Equal but for the last bits of probabilities, which other shapes round differently."""
+    assert len(states) == len(others)
+    for one, other in zip(states, others, strict=True):
+        for name in ("tokens", "commit_steps", "num_forwards", "block", "finished"):
+            assert getattr(one, name) == getattr(other, name), name
+        for name in ("confidences", "logprobs", "memory"):
+            numbers = (
+                torch.frombuffer(bytearray(getattr(s, name)), dtype=torch.float32)
+                for s in (one, other)
+                if getattr(s, name)
+            )
+            torch.testing.assert_close(*(tuple(numbers) or (0, 0)), rtol=1e-3, atol=1e-4)
+
+
+MIXES: list[list[dict[str, Any]]] = [
+    [{"unmask": "threshold:0.5"}],
+    [{"unmask": "schedule:score=random", "temperature": 1.0}, {"unmask": "schedule:steps=9,score=margin"}],
+    [{"unmask": "capped_threshold:0.3", "remask": "wino:t2=0.95"}, {"unmask": "threshold:0.4"}],
+    [{"unmask": "capped_threshold:0.3", "remask": "wino:t2=0.95,tile=self"}, {"remask": "saber:3,2"}],
+    [{"unmask": "threshold:0.3", "remask": "low_prob:0.6,max_times=2,post_steps=3"}],
+    [{"unmask": "bernoulli:2.0", "temperature": 0.5}, {"unmask": "entropy_bound:1.0"}],
+    [{"remask": "remdm:10,cap,0.3", "temperature": 1.0}, {"unmask": "factor:1.0", "stop": ["x"]}],
+]
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_one_graph_serves_other_canvases_and_writes_what_the_plain_path_writes(
+    golden_model: TransformerDenoiser, model: TransformerDenoiser, mix: list[dict[str, Any]]
+) -> None:
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    for i in range(4):
+        canvases = [make(i + j, 14 - j, seed=i, **fields) for j, fields in enumerate(mix)]
+        plain = Worker(golden_model).run(burst(canvases, 5))
+        result = worker.run(burst(canvases, 5))
+        # Where a canvas pauses, the others go on in fixed shapes, and not on the plain path.
+        if not any(fields.get("stop") for fields in mix):
+            same(result.states, plain.states)
+        assert result.num_rows >= plain.num_rows
+    (tape,) = recorder.tapes
+    assert tape.num_replays == 4 + 5 + 5, "the first burst runs plainly, the second takes one step so"
+
+
+def test_canvases_that_pause_stay_as_they_are_in_a_graph(model: TransformerDenoiser) -> None:
+    canvases = [make(0, 12, unmask="threshold:0.1", stop=["x"]), make(1, 12, unmask="schedule")]
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    expected = Worker(model).run(burst(canvases, 5)).states
+    assert expected[0].num_forwards < 5
+    for _ in range(3):
+        same(worker.run(burst(canvases, 5)).states, expected)
+    assert recorder.tapes[0].num_replays == 9
+
+
+def test_bursts_that_follow_each_other_go_on_in_the_graphs_memory(
+    golden_model: TransformerDenoiser, model: TransformerDenoiser
+) -> None:
+    canvases = [make(0, 14, unmask="schedule"), make(1, 12, unmask="schedule", temperature=1.0)]
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    worker.run(burst(canvases, 2))
+    first = worker.launch(burst(canvases, 2))
+    goes_on = msgspec.structs.replace(burst(canvases, 3), burst_id=1, follows=0, states=[0, 1])
+    second = worker.launch(goes_on)
+    assert worker.collect(first).states == Worker(model, worker._graphs).run(burst(canvases, 2)).states
+    same(worker.collect(second).states, Worker(golden_model).run(burst(canvases, 5)).states)
+    one = msgspec.structs.replace(goes_on, burst_id=2, follows=1, specs=goes_on.specs[1:], states=[1])
+    same(worker.run(one).states, Worker(golden_model).run(burst(canvases, 8)).states[1:])
+    assert recorder.tapes[0].num_replays >= 1 + 3
+
+
+def test_what_needs_more_than_numbers_in_fixed_places_takes_the_plain_path(
+    golden_model: TransformerDenoiser, model: TransformerDenoiser
+) -> None:
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    for fields in (
+        {"cfg_scale": 1.0},
+        {"unmask": "capped_threshold:0.3", "remask": "oracle_loo:0.9"},
+        {"unmask": "capped_threshold:0.3", "remask": "wino:t2=0.95,ban_old=true"},
+        {"logit_bias": {5: 3.0}},
+        {"temperature": 1.0, "top_p": 0.5},
+        {"unmask": "dream:steps=7,alg=entropy,alg_temp=0.3", "temperature": 0.8},
+        {"unmask": "schedule:steps=9", "remask": "rcr"},
+        {"trace": True},
+    ):
+        canvases = [make(0, 12, **fields)]  # type: ignore[arg-type]
+        expected = Worker(golden_model).run(burst(canvases)).states
+        for _ in range(2):
+            states = worker.run(burst(canvases)).states
+            same(states, expected)
+            assert len(states[0].events) == len(expected[0].events)
+    assert not recorder.tapes
+
+
+def test_bursts_of_many_rows_take_the_plain_path() -> None:
+    spec = make(0, 12).spec
+    assert room_for([spec] * 7, [500] * 7) is not None
+    assert room_for([spec] * 9, [500] * 9) is None
+
+
+def test_sizes_are_shared_and_waste_little() -> None:
+    spec = make(0, 12).spec
+    rooms = {room_for([spec], [length]) for length in range(100, 128)}
+    assert len(rooms) == 1, "of 100 to 127 rows and the filling"
+    for length in range(64, 4000, 7):
+        room = room_for([spec], [length])
+        assert room is not None
+        assert 0 < room.main_rows - length <= max(64, length / 8 + 1)
+
+
+def test_what_a_graph_holds_beside_shapes_sets_it_apart(model: TransformerDenoiser) -> None:
+    """Two policies with tensors of the same shapes, and needs that only the head sees."""
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    kinds = ["threshold:0.5", "capped_threshold:0.5", "schedule", "schedule:score=margin"]
+    for kind in kinds * 2:
+        canvases = [make(0, 12, unmask=kind)]
+        same(worker.run(burst(canvases)).states, Worker(model).run(burst(canvases)).states)
+    assert len(recorder.tapes) == len(kinds)
+
+
+def test_graphs_that_were_not_used_for_longest_give_way_to_the_budget(model: TransformerDenoiser) -> None:
+    recorder = Recorder(num_bytes=1 << 20)
+    graphs = StepGraphs(model.device, recorder, budget_bytes=5 << 19)
+    worker = Worker(model, graphs)
+    sizes = [[make(0, 12)], [make(0, 70)], [make(0, 140)]]
+    for canvases in sizes:
+        for _ in range(2):
+            worker.run(burst(canvases, 2))
+    held = [shape for shape in graphs._shapes.values() if shape.graph is not None]
+    assert len(recorder.tapes) == 3
+    assert len(held) == 2, "two and a half fit"
+    worker.run(burst(sizes[2], 2))
+    assert recorder.tapes[2].num_replays == 1 + 2
+    worker.run(burst(sizes[0], 2))
+    worker.run(burst(sizes[0], 2))
+    assert len(recorder.tapes) == 4, "it has to be captured again"
+
+
+def test_a_graph_larger_than_the_budget_is_given_up(model: TransformerDenoiser) -> None:
+    recorder = Recorder(num_bytes=1 << 30)
+    worker = Worker(model, StepGraphs(model.device, recorder, budget_bytes=1 << 20))
+    expected = Worker(model).run(burst([make(0, 12)])).states
+    for _ in range(4):
+        same(worker.run(burst([make(0, 12)])).states, expected)
+    assert len(recorder.tapes) == 1
+
+
+def test_where_memory_does_not_suffice_for_a_graph_steps_run_plainly(model: TransformerDenoiser) -> None:
+    def capture(step: Callable[[], int]) -> tuple[Graph, int, int]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    worker = Worker(model, StepGraphs(model.device, capture))
+    expected = Worker(model).run(burst([make(0, 12)])).states
+    for _ in range(3):
+        result = worker.run(burst([make(0, 12)]))
+        assert result.failure is None
+        same(result.states, expected)
+
+
+def test_shapes_that_are_met_once_are_forgotten(
+    model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_SHAPES", 3)
+    graphs = StepGraphs(model.device, Recorder())
+    for length in range(10, 700, 70):
+        graphs.place([c.spec for c in [make(0, length)]], [c.state for c in [make(0, length)]])
+    assert len(graphs._shapes) == 3

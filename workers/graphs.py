@@ -1,0 +1,237 @@
+"""CUDA graphs of whole steps: a short step then costs one launch instead of some hundreds.
+
+A graph reads and writes fixed memory and runs kernels of fixed shapes, so it serves every burst that has its
+*shape*: canvases are filled up to sizes that many bursts share (`room_for`) and moved into the shape's
+memory. A shape is captured when it is met for the second time. Bursts of many rows, which keep a GPU busy
+anyway, and those that need more than numbers in fixed places (guidance, copies, traces, logits that are
+edited, filtered or ranked by twice) take the plain path, step by step. Both run the same code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+
+from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
+from remask.scheduler.sampling import Sampling
+from remask.workers.burst import BurstState
+from remask.workers.fixed_rows import FixedPlan, plan_fixed
+from remask.workers.memory import is_out_of_memory
+from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
+from remask.workers.room import Room
+from remask.workers.staging import Buffer, load, new_buffer, signature, tensors_of, to_device
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 4096  # beyond, steps are so long that launches hide behind them
+SLOT_STEP = 64
+MAX_SHAPES = 64  # that are kept, captured or not
+BUDGET_BYTES = 1 << 30  # of the GPU's memory, for all graphs together
+
+# Ended canvases that bursts are filled up with; each is a row of its own.
+FILLING_SPEC = CanvasSpec(
+    slots=bytes(TOKEN.itemsize),
+    block_length=1,
+    unmask=None,
+    remask=None,
+    sampling=Sampling(),
+    seed=0,
+    sample=0,
+    stop_ids=[],
+    pause_at_blocks=False,
+)
+FILLING_STATE = CanvasState(
+    tokens=bytes(TOKEN.itemsize),
+    confidences=bytes(REAL.itemsize),
+    logprobs=bytes(REAL.itemsize),
+    commit_steps=bytes(TOKEN.itemsize),
+    memory=b"",
+    finished=True,
+)
+
+
+class Graph(Protocol):
+    """A step that was captured."""
+
+    def replay(self) -> Any:
+        """Takes it once more, with what stands in its memory."""
+
+
+# Records a step, which need not run meanwhile: the graph, what the step returns, and the bytes that it holds.
+Capture: TypeAlias = Callable[[Callable[[], int]], tuple[Graph, int, int]]
+
+
+@dataclass
+class Shape:
+    """A shape that was met.
+
+    Attributes:
+        buffer: memory for bursts of this shape; None: met once.
+        graph: None: not captured yet, or too large.
+        num_rows: rows of a step.
+        num_bytes: what buffer and graph hold.
+        is_plain: no graph of it could be made.
+    """
+
+    buffer: Buffer | None = None
+    graph: Graph | None = None
+    num_rows: int = 0
+    num_bytes: int = 0
+    is_plain: bool = False
+
+
+class Placed(NamedTuple):
+    """A burst on the device; `shape` is that of the memory that it stands in, if a graph can use it."""
+
+    state: BurstState
+    plans: list[FixedPlan]
+    shape: Shape | None
+
+
+class StepGraphs:
+    """The graphs of a worker.
+
+    Args:
+        device: where they run.
+        capture: how a step is captured.
+        budget_bytes: memory that they may hold; those that were not used for longest give way.
+    """
+
+    def __init__(self, device: torch.device, capture: Capture, budget_bytes: int = BUDGET_BYTES) -> None:
+        self._device, self._capture, self._budget = device, capture, budget_bytes
+        self._shapes: OrderedDict[Hashable, Shape] = OrderedDict()
+
+    def place(self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState]) -> Placed | None:
+        """Canvases on the device, filled up; None where no graph would serve them."""
+        room = room_for(specs, [state.sequence_len for state in states])
+        if room is None:
+            return None
+        num_more = room.group_size - len(specs)
+        state = BurstState([*specs, *[FILLING_SPEC] * num_more], [*states, *[FILLING_STATE] * num_more], room)
+        tree = state, [plan_fixed(range(room.group_size), state.specs, state.cu_tokens, room)]
+        tensors = tensors_of(tree)
+        key = (signature(tensors), _constants(*tree))
+        shape = self._shapes.get(key)
+        if shape is None:
+            self._shapes[key] = Shape()
+            while len(self._shapes) > MAX_SHAPES:
+                self._shapes.popitem(last=False)
+        else:
+            self._shapes.move_to_end(key)
+        if shape is None or shape.is_plain:
+            return Placed(*to_device(tree, self._device), shape=None)
+        if shape.buffer is None:
+            shape.buffer = new_buffer(tensors, self._device)
+            shape.num_bytes = shape.buffer.words.nbytes
+        return Placed(*load(tree, shape.buffer), shape=shape)
+
+    def run(self, shape: Shape, step: Callable[[], int], num_steps: int) -> int:
+        """Takes steps of a burst that stands in a shape's memory; returns the rows forwarded."""
+        num_taken = num_rows = 0
+        if shape.graph is None and not shape.is_plain:
+            num_rows += step()  # and what kernels set up when they first run stays out of the graph
+            num_taken = 1
+            self._make(shape, step)
+        for _ in range(num_taken, num_steps):
+            if shape.graph is None:
+                num_rows += step()
+            else:
+                shape.graph.replay()
+                num_rows += shape.num_rows
+        return num_rows
+
+    def _make(self, shape: Shape, step: Callable[[], int]) -> None:
+        try:
+            shape.graph, shape.num_rows, num_bytes = self._capture(step)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            shape.is_plain = True
+            logger.warning("no memory for the graph of a step: %s", error)
+            return
+        shape.num_bytes += num_bytes
+        logger.info("captured a step of %d rows in %d bytes", shape.num_rows, shape.num_bytes)
+        for key, other in list(self._shapes.items()):
+            if sum(each.num_bytes for each in self._shapes.values()) <= self._budget:
+                break
+            if other is not shape:
+                del self._shapes[key]
+        if shape.num_bytes > self._budget:
+            shape.graph, shape.is_plain = None, True
+
+
+def graphs_for(model: Denoiser) -> StepGraphs | None:
+    """For a model whose steps can be captured; None: they cannot."""
+    if model.device.type != "cuda" or not isinstance(model, TransformerDenoiser):
+        return None
+    if not (model.kernels and model.attention.reads_device):
+        return None
+    return StepGraphs(model.device, capture_cuda(model.device))
+
+
+def capture_cuda(device: torch.device) -> Capture:
+    """Captures with CUDA; all graphs share their working memory, because they run one after another."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(step: Callable[[], int]) -> tuple[Graph, int, int]:
+        graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.memory_reserved(device)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            num_rows = step()
+        return graph, num_rows, max(0, torch.cuda.memory_reserved(device) - before)
+
+    return capture
+
+
+def room_for(specs: Sequence[CanvasSpec], lens: Sequence[int]) -> Room | None:
+    """The sizes that canvases are filled up to, with at least one more canvas; None: the plain path.
+
+    Rows grow in steps of at most an eighth, everything else in larger ones, because it costs little.
+    """
+    plain = any(s.is_guided or s.num_copies or s.needs_logits or s.trace for s in specs)
+    num_canvases = _power(len(specs) + 1)
+    num_fillings = num_canvases - len(specs)
+    num_rows = sum(lens) + num_fillings
+    if plain or num_rows > MAX_ROWS:
+        return None
+    row_step = max(SLOT_STEP, _power(num_rows) // 16)
+    widest = _power(max(spec.block_length for spec in specs))
+    return Room(
+        main_rows=_multiple(num_rows, row_step),
+        slots=_multiple(sum(spec.block_length for spec in specs) + num_fillings, SLOT_STEP),
+        shadow_rows=_multiple(sum(spec.num_shadow_rows for spec in specs), SLOT_STEP),
+        max_keys=max(_power(max(lens)), row_step),
+        max_queries=max(widest, SLOT_STEP),
+        widest=widest,
+        canvas_len=_power(max(spec.canvas_len for spec in specs)),
+        num_blocks=_power(max(len(spec.block_lens) for spec in specs)),
+        num_stops=_power(max(len(spec.stop_ids) for spec in specs)),
+        group_size=num_canvases,
+    )
+
+
+def _multiple(size: int, of: int) -> int:
+    return -(-size // of) * of
+
+
+def _power(size: int) -> int:
+    """The power of two that is not smaller."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _constants(state: BurstState, plans: list[FixedPlan]) -> Hashable:
+    """What a graph holds of a burst beside the shapes of its tensors."""
+    (plan,) = plans
+    return (
+        tuple(group.kernel for group in state.groups),
+        state.needs,
+        state.random_streams,
+        state.sampling.any_hot,
+        plan.num_main_slots,
+        *((layout.max_queries, layout.max_keys) for layout in (plan.rows, plan.candidates)),
+    )
