@@ -6,13 +6,15 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from remask.workers.device import device_name
+
+PACKAGES = ("remask", "torch", "triton", "transformers", "ray", "numpy")
 
 
 def environment_stamp() -> dict[str, Any]:
@@ -25,8 +27,16 @@ def environment_stamp() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("remask", "torch", "transformers", "ray", "numpy")},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    """None: it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from remask.benchmarks.plain_canvas import Decoded, PlainCanvas
 from remask.scheduler.params import SamplingParams
+from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.rows import PackedRows
+from remask.workers.staging import mapped
 
 
 @torch.inference_mode()
@@ -23,12 +25,12 @@ def decode(model: TransformerDenoiser, prompt: list[int], params: SamplingParams
     """Fills one canvas."""
     canvas = PlainCanvas(prompt, params, model.mask_id)
     while not canvas.finished:
-        rows = _rows(canvas)
-        logits = model.model.logits(model.model(rows, model.attention))
+        rows = mapped(_rows(canvas), lambda tensor: tensor.to(model.device))
+        logits = model.model.logits(model.model(rows, SdpaAttention()))
         ids = torch.from_numpy(canvas.ids)
-        given = ids[rows.positions_T]  # of a shadow row, the token at its position
+        given = ids.to(model.device)[rows.positions_T]  # of a shadow row, the token at its position
         proposal, confidence, verified = (
-            part.numpy() for part in dense_statistics(logits, given, model.mask_id)
+            part.cpu().numpy() for part in dense_statistics(logits, given, model.mask_id)
         )
         own, shadow = slice(canvas.start, canvas.end), slice(len(ids), None)
         canvas.step(proposal[own], confidence[own], verified[shadow] if canvas.verifies else None)

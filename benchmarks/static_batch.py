@@ -55,14 +55,16 @@ def decode_batch(
     canvases = [PlainCanvas(prompt, params, model.mask_id) for prompt, params in requests]
     length = max(len(canvas.ids) for canvas in canvases)
     while not all(canvas.finished for canvas in canvases):
-        ids_BT, positions_BT, visible_BTT = _padded(canvases, length)
-        rows = torch.arange(ids_BT.numel())
+        padded = _padded(canvases, length)
+        ids_BT, positions_BT, visible_BTT = (tensor.to(model.device) for tensor in padded)
+        rows = torch.arange(ids_BT.numel(), device=model.device)
         layout = VarlenLayout((0, len(rows)), (0, len(rows)), ())
         packed = PackedRows(ids_BT.flatten(), positions_BT.flatten(), layout, rows, layout, rows, len(rows))
         logits = model.model.logits(model.model(packed, PaddedAttention(visible_BTT)))
-        given_BT = ids_BT.gather(1, positions_BT + _num_pads(canvases, length).unsqueeze(1))
+        num_pads = _num_pads(canvases, length).to(model.device)
+        given_BT = ids_BT.gather(1, positions_BT + num_pads.unsqueeze(1))
         statistics = dense_statistics(logits, given_BT.flatten(), model.mask_id)
-        proposal, confidence, verified = (part.view_as(ids_BT).numpy() for part in statistics)
+        proposal, confidence, verified = (part.view_as(ids_BT).cpu().numpy() for part in statistics)
         for i, canvas in enumerate(canvases):
             if canvas.finished:
                 continue

@@ -111,6 +111,7 @@ def measure(
     return {
         "environment": environment,
         "model": model,
+        "attention_backend": denoiser.attention.name,
         "num_parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
         "workload": workload_name,
         "num_requests": num_requests,

@@ -99,20 +99,28 @@ def gemm_rate(model: Transformer, packs: list[tuple[int, int]]) -> float:
     flops, seconds = 0, 0.0
     for num_rows, num_candidates in packs:
         flops += linear_flops(model.config, num_rows, num_candidates)
-        inputs = {
-            (count, size): torch.randn(count, size).to(model.embedding)
-            for count in (num_rows, num_candidates)
-            for size in {parameter.shape[1] for parameter in model.parameters() if parameter.ndim == 2}
-        }
+        inputs = linear_inputs(model, num_rows, num_candidates)
         started = time.perf_counter()
-        _run_linear_layers(model, num_rows, num_candidates, inputs)
+        run_linear_layers(model, num_rows, num_candidates, inputs)
         seconds += time.perf_counter() - started
     return flops / seconds
 
 
-def _run_linear_layers(
+def linear_inputs(
+    model: Transformer, num_rows: int, num_candidates: int
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Random rows of each size that a linear layer takes, by their number and size."""
+    return {
+        (count, size): torch.randn(count, size).to(model.embedding)
+        for count in (num_rows, num_candidates)
+        for size in {parameter.shape[1] for parameter in model.parameters() if parameter.ndim == 2}
+    }
+
+
+def run_linear_layers(
     model: Transformer, num_rows: int, num_candidates: int, inputs: dict[tuple[int, int], torch.Tensor]
 ) -> None:
+    """Nothing but the products of one forward and its head."""
     config = model.config
     *blocks, last = model.blocks
     q_size = config.num_heads * config.head_dim

@@ -21,7 +21,7 @@ from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.scheduler.sampling import Sampling
 from remask.workers.burst import BurstState
 from remask.workers.fixed_rows import FixedPlan, plan_fixed
-from remask.workers.memory import is_out_of_memory
+from remask.workers.memory import GRAPH_BYTES, is_out_of_memory
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
 from remask.workers.room import Room
 from remask.workers.staging import Buffer, load, new_buffer, signature, tensors_of, to_device
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 MAX_ROWS = 4096  # beyond, steps are so long that launches hide behind them
 SLOT_STEP = 64
 MAX_SHAPES = 64  # that are kept, captured or not
-BUDGET_BYTES = 1 << 30  # of the GPU's memory, for all graphs together
 
 # Ended canvases that bursts are filled up with; each is a row of its own.
 FILLING_SPEC = CanvasSpec(
@@ -102,7 +101,7 @@ class StepGraphs:
         budget_bytes: memory that they may hold; those that were not used for longest give way.
     """
 
-    def __init__(self, device: torch.device, capture: Capture, budget_bytes: int = BUDGET_BYTES) -> None:
+    def __init__(self, device: torch.device, capture: Capture, budget_bytes: int = GRAPH_BYTES) -> None:
         self._device, self._capture, self._budget = device, capture, budget_bytes
         self._shapes: OrderedDict[Hashable, Shape] = OrderedDict()
 

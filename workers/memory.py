@@ -29,7 +29,8 @@ MESSAGES = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"
 MAX_CANVAS_LEN = 512  # of the canvases that memory is measured with
 MAX_ROWS = 1 << 14  # beyond, peaks grow as they did before
 GROWTH = 4  # times as many rows from one measurement to the next
-RESERVE_BYTES = 1 << 30  # for captured graphs, and for what is lost between allocations
+GRAPH_BYTES = 1 << 30  # what captured steps may hold
+RESERVE_BYTES = GRAPH_BYTES + (1 << 30)  # for those, and for what is lost between allocations
 
 
 def is_out_of_memory(error: BaseException) -> bool:

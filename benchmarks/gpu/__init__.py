@@ -1,0 +1,1 @@
+"""Measurements that want a GPU: one script, `run.py`, that does all of them."""
