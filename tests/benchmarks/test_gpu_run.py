@@ -78,13 +78,9 @@ def test_the_arithmetic_that_counts_is_that_of_the_steps_that_are_timed(
 ) -> None:
     config = golden_model.config
     asked = timing.canvases(config, 3, 8, 40)
-    first, last = (
-        timing.needed_flops(config, asked, range(1)),
-        timing.needed_flops(config, asked, range(31, 32)),
-    )
+    first, last, again = (timing.needed_flops(config, asked, range(i, i + 1)) for i in (0, 31, 32))
     pairs = 31 * 3 * 48 * 4 * config.num_heads * config.head_dim
     assert first - last == linear_flops(config, 144, 96) - linear_flops(config, 144, 3) + pairs
     assert again == first, "a new block is masked"
-    assert (
-        timing.step_seconds(Worker(golden_model), asked, golden_model.device, num_steps=2, num_bursts=1) > 0
-    )
+    device = golden_model.device
+    assert timing.step_seconds(Worker(golden_model), asked, device, num_steps=2, num_bursts=1) > 0
