@@ -31,10 +31,11 @@ OK, REFUSED = 200, 400  # HTTP
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run is asked to do beside its files. The first five decide the results and name the run."""
+    """What a run is asked to do beside its files. The first six decide the results and name the run."""
 
     model: str  # as given to LLM
     dtype: str = "auto"  # as given to LLM
+    quantization: str | None = None  # as given to LLM
     batch_invariant: bool = False  # as given to LLM
     seed: int = 0  # as given to LLM; with its place in the file the seed of a line without one
     defaults: Mapping[str, Any] = {}  # parameters of lines that do not give them
@@ -107,6 +108,7 @@ def run_batch(
             parameters_digest(
                 {
                     "dtype": options.dtype,
+                    "quantization": options.quantization,
                     "batch_invariant": options.batch_invariant,
                     "seed": options.seed,
                     "defaults": options.defaults,

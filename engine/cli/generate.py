@@ -68,7 +68,11 @@ def generate(
         bool, typer.Option("--batch-invariant", help="The same bits in any batch; slower.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="fp8: products of the layers in fp8.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    attention_backend: Annotated[
+        str, typer.Option(help="auto, sdpa, torch, flash2, flash3 or flash4.")
+    ] = "auto",
     json: Annotated[
         bool, typer.Option("--json", help="One JSON object a prompt instead of the table.")
     ] = False,
@@ -103,7 +107,14 @@ def generate(
 
     from remask.llm import LLM
 
-    with LLM(model, dtype=dtype, device=device, batch_invariant=batch_invariant) as llm:  # type: ignore[arg-type]
+    with LLM(
+        model,
+        dtype=dtype,  # type: ignore[arg-type]
+        quantization=quantization,  # type: ignore[arg-type]
+        device=device,
+        attention_backend=attention_backend,  # type: ignore[arg-type]
+        batch_invariant=batch_invariant,
+    ) as llm:
         started = time.monotonic()
         if chat:
             outputs = llm.chat([[{"role": "user", "content": text}] for text in texts], fields)

@@ -78,7 +78,11 @@ def run_batch(
     ] = False,
     seed: Annotated[int, typer.Option(help="With a line's place, the seed of lines that give none.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="fp8: products of the layers in fp8.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    attention_backend: Annotated[
+        str, typer.Option(help="auto, sdpa, torch, flash2, flash3 or flash4.")
+    ] = "auto",
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="The same bits in any batch; slower.")
     ] = False,
@@ -118,6 +122,7 @@ def run_batch(
     options = BatchOptions(
         model=model,
         dtype=dtype,
+        quantization=quantization,
         batch_invariant=batch_invariant,
         seed=seed,
         defaults={name: value for name, value in given.items() if value is not None},
@@ -132,7 +137,9 @@ def run_batch(
         return LLM(
             model,
             dtype=dtype,  # type: ignore[arg-type]
+            quantization=quantization,  # type: ignore[arg-type]
             device=device,
+            attention_backend=attention_backend,  # type: ignore[arg-type]
             batch_invariant=batch_invariant,
             seed=seed,
             max_num_rows=max_num_rows,

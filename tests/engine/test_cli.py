@@ -69,6 +69,13 @@ def test_a_preset_gives_way_to_options() -> None:
     assert json.loads(faster.stdout)["outputs"][0]["nfe"] < 40
 
 
+def test_products_in_fp8() -> None:
+    run = remask(
+        "generate", "123+456=", "--max-tokens", "8", "--dtype", "bfloat16", "--quantization", "fp8", "--json"
+    )
+    assert [text[:4] for text in texts(run)] == ["0579"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +83,8 @@ def test_a_preset_gives_way_to_options() -> None:
         (("--max-tokens", "0", "x"), "remask: error: prompt 0: max_tokens"),
         (("--preset", "wini", "x"), "did you mean 'wino'"),
         (("--model", "/nonexistent", "x"), "remask: error: model: is not a directory"),
+        (("--attention-backend", "flash", "x"), "remask: error: attention_backend"),
+        (("--quantization", "fp8", "--dtype", "float32", "x"), "remask: error: quantization"),
         (("--file", "/nonexistent"), "remask: error: --file: cannot be read"),
         (("--file", "/nonexistent", "x"), "exclude each other"),
         ((), "remask: error: prompts: give prompts"),

@@ -81,6 +81,7 @@ def test_an_output_of_another_run_is_refused(
     for options, what in (
         ({"defaults": {"max_tokens": 5}}, "other parameters"),
         ({"seed": 1}, "other parameters"),
+        ({"quantization": "fp8"}, "other parameters"),
         ({"chat": True}, "other parameters"),
     ):
         with pytest.raises(InvalidRequest, match=f"another run, with {what}; choose another file"):

@@ -33,19 +33,19 @@ def _visible(layout: DeviceLayout, num_queries: int, num_keys: int) -> Tensor:
     num_shadows = len(layout.shadows.holes) if layout.shadows is not None else 0
     num_queries, num_keys = num_queries - num_shadows, num_keys - num_shadows
     own, theirs = (
-        torch.bucketize(torch.arange(count), cu[1:], right=True)
+        torch.bucketize(torch.arange(count, device=cu.device), cu[1:], right=True)
         for count, cu in ((num_queries, layout.cu_queries), (num_keys, layout.cu_keys))
     )
     main = own.unsqueeze(1) == theirs
     if layout.shadows is None:
         return main
-    hidden = torch.zeros(num_queries, num_shadows, dtype=torch.bool)
+    hidden = main.new_zeros(num_queries, num_shadows)
     return torch.cat([torch.cat([main, hidden], dim=1), _shadows_see(layout.shadows, num_keys)])
 
 
 def _shadows_see(shadows: DeviceShadows, num_main: int) -> Tensor:
     """Which main rows, then shadow rows each shadow row sees, bool [S, M + S]; of no tile: only itself."""
-    main, own = torch.arange(num_main), torch.arange(len(shadows.holes))
+    main, own = (torch.arange(size, device=shadows.holes.device) for size in (num_main, len(shadows.holes)))
     first, end, main_first, main_end, block_first, block_end = shadows.tiles.T.unsqueeze(2)
     in_tile = ((own >= first) & (own < end)).float()  # [tiles, S]
 

@@ -21,7 +21,7 @@ from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.burst import BurstState
 from remask.workers.keyed_random import stream_keys
-from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.loading import read_config
 from remask.workers.models.transformer import Transformer
 from remask.workers.rows import StepInputs
@@ -232,6 +232,21 @@ def test_every_step_runs_where_nothing_is_but_shapes(golden_checkpoint: Path) ->
     for _ in range(2):
         denoise(*tree, fixed)
     assert all(tensor.is_meta for tensor in tensors_of(tree))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_burst_starts_on_a_gpu_without_waiting_for_it(golden_checkpoint: Path) -> None:
+    worker = Worker(load_denoiser(golden_checkpoint, dtype="bfloat16", device="cuda"))
+    own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
+    batch = StepBatch(burst_id=0, num_steps=4, specs=[c.spec for c in own], states=[c.state for c in own])
+    expected = worker.run(batch).states  # kernels are compiled and loaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = worker.launch(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert worker.collect(launched).states == expected
 
 
 def test_canvases_that_pause_on_the_way_stay_as_they_were(fixed_model: TransformerDenoiser) -> None:

@@ -7,6 +7,7 @@ but what kernels take. `test_fixed_rows` runs whole models on it.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from remask import InvalidRequest
+from remask import InvalidRequest, SamplingParams
+from remask.scheduler.canvas import new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
 from remask.workers.attention import flash, select
 from remask.workers.attention.flash import MODULES, FlashAttention
-from remask.workers.attention.select import pick_attention
-from remask.workers.attention.varlen import DeviceLayout, VarlenLayout
+from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.attention.select import BACKENDS, pick_attention
+from remask.workers.attention.varlen import AttentionBackend, DeviceLayout, VarlenLayout
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.worker import Worker
 
 GPU = torch.device("cuda", 0)
 BOUNDS = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
@@ -178,3 +185,77 @@ def test_without_triton_nothing_could_serve_the_rows_that_verify(
     gpu((9, 0), "torch")
     monkeypatch.setattr(select, "find_spec", lambda _: None)
     assert pick_attention("auto", device=GPU, dtype=torch.bfloat16, head_dim=128).name == "sdpa"
+
+
+class Compared(AttentionBackend):
+    """A backend and another, on numbers of their own wherever a model would attend."""
+
+    name, reads_device = "compared", True
+
+    def __init__(self, own: AttentionBackend, reference: AttentionBackend, dtype: torch.dtype) -> None:
+        self.own, self.reference, self.dtype = own, reference, dtype
+        self.errors: list[float] = []
+        self.num_shadows = 0
+
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
+        device = layout.device
+        assert device is not None
+        q = torch.randn(len(q_QHd), 8, 128, device=q_QHd.device, dtype=self.dtype)
+        k, v = torch.rand(2, len(k_TKd), 2, 128, device=q_QHd.device, dtype=self.dtype) - 0.5
+        found = self.own.attend(q, k, v, layout)
+        expected = self.reference.attend(q.float(), k.float(), v.float(), layout)
+        num_main, rows = int(device.cu_queries[-1]), torch.arange(len(q), device=q.device)
+        asked = rows < num_main
+        if device.shadows is not None:
+            first = len(q) - len(device.shadows.holes)
+            for start, end, *_ in device.shadows.tiles.tolist():
+                asked |= (rows >= first + start) & (rows < first + end)
+                self.num_shadows += end - start
+        self.errors.append(float((found.float() - expected)[asked].abs().max()))
+        return torch.zeros_like(q_QHd)
+
+
+def errors(
+    backend: AttentionBackend, reference: AttentionBackend, model: TransformerDenoiser, dtype: torch.dtype
+) -> list[float]:
+    """Of steps with different sequences and verifying policies."""
+    compared = Compared(backend, reference, dtype)
+    driver = TransformerDenoiser(model.model, compared, pack_rows=1 << 30, fixed_shapes=True)
+    canvases = [
+        new_canvas("r", 0, [5] * prompt_len, resolve(params), seed=1, sample=0, mask_id=0, stop_ids=[])
+        for prompt_len, params in (
+            (200, SamplingParams(max_tokens=90, block_length=45, remask="wino", unmask="schedule:9")),
+            (1, SamplingParams(max_tokens=7, block_length=7, unmask="schedule")),
+            (
+                40,
+                SamplingParams(max_tokens=64, block_length=64, remask="wino:tile=self", unmask="schedule:9"),
+            ),
+        )
+    ]
+    batch = StepBatch(
+        burst_id=0, num_steps=4, specs=[c.spec for c in canvases], states=[c.state for c in canvases]
+    )
+    Worker(driver).run(batch)
+    assert len(compared.errors) == 4 * model.config.num_layers
+    assert compared.num_shadows > 0
+    return compared.errors
+
+
+def test_steps_attend_as_a_dense_mask_says_in_fp32(
+    golden_model: TransformerDenoiser, dense_attention: AttentionBackend
+) -> None:
+    assert max(errors(SdpaAttention(), dense_attention, golden_model, torch.float32)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_kernel_attends_as_a_dense_mask_says_in_bf16(
+    golden_checkpoint: Path, dense_attention: AttentionBackend, name: str
+) -> None:
+    try:
+        backend = pick_attention(name, device=GPU, dtype=torch.bfloat16, head_dim=128)
+    except InvalidRequest as error:
+        pytest.skip(str(error))
+    model = load_denoiser(golden_checkpoint, dtype="bfloat16", device="cuda")
+    assert max(errors(backend, dense_attention, model, torch.bfloat16)) < 2e-3

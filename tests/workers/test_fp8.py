@@ -10,7 +10,7 @@ import torch
 from remask import LLM, InvalidRequest
 from remask.workers.models.denoiser import load_denoiser
 from remask.workers.models.fp8 import QUANTIZED, ScaledWeight, linear, quantize_layers
-from remask.workers.models.row_ops import EAGER, quantize_rows
+from remask.workers.models.row_ops import EAGER, quantize_rows, triton_ops
 from remask.workers.models.transformer import Transformer
 
 
@@ -29,6 +29,20 @@ def test_a_product_is_that_of_the_rounded_numbers_and_near_the_exact_one() -> No
     error = (found.double() - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(error.max()) < 0.06, "each row has its own scale"
     assert float(error.min()) > 0.001, "and it is rounded"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensor_cores_give_the_product_that_the_cpu_gives() -> None:
+    x, w = weight(70, 256), weight(96, 256, seed=1)
+    expected = linear(x, ScaledWeight(*quantize_rows(w)), EAGER)
+    scaled = ScaledWeight(*quantize_rows(w.cuda()))
+    for ops in (EAGER, triton_ops()):
+        found = linear(x.cuda(), scaled, ops).cpu()
+        # Their sums are less exact than fp32.
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=0.02)
+        part = linear(x.cuda(), scaled[16:48], ops).cpu()
+        torch.testing.assert_close(part, expected[:, 16:48], rtol=2**-7, atol=0.02)
 
 
 def test_numbers_keep_three_bits_behind_the_leading_one() -> None:

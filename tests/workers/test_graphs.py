@@ -7,6 +7,7 @@ what a graph must not hold (another burst's numbers, a look at the host) shows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,8 +23,8 @@ from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers import graphs as module
 from remask.workers.attention.varlen import AttentionBackend
-from remask.workers.graphs import Graph, StepGraphs, room_for
-from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.graphs import Graph, StepGraphs, capture_cuda, room_for
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.worker import Worker
 
 
@@ -144,6 +145,29 @@ def test_one_graph_serves_other_canvases_and_writes_what_the_plain_path_writes(
         assert result.num_rows >= plain.num_rows
     (tape,) = recorder.tapes
     assert tape.num_replays == 4 + 5 + 5, "the first burst runs plainly, the second takes one step so"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_cudas_graphs_write_what_the_same_kernels_write_one_by_one(
+    golden_checkpoint: Path, mix: list[dict[str, Any]]
+) -> None:
+    model = load_denoiser(golden_checkpoint, dtype="bfloat16", device="cuda")
+    captured = []
+
+    def capture(step: Callable[[], int]) -> tuple[Graph, int, int]:
+        captured.append(capture_cuda(model.device)(step))
+        return captured[-1]
+
+    def never(step: Callable[[], int]) -> tuple[Graph, int, int]:
+        raise torch.OutOfMemoryError("out of memory, says this test")
+
+    graphs, plain = (Worker(model, StepGraphs(model.device, each)) for each in (capture, never))
+    for i in range(4):
+        canvases = [make(i + j, 14 - j, seed=i, **fields) for j, fields in enumerate(mix)]
+        assert graphs.run(burst(canvases, 5)).states == plain.run(burst(canvases, 5)).states
+    assert len(captured) == 1
 
 
 def test_canvases_that_pause_stay_as_they_are_in_a_graph(model: TransformerDenoiser) -> None:

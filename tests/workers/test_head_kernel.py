@@ -20,6 +20,7 @@ from remask.workers.rows import HeadQuery
 from remask.workers.sampling import SamplingTables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # then they are about what Triton compiles
 MASK, VOCAB, DIM = 3, 300, 40
 BOTH = frozenset({"margin", "entropy"})
 SENTINEL = -7

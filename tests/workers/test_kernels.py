@@ -13,16 +13,24 @@ from remask.workers.kernels.shadow_attention import shadow_attention
 from remask.workers.models import row_ops
 from remask.workers.models.transformer import rope_tables
 
-DTYPES = (torch.float32, torch.float16)
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if HAS_GPU else []  # then they are about what Triton compiles
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    *([torch.bfloat16] if HAS_GPU else []),
+)  # the interpreter errs in bf16
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    rtol = 1e-5 if found.dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+    rounding = ROUNDING[found.dtype]
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,7 +43,7 @@ def test_a_norm_is_that_of_the_transformer(shape: tuple[int, int], dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rotation_of_some_heads_of_a_projection_is_that_of_the_transformer(dtype: torch.dtype) -> None:
     heads = random(7, 9, 24, dtype=dtype)[:, 2:7]
-    tables = rope_tables(torch.arange(7) * 3, 24, 1e4)
+    tables = rope_tables(torch.arange(7, device=DEVICE) * 3, 24, 1e4)
     found = rotate_halves(heads, *tables)
     assert found.is_contiguous()
     close(found, row_ops.rotate_halves(heads, *tables))
@@ -48,7 +56,7 @@ def test_the_gate_is_rounded_before_its_product(dtype: torch.dtype) -> None:
 
 
 def test_a_quantized_row_has_its_largest_number_at_the_end_of_the_scale() -> None:
-    x = random(6, 96) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1e4], [7.0]])
+    x = random(6, 96) * torch.tensor([[1e-3], [1.0], [50.0], [0.0], [1e4], [7.0]], device=DEVICE)
     values, scales = quantize_rows(x)
     assert (values.dtype, scales.shape) == (torch.float8_e4m3fn, (6, 1))
     torch.testing.assert_close(scales, x.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448)
@@ -57,6 +65,8 @@ def test_a_quantized_row_has_its_largest_number_at_the_end_of_the_scale() -> Non
     # and loses the carry where it should round up to a power of two.
     error = (values.float() * scales - x).abs()
     assert float((error <= (x.abs() / 8).maximum(scales / 512) * 1.001).float().mean()) > 0.95
+    if HAS_GPU:
+        assert torch.equal(values.view(torch.uint8), row_ops.quantize_rows(x)[0].view(torch.uint8))
 
 
 @pytest.mark.parametrize("head_dim", [16, 24])
@@ -67,10 +77,10 @@ def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: in
     holes = [*range(3, 43), 70, 70, 70, 0, 0]
     generator = torch.Generator().manual_seed(3)
     shadows = DeviceShadows(
-        tiles=torch.tensor(tiles, dtype=torch.int32),
-        holes=torch.tensor(holes, dtype=torch.int32),
-        is_key=torch.rand(45, generator=generator) < 0.7,
-        sees_block=torch.tensor([True] * 40 + [False] * 5),
+        tiles=torch.tensor(tiles, dtype=torch.int32, device=DEVICE),
+        holes=torch.tensor(holes, dtype=torch.int32, device=DEVICE),
+        is_key=(torch.rand(45, generator=generator) < 0.7).to(DEVICE),
+        sees_block=torch.tensor([True] * 40 + [False] * 5, device=DEVICE),
         spans=((0, 0, 70, 0, 40), (1, 70, 71, 40, 43)),
     )
     q = random(80 + 45, 4, head_dim, dtype=dtype)
@@ -80,7 +90,9 @@ def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: in
         mask = shadow_mask(
             shadows.holes[own].long() - main.start, main.stop - main.start, shadows.sees_block[own]
         )
-        mask[:, main.stop - main.start :] &= shadows.is_key[own] | torch.eye(len(mask), dtype=torch.bool)
+        mask[:, main.stop - main.start :] &= shadows.is_key[own] | torch.eye(
+            len(mask), dtype=torch.bool, device=DEVICE
+        )
         queries, keys, values = (
             x.float().transpose(0, 1)
             for x in (q[80:][own], torch.cat([k[main], k[80:][own]]), torch.cat([v[main], v[80:][own]]))
@@ -94,6 +106,6 @@ def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: in
 
 def only(shadows: DeviceShadows) -> DeviceShadows:
     """The second sequence's shadow rows by themselves."""
-    tiles = torch.tensor([(0, 3, 0, 1, 0, 3)], dtype=torch.int32)
+    tiles = torch.tensor([(0, 3, 0, 1, 0, 3)], dtype=torch.int32, device=DEVICE)
     own = slice(40, 43)
     return DeviceShadows(tiles, shadows.holes[own] - 70, shadows.is_key[own], shadows.sees_block[own], ())
