@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -49,21 +50,30 @@ class RemaskWorker:
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         self._worker: Worker | None = None
-        self._decoder = msgspec.msgpack.Decoder(StepBatch)
-        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(StepBatch)  # here: msgspec crashes where two threads make it
+        self._launching, self._num_launched = threading.Condition(), 0
 
     def start(self, setup: bytes, weights: SharedWeights | None) -> bytes:
         """Loads the model; returns what the engine must know of it. (Errors of a constructor lose their
         type on the way.)"""
         torch.set_num_threads(self._num_threads)  # a setting of the thread, and Ray chooses that
         self._worker, facts = start_worker(msgspec.msgpack.decode(setup, type=WorkerSetup), weights)
-        return self._encoder.encode(facts)
+        return msgspec.msgpack.encode(facts)
 
-    def run(self, batch: bytes) -> bytes:
-        """A burst and its result."""
+    @ray.method(concurrency_group="bursts")
+    def run(self, number: int, batch: bytes) -> bytes:
+        """A burst and its result. Bursts are launched in the order of their numbers (0, 1, ...); the next one
+        runs on a GPU while this one's result is read and goes back."""
         assert self._worker is not None, "it has not started"
         torch.set_num_threads(self._num_threads)
-        return self._encoder.encode(self._worker.run(self._decoder.decode(batch)))
+        with self._launching:
+            self._launching.wait_for(lambda: self._num_launched == number)
+            try:
+                launched = self._worker.launch(self._decoder.decode(batch))
+            finally:
+                self._num_launched += 1
+                self._launching.notify_all()
+        return msgspec.msgpack.encode(self._worker.collect(launched))
 
     @ray.method(concurrency_group="health")
     def ping(self) -> None:
@@ -78,6 +88,7 @@ class _Held:
     start: Any  # ref; None when it has joined
     since: float  # monotonic seconds of its start
     bursts: list[Any] = field(default_factory=list)  # refs, in order
+    num_submitted: int = 0
     ping: Any = None  # ref of the heartbeat that is under way
     pinged: float = 0.0
     leaving: bool = False
@@ -141,7 +152,8 @@ class RayExecutor(Executor):
 
     def submit(self, batch: StepBatch, worker: int) -> None:
         held = self._held[worker]
-        held.bursts.append(held.actor.run.remote(msgspec.msgpack.encode(batch)))
+        held.bursts.append(held.actor.run.remote(held.num_submitted, msgspec.msgpack.encode(batch)))
+        held.num_submitted += 1
 
     def scale(self, num_workers: int) -> None:
         """Wants another number of workers; may be called from any thread, while requests run.
@@ -276,7 +288,7 @@ class RayExecutor(Executor):
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placement_group=self._placement_group
             )
-        as_actor = ray.remote(concurrency_groups={"health": 1})  # type: ignore[call-overload]
+        as_actor = ray.remote(concurrency_groups={"health": 1, "bursts": self.queue_depth})  # type: ignore[call-overload]
         actor_class = as_actor(RemaskWorker)
         actor = actor_class.options(**options, **self._resources).remote(
             max(1, int(self._resources["num_cpus"]))

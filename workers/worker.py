@@ -7,8 +7,9 @@ on its way while the host reads the results of this one.
 
 from __future__ import annotations
 
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,7 +58,8 @@ class Launched:
         num_canvases: how many of the state's canvases are the burst's; the others fill it up.
         state: the canvases.
         results: what it leaves behind.
-        states: the same as the scheduler gets them, once somebody has waited for them.
+        before: the burst before it, until somebody has waited for it.
+        states: the canvases as the scheduler gets them, once somebody has waited for them.
     """
 
     burst_id: int
@@ -66,13 +68,19 @@ class Launched:
     num_canvases: int
     state: BurstState
     results: Fetched[Results]
+    before: Launched | None
     states: list[CanvasState] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def wait(self) -> list[CanvasState]:
-        """The canvases, when the burst is over."""
-        if self.states is None:
-            self.states = self.state.to_states(self.results.wait())[: self.num_canvases]
-        return self.states
+        """The canvases, when the burst is over; from any thread, also while the next burst is launched."""
+        with self.lock:
+            if self.before is not None:  # a trace goes on where the last one ended
+                self.before.wait()
+                self.before = None
+            if self.states is None:
+                self.states = self.state.to_states(self.results.wait())[: self.num_canvases]
+            return self.states
 
 
 class Worker:
@@ -117,7 +125,7 @@ class Worker:
         return NotRun(batch.burst_id, "memory", time.perf_counter() - started)
 
     def collect(self, launched: Launched | NotRun) -> StepResult:
-        """Waits for a burst; each is collected once, in their order."""
+        """Waits for a burst; from any thread, while others are launched from one."""
         if isinstance(launched, NotRun):
             burst_id, failure, seconds = launched
             return StepResult(burst_id=burst_id, states=[], num_rows=0, seconds=seconds, failure=failure)
@@ -140,7 +148,7 @@ class Worker:
         else:
             num_rows = advance(state, batch.num_steps, self._model)
         results = Fetched(state.results())
-        launched = Launched(batch.burst_id, started, num_rows, len(batch.specs), state, results)
+        launched = Launched(batch.burst_id, started, num_rows, len(batch.specs), state, results, self._last)
         if self._model.device.type == "cpu":
             launched.wait()  # the next burst writes into the same tensors
         self._last, self._tensors = launched, unpacked

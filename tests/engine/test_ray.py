@@ -9,14 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import ray
 
 from remask import LLM, InvalidRequest, SamplingParams
 from remask.benchmarks.chaos import worker_processes
+from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.ray_executor import RayExecutor, RemaskWorker, check_version
 
 pytestmark = pytest.mark.ray
@@ -117,10 +120,10 @@ def test_a_request_that_kills_workers_ends_with_an_error_and_harms_no_other(
     import remask.workers.ray_executor as module
 
     class Mortal(RemaskWorker):
-        def run(self, batch: bytes) -> bytes:
+        def run(self, number: int, batch: bytes) -> bytes:
             if b"\xf1\xd2\xb3\x44" in batch:  # the poisonous request's seed, on the wire
                 os._exit(1)
-            return super().run(batch)
+            return super().run(number, batch)
 
     monkeypatch.setattr(module, "RemaskWorker", Mortal)
     prompts, params = workload
@@ -238,6 +241,44 @@ def test_a_placement_group_with_too_few_bundles_is_refused(cluster: None) -> Non
     states = ray.util.placement_group_table(group)
     assert states["state"] == "CREATED", "it is the caller's"
     ray.util.remove_placement_group(group)
+
+
+def test_a_burst_is_launched_in_its_turn_and_before_the_result_of_the_last_one_is_read() -> None:
+    class Overlapping:
+        """A worker whose first burst ends when the second has been launched."""
+
+        def __init__(self) -> None:
+            self.launched: list[int] = []
+            self.second = threading.Event()
+
+        def launch(self, batch: StepBatch) -> int:
+            self.launched.append(batch.burst_id)
+            if batch.burst_id == 1:
+                self.second.set()
+            if batch.burst_id == 2:
+                raise ZeroDivisionError
+            return batch.burst_id
+
+        def collect(self, burst_id: int) -> StepResult:
+            assert self.second.wait(20)
+            return StepResult(burst_id=burst_id, states=[], num_rows=0, seconds=0.0)
+
+    actor, worker = RemaskWorker(1), Overlapping()
+    actor._worker = worker  # type: ignore[assignment]
+    with ThreadPoolExecutor(4) as threads:
+        bursts = [
+            threads.submit(
+                actor.run,
+                i,
+                msgspec.msgpack.encode(StepBatch(burst_id=i, num_steps=1, specs=[], states=[])),
+            )
+            for i in (3, 1, 2, 0)
+        ]
+        errors = [burst.exception() for burst in bursts]
+    assert worker.launched == [0, 1, 2, 3]
+    assert [type(error) for error in errors] == [type(None), type(None), ZeroDivisionError, type(None)]
+    for i, burst in zip((3, 1, 0), (bursts[0], bursts[1], bursts[3]), strict=True):
+        assert msgspec.msgpack.decode(burst.result(), type=StepResult).burst_id == i
 
 
 def test_an_old_ray_is_refused() -> None:

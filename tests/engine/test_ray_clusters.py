@@ -90,11 +90,11 @@ ray.init(
 marker = Path(sys.argv[1])
 
 class Greedy(module.RemaskWorker):
-    def run(self, batch):
+    def run(self, number, batch):
         try:
             marker.touch(exist_ok=False)
         except FileExistsError:
-            return super().run(batch)
+            return super().run(number, batch)
         hoard = []
         while len(hoard) < 100:
             hoard.append(b"x" * 100_000_000)

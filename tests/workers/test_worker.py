@@ -14,8 +14,9 @@ from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.burst import BurstState
 from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.staging import Fetched
 from remask.workers.step import denoise, plan_packs
-from remask.workers.worker import Worker
+from remask.workers.worker import Launched, Worker
 
 POLICIES = [
     {"unmask": "threshold:0.4"},
@@ -97,6 +98,27 @@ def test_an_interrupted_burst_that_follows_another_can_be_run_again(
         worker.run(following)
     monkeypatch.undo()
     assert worker.run(following).states == expected
+
+
+def test_results_are_read_in_the_order_of_their_bursts() -> None:
+    read: list[int] = []
+
+    class Canvases:
+        def __init__(self, burst_id: int) -> None:
+            self.burst_id = burst_id
+
+        def to_states(self, results: object) -> list[CanvasState]:
+            read.append(self.burst_id)
+            return []
+
+    before: Launched | None = None
+    for i in range(3):
+        before = Launched(i, 0.0, 0, 0, Canvases(i), Fetched([]), before)  # type: ignore[arg-type]
+    assert before is not None
+    for _ in range(2):
+        before.wait()
+    assert read == [0, 1, 2]
+    assert before.before is None, "and are not kept"
 
 
 def test_a_burst_ends_where_a_canvas_pauses_for_a_look_at_its_text(
