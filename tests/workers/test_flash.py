@@ -216,7 +216,11 @@ class Compared(AttentionBackend):
 
 
 def errors(
-    backend: AttentionBackend, reference: AttentionBackend, model: TransformerDenoiser, dtype: torch.dtype
+    backend: AttentionBackend,
+    reference: AttentionBackend,
+    model: TransformerDenoiser,
+    dtype: torch.dtype,
+    num_steps: int = 4,
 ) -> list[float]:
     """Of steps with different sequences and verifying policies."""
     compared = Compared(backend, reference, dtype)
@@ -233,10 +237,10 @@ def errors(
         )
     ]
     batch = StepBatch(
-        burst_id=0, num_steps=4, specs=[c.spec for c in canvases], states=[c.state for c in canvases]
+        burst_id=0, num_steps=num_steps, specs=[c.spec for c in canvases], states=[c.state for c in canvases]
     )
     Worker(driver).run(batch)
-    assert len(compared.errors) == 4 * model.config.num_layers
+    assert len(compared.errors) == num_steps * model.config.num_layers
     assert compared.num_shadows > 0
     return compared.errors
 
@@ -245,6 +249,14 @@ def test_steps_attend_as_a_dense_mask_says_in_fp32(
     golden_model: TransformerDenoiser, dense_attention: AttentionBackend
 ) -> None:
     assert max(errors(SdpaAttention(), dense_attention, golden_model, torch.float32)) < 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter, beside a stand-in on the CPU")
+def test_rows_that_verify_go_to_our_kernel_and_the_others_to_the_librarys(
+    golden_model: TransformerDenoiser, dense_attention: AttentionBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = backend(monkeypatch, "flash", "flash2")
+    assert max(errors(own, dense_attention, golden_model, torch.float32, num_steps=2)) < 1e-5
 
 
 @pytest.mark.gpu

@@ -222,6 +222,19 @@ def test_what_needs_more_than_numbers_in_fixed_places_takes_the_plain_path(
     assert not recorder.tapes
 
 
+def test_every_row_of_a_filled_pack_belongs_to_a_sequence(model: TransformerDenoiser) -> None:
+    canvases = [make(0, 12, remask="wino"), make(1, 30)]
+    placed = StepGraphs(model.device, Recorder()).place(
+        [c.spec for c in canvases], [c.state for c in canvases]
+    )
+    assert placed is not None
+    (plan,) = placed.plans
+    for layout in (plan.rows, plan.candidates):
+        assert layout.cu_keys.tolist()[-1] == len(plan.token_index) == len(plan.positions)
+    assert plan.candidates.cu_queries.tolist()[-1] == len(plan.main.slots)
+    assert (plan.cu_queries[-1], plan.cu_keys[-1]) == (len(plan.main.slots), len(plan.token_index))
+
+
 def test_bursts_of_many_rows_take_the_plain_path() -> None:
     spec = make(0, 12).spec
     assert room_for([spec] * 7, [500] * 7) is not None
@@ -242,7 +255,13 @@ def test_what_a_graph_holds_beside_shapes_sets_it_apart(model: TransformerDenois
     """Two policies with tensors of the same shapes, and needs that only the head sees."""
     recorder = Recorder()
     worker = Worker(model, StepGraphs(model.device, recorder))
-    kinds = ["threshold:0.5", "capped_threshold:0.5", "schedule", "schedule:score=margin"]
+    kinds = [
+        "threshold:0.5",
+        "capped_threshold:0.5",
+        "schedule",
+        "schedule:score=margin",
+        "schedule:score=random",
+    ]
     for kind in kinds * 2:
         canvases = [make(0, 12, unmask=kind)]
         same(worker.run(burst(canvases)).states, Worker(model).run(burst(canvases)).states)
