@@ -100,15 +100,16 @@ def measure(
         denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
         if not jobs:
             jobs = workload(workload_name, llm, denoiser.config, num_requests)
-            decoders[f"plain loop, {dtype}"] = Decoder(_plain_loop(denoiser))
-            decoders[f"static batch, {dtype}"] = Decoder(_static_batch(denoiser))
-        decoders[f"engine, {dtype}"] = Decoder(_engine(llm), denoiser)
+            decoders[f"plain loop, {dtype}"] = Decoder(plain_loop_decoder(denoiser))
+            decoders[f"static batch, {dtype}"] = Decoder(static_batch_decoder(denoiser))
+        decoders[f"engine, {dtype}"] = Decoder(engine_decoder(llm), denoiser)
     for decoder in decoders.values():
         decoder.run(jobs[:1])  # what a first forward sets up stays out of the times
     for _ in range(repetitions):
         for decoder in decoders.values():
             decoder.repeat(jobs)
     return {
+        "benchmark": "throughput",
         "environment": environment,
         "model": model,
         "attention_backend": denoiser.attention.name,
@@ -120,15 +121,15 @@ def measure(
     }
 
 
-def _plain_loop(model: TransformerDenoiser) -> Callable[[Sequence[Job]], list[Decoded]]:
+def plain_loop_decoder(model: TransformerDenoiser) -> Callable[[Sequence[Job]], list[Decoded]]:
     return lambda jobs: [plain_loop.decode(model, job.prompt, job.params) for job in jobs]
 
 
-def _static_batch(model: TransformerDenoiser) -> Callable[[Sequence[Job]], list[Decoded]]:
+def static_batch_decoder(model: TransformerDenoiser) -> Callable[[Sequence[Job]], list[Decoded]]:
     return lambda jobs: static_batch.decode(model, [(job.prompt, job.params) for job in jobs])
 
 
-def _engine(llm: LLM) -> Callable[[Sequence[Job]], list[Decoded]]:
+def engine_decoder(llm: LLM) -> Callable[[Sequence[Job]], list[Decoded]]:
     def run(jobs: Sequence[Job]) -> list[Decoded]:
         outputs = llm.generate([job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False)
         return [Decoded(output.outputs[0].token_ids, output.outputs[0].nfe) for output in outputs]
@@ -177,7 +178,7 @@ def _results(
         if all(job.puzzle is not None for job in jobs):
             texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in visible]
             results[name]["solved"] = sum(
-                job.puzzle is not None and job.puzzle[0].is_correct(job.puzzle[1], text)
+                job.puzzle is not None and job.puzzle.is_correct(job.text or "", text)
                 for job, text in zip(jobs, texts, strict=True)
             )
     return results

@@ -1,13 +1,16 @@
-"""What the throughput benchmark serves: seeded requests, the same on every machine.
+"""What benchmarks serve: seeded requests, the same on every machine.
 
-Every canvas is filled to its end (`ignore_eos`), so that all decoders do the same work and whole canvases can
-be compared; tokens behind an end-of-text token are not counted as visible.
+Canvases are filled to their end (`ignore_eos`), so that all decoders do the same work and whole canvases can
+be compared; tokens behind an end-of-text token are not counted as visible. Only `answers` lets texts end.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ SEED = 2**31 + 3
 PROMPT_LENS = (16, 128)
 CANVAS_LENS = (16, 32, 64)
 BLOCK_LENS = (8, 16, 32)
+CANVAS_STEP = 8  # that canvases of files are rounded up to
 FIXED_LEN = 64  # prompt and canvas of the `fixed` workload
 TINY_POLICIES = ("threshold 0.9", "factor 1.0", "WINO 0.7/0.9")
 
@@ -31,12 +35,14 @@ class Job:
     """One request.
 
     Attributes:
-        puzzle: puzzle and text of the prompt where the answer can be judged.
+        text: of the prompt; None: it is made of ids.
+        puzzle: what judges the answer, where it can be judged.
     """
 
     prompt: list[int]
     params: SamplingParams
-    puzzle: tuple[Puzzle, str] | None = None
+    text: str | None = None
+    puzzle: Puzzle | None = None
 
 
 def mixed(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
@@ -65,18 +71,65 @@ def fixed(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
 
 def tiny(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
     """Sudokus and additions under three policies in turn, for the embedded model."""
-    if llm.tokenizer is None:
-        raise InvalidRequest("workload", "tiny", "is text; give a model with a tokenizer, such as 'tiny'")
     rng = np.random.default_rng(SEED)
-    puzzles = list(PUZZLES.values())
     jobs = []
     for i in range(count):
-        puzzle = puzzles[i % len(puzzles)]
-        (text,), _ = puzzle.held_out(rng, 1)
-        canvas_len = puzzle.answer_len + ROOM
-        policy = POLICIES[TINY_POLICIES[i // len(puzzles) % len(TINY_POLICIES)]]
-        jobs.append(Job(llm.tokenizer.encode(text), _params(canvas_len, canvas_len, policy), (puzzle, text)))
+        policy = TINY_POLICIES[i // len(PUZZLES) % len(TINY_POLICIES)]
+        jobs.append(_puzzle_job(llm, rng, i, POLICIES[policy], ignore_eos=True))
     return jobs
+
+
+def answers(llm: LLM, count: int, policy: dict[str, Any], seed: int = SEED) -> list[Job]:
+    """Sudokus and additions under one policy, whose texts end where their answers do."""
+    rng = np.random.default_rng(seed)
+    return [_puzzle_job(llm, rng, i, policy, ignore_eos=False) for i in range(count)]
+
+
+def _puzzle_job(
+    llm: LLM, rng: np.random.Generator, place: int, policy: dict[str, Any], *, ignore_eos: bool
+) -> Job:
+    if llm.tokenizer is None:
+        raise InvalidRequest("workload", "tiny", "is text; give a model with a tokenizer, such as 'tiny'")
+    puzzle = list(PUZZLES.values())[place % len(PUZZLES)]
+    (text,), _ = puzzle.held_out(rng, 1)
+    canvas_len = puzzle.answer_len + ROOM
+    params = _params(canvas_len, canvas_len, policy, ignore_eos)
+    return Job(llm.tokenizer.encode(text), params, text, puzzle)
+
+
+def sharegpt(llm: LLM, config: ModelConfig, count: int, path: Path) -> list[Job]:
+    """First turns of a file of conversations in ShareGPT's format, with canvases as long as their answers.
+
+    Conversations that do not fit the model are passed over; where there are fewer than `count`, they repeat.
+
+    Raises:
+        InvalidRequest: the file cannot be read, is no such file, or holds nothing that fits.
+    """
+    name = f"sharegpt:{path}"
+    if llm.tokenizer is None:
+        raise InvalidRequest("workload", name, "is text; give a model with a tokenizer")
+    try:
+        conversations = json.loads(path.read_text(encoding="utf-8"))
+        turns = [[turn["value"] for turn in entry["conversations"][:2]] for entry in conversations]
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("workload", name, f"cannot be read: {error}") from None
+    except (KeyError, TypeError) as error:
+        fix = "is not a list of objects with `conversations`, lists of objects with `from` and `value`"
+        raise InvalidRequest("workload", name, f"{fix} ({type(error).__name__}: {error})") from None
+    jobs = []
+    for texts in turns:
+        if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
+            continue
+        prompt, answer = (llm.tokenizer.encode(text) for text in texts)
+        canvas_len = -(-len(answer) // CANVAS_STEP) * CANVAS_STEP
+        if len(prompt) + canvas_len <= config.max_len:
+            params = _params(canvas_len, min(32, canvas_len), {"unmask": "threshold:0.9"})
+            jobs.append(Job(prompt, params, texts[0]))
+        if len(jobs) == count:
+            break
+    if not jobs:
+        raise InvalidRequest("workload", name, f"holds no conversation of at most {config.max_len} tokens")
+    return list(islice(cycle(jobs), count))
 
 
 WORKLOADS: dict[str, Callable[[LLM, ModelConfig, int], list[Job]]] = {
@@ -90,15 +143,26 @@ def workload(name: str, llm: LLM, config: ModelConfig, count: int) -> list[Job]:
     """The first `count` requests of a workload.
 
     Raises:
-        InvalidRequest: no such workload, or none for this model.
+        InvalidRequest: no such workload, or none for this model; or its file is at fault.
     """
+    kind, _, argument = name.partition(":")
+    if kind == "sharegpt":
+        if not argument:
+            raise InvalidRequest("workload", name, "needs its file: sharegpt:FILE.json")
+        return sharegpt(llm, config, count, Path(argument))
     if name not in WORKLOADS:
-        raise InvalidRequest("workload", name, f"unknown; {did_you_mean(name, WORKLOADS)}")
+        raise InvalidRequest(
+            "workload", name, f"unknown; {did_you_mean(name, [*WORKLOADS, 'sharegpt:FILE.json'])}"
+        )
     return WORKLOADS[name](llm, config, count)
 
 
-def _params(canvas_len: int, block_len: int, policy: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(max_tokens=canvas_len, block_length=block_len, seed=0, ignore_eos=True, **policy)
+def _params(
+    canvas_len: int, block_len: int, policy: dict[str, Any], ignore_eos: bool = True
+) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=canvas_len, block_length=block_len, seed=0, ignore_eos=ignore_eos, **policy
+    )
 
 
 def _random_prompt(rng: np.random.Generator, config: ModelConfig, length: int) -> list[int]:

@@ -3,46 +3,195 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-bench = typer.Typer(help="Measure throughput.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.table import Table
 
+bench = typer.Typer(help="Measure throughput, latency, and how the twin compares.", no_args_is_help=True)
 
-@bench.callback()
-def _root() -> None:
-    """A callback keeps `throughput` a subcommand while it is the only one."""
+Model = Annotated[str, typer.Option(help="llada-124m (random weights), tiny, or a checkpoint directory.")]
+Workload = Annotated[str, typer.Option(help="mixed, fixed, tiny, or sharegpt:FILE.json.")]
+Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 
 
 @bench.command()
 def throughput(
-    model: Annotated[
-        str, typer.Option(help="llada-124m (random weights), tiny, or a checkpoint directory.")
-    ] = "llada-124m",
-    workload: Annotated[str, typer.Option(help="mixed, fixed or tiny.")] = "mixed",
+    model: Model = "llada-124m",
+    workload: Workload = "mixed",
     num_requests: Annotated[int, typer.Option(help="Requests of the workload.")] = 16,
     repetitions: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
     dtype: Annotated[
         list[str] | None,
         typer.Option(help="May be repeated; baselines run in the first.  [default: float32, bfloat16]"),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    output: Output = None,
+    json: AsJson = False,
 ) -> None:
     """The engine against a plain loop and a static batch over the same weights, on one CPU thread."""
+    from remask.benchmarks.throughput import as_table, measure
+
+    _one_thread()
+    report = measure(model, workload, num_requests, repetitions, dtype or ["float32", "bfloat16"])  # type: ignore[arg-type]
+    _show(report, as_table(report), output, json)
+
+
+@bench.command()
+def latency(
+    model: Model = "tiny",
+    workload: Workload = "fixed",
+    batch_size: Annotated[int, typer.Option(help="Requests that come at once.")] = 1,
+    num_iters: Annotated[int, typer.Option(help="Batches that count.")] = 10,
+    num_iters_warmup: Annotated[int, typer.Option(help="Batches before them.")] = 2,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    output: Output = None,
+    json: AsJson = False,
+) -> None:
+    """One batch through the engine and through the published code's way of decoding, on one CPU thread."""
+    from remask.benchmarks.latency import as_table, measure
+
+    _one_thread()
+    report = measure(model, workload, batch_size, num_iters, num_iters_warmup, dtype)  # type: ignore[arg-type]
+    _show(report, as_table(report), output, json)
+
+
+@bench.command()
+def serve_load(
+    target: Annotated[
+        str, typer.Option(help="remask, generate or continuous (transformers), or the URL of a server.")
+    ] = "remask",
+    model: Model = "tiny",
+    baseline: Annotated[
+        Path | None, typer.Option(help="Autoregressive checkpoint of generate and continuous.")
+    ] = None,
+    served_model: Annotated[str | None, typer.Option(help="What a server calls its model.")] = None,
+    workload: Workload = "tiny",
+    num_prompts: Annotated[int, typer.Option(help="Requests of the workload.")] = 64,
+    max_concurrency: Annotated[int | None, typer.Option(help="Keep so many requests under way.")] = None,
+    request_rate: Annotated[float, typer.Option(help="Arrivals a second; inf: all at once.")] = math.inf,
+    burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less: in bursts.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
+    output: Output = None,
+    json: AsJson = False,
+) -> None:
+    """Requests in time on the engine, an autoregressive model or a server; vLLM's keys."""
+    from remask.benchmarks.serving.serve_load import LoadOptions, as_table, measure
+
+    _one_thread()
+    options = LoadOptions(
+        target=target,
+        model=model,
+        dtype=dtype,
+        baseline=baseline,
+        served_model=served_model,
+        workload=workload,
+        num_prompts=num_prompts,
+        max_concurrency=max_concurrency,
+        request_rate=request_rate,
+        burstiness=burstiness,
+        seed=seed,
+    )
+    options.check()
+    with _progress(num_prompts) as bar:
+        report = measure(options, lambda: bar.advance(bar.task_ids[0]))
+    _show(report, as_table(report), output, json)
+    if not report["completed"]:
+        sys.exit(1)
+
+
+@bench.command()
+def compare(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated.  [default: one token a step, threshold 0.9, WINO 0.7/0.9]"),
+    ] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Requests at a time; may be repeated.  [default: 1, 4, 16, 64]")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
+    num_problems: Annotated[int, typer.Option(help="That quality is measured on.")] = 256,
+    output: Output = None,
+    json: AsJson = False,
+) -> None:
+    """The embedded model against its autoregressive twin: quality, speed and latency over concurrencies."""
+    from remask.benchmarks.serving.compare import (
+        CONCURRENCIES,
+        DEFAULT_POLICIES,
+        as_table,
+        check_arguments,
+        measure,
+    )
+    from remask.benchmarks.throughput import write_report
+
+    _one_thread()
+    policies, concurrencies = policy or DEFAULT_POLICIES, concurrency or CONCURRENCIES
+    check_arguments(policies, concurrencies, repetitions, num_problems)
+    with _progress(None) as bar:
+
+        def told(what: str, done: int, total: int) -> None:
+            bar.update(bar.task_ids[0], completed=done, total=total, description=what)
+
+        report = measure(
+            policies=policies,
+            concurrencies=concurrencies,
+            repetitions=repetitions,
+            num_problems=num_problems,
+            progress=told,
+            keep=lambda so_far: write_report(so_far, output) if output is not None else None,
+        )
+    _show(report, as_table(report), output, json)
+    if not json:
+        for words in (*(f"{name}: {told}" for name, told in report["crossovers"].items()), *report["notes"]):
+            Console().print(words)
+
+
+@bench.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="JSON files that the other commands wrote.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write; charts go beside it.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """One HTML page, and PNG charts, from reports."""
+    from remask.benchmarks.report import write
+
+    for path in write(files, output):
+        typer.echo(str(path))
+
+
+def _one_thread() -> None:
+    """The same number of threads for everybody who is measured."""
     import torch
 
-    from remask.benchmarks.throughput import as_table, measure, write_report
-
     torch.set_num_threads(1)
-    report = measure(model, workload, num_requests, repetitions, dtype or ["float32", "bfloat16"])  # type: ignore[arg-type]
+
+
+def _show(report: dict[str, Any], table: Table, output: Path | None, json: bool) -> None:
+    from remask.benchmarks.throughput import write_report
+
     if output is not None:
         write_report(report, output)
     if json:
         sys.stdout.write(json_module.dumps(report) + "\n")
     else:
-        Console().print(as_table(report))
+        Console().print(table)
+
+
+@contextmanager
+def _progress(total: int | None) -> Iterator[Progress]:
+    """A line on stderr with one task."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        bar.add_task("requests", total=total)
+        yield bar

@@ -70,8 +70,8 @@ def test_the_command_measures_the_embedded_model_on_puzzles(tmp_path: Path) -> N
 def test_a_difference_would_show(golden_model: TransformerDenoiser, golden_llm: LLM) -> None:
     jobs = workloads.mixed(golden_llm, golden_model.config, 3)
     baseline, engine = (
-        throughput.Decoder(throughput._plain_loop(golden_model)),
-        throughput.Decoder(throughput._engine(golden_llm), golden_model),
+        throughput.Decoder(throughput.plain_loop_decoder(golden_model)),
+        throughput.Decoder(throughput.engine_decoder(golden_llm), golden_model),
     )
     for decoder in (baseline, engine):
         decoder.repeat(jobs)

@@ -1,0 +1,1 @@
+"""Requests in time against the engine, autoregressive baselines and servers."""

@@ -1,0 +1,158 @@
+"""A load on one target: the engine, an autoregressive checkpoint, or any OpenAI-compatible server.
+
+    remask bench serve-load --request-rate 8 --output load.json
+    remask bench serve-load --target http://localhost:8000 --max-concurrency 16
+
+With `--request-rate` requests arrive on their own, with `--max-concurrency` alone so many are kept under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.table import Table
+
+from remask import AsyncLLM, InvalidRequest
+from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.serving.load import arrival_times, closed_loop, figures, open_loop
+from remask.benchmarks.serving.targets import (
+    ContinuousTarget,
+    EngineTarget,
+    GenerateTarget,
+    ServerTarget,
+    Target,
+)
+from remask.benchmarks.throughput import Dtype, find_model
+from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
+from remask.benchmarks.workloads import workload
+from remask.workers.models.loading import read_config
+
+TARGETS = ("remask", "generate", "continuous")
+MAX_CONCURRENCY = 1024
+MAX_LEN = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """What load is put on what.
+
+    Attributes:
+        target: one of `TARGETS`, or a server's URL.
+        model: of the engine; its tokenizer also makes the requests of other targets.
+        baseline: the autoregressive checkpoint of "generate" and "continuous"; None: the embedded twin.
+        served_model: what a server calls its model; None: its first.
+        max_concurrency: a closed loop; None: an open one.
+        request_rate, burstiness: of the open loop; an infinite rate sends all at once.
+    """
+
+    target: str = "remask"
+    model: str = "tiny"
+    dtype: str = "float32"
+    baseline: Path | None = None
+    served_model: str | None = None
+    workload: str = "tiny"
+    num_prompts: int = 64
+    max_concurrency: int | None = None
+    request_rate: float = math.inf
+    burstiness: float = 1.0
+    seed: int = 0
+
+    @property
+    def is_server(self) -> bool:
+        return self.target.startswith(("http://", "https://"))
+
+    def check(self) -> None:
+        """Raises InvalidRequest where one cannot be."""
+        if self.target not in TARGETS and not self.is_server:
+            fix = f"must be {', '.join(TARGETS)} or a server's http(s) URL"
+            raise InvalidRequest("target", self.target, fix)
+        if self.num_prompts < 1:
+            raise InvalidRequest("num_prompts", self.num_prompts, "must be at least 1")
+        if self.dtype not in get_args(Dtype):
+            raise InvalidRequest("dtype", self.dtype, f"use one of {', '.join(get_args(Dtype))}")
+        if self.max_concurrency is not None:
+            if not 1 <= self.max_concurrency <= MAX_CONCURRENCY:
+                fix = f"must be from 1 to {MAX_CONCURRENCY}"
+                raise InvalidRequest("max_concurrency", self.max_concurrency, fix)
+            if not math.isinf(self.request_rate):
+                fix = "makes an open loop and max_concurrency a closed one; give one of them"
+                raise InvalidRequest("request_rate", self.request_rate, fix)
+        for name in ("request_rate", "burstiness"):
+            if not getattr(self, name) > 0:
+                raise InvalidRequest(name, getattr(self, name), "must be above 0")
+
+
+def measure(options: LoadOptions, told: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """The report: environment, options, and the figures of `load.figures`; `told` is called for every request
+    that has come back.
+
+    Raises:
+        InvalidRequest: an option, the model or the workload is at fault.
+        Unavailable: the server does not answer.
+    """
+    options.check()
+    return asyncio.run(_measure(options, told))
+
+
+async def _measure(options: LoadOptions, told: Callable[[], None]) -> dict[str, Any]:
+    environment = environment_stamp()
+    directory, load_format = find_model(options.model)
+    async with AsyncExitStack() as stack:
+        server = None
+        if options.is_server:  # before anything is loaded
+            server = await asyncio.to_thread(ServerTarget, options.target, options.served_model)
+        engine = await AsyncLLM.start(directory, dtype=options.dtype, load_format=load_format)
+        target: Target = await stack.enter_async_context(EngineTarget(engine))
+        jobs = workload(options.workload, engine._llm, read_config(directory)[1], options.num_prompts)
+        if server is not None:
+            target = server
+        elif options.target != "remask":
+            target = await stack.enter_async_context(_autoregressive(options))
+        await closed_loop(target, jobs[:1], 1)  # what a first request sets up stays out of the times
+        if options.max_concurrency is not None:
+            run = await closed_loop(target, jobs, options.max_concurrency, told)
+        else:
+            arrivals = arrival_times(
+                options.num_prompts, options.request_rate, options.burstiness, options.seed
+            )
+            run = await open_loop(target, jobs, arrivals, told)
+    return {
+        "benchmark": "serve-load",
+        "environment": environment,
+        "target": target.name,
+        "model": options.model,
+        "workload": options.workload,
+        "num_prompts": options.num_prompts,
+        "max_concurrency": options.max_concurrency,
+        "request_rate": None if math.isinf(options.request_rate) else options.request_rate,
+        "burstiness": options.burstiness,
+        **figures(run),
+    }
+
+
+def _autoregressive(options: LoadOptions) -> Target:
+    directory, dtype = options.baseline or TWIN_DIRECTORY, getattr(torch, options.dtype)
+    max_requests = options.max_concurrency or options.num_prompts
+    if options.target == "generate":
+        return GenerateTarget(directory, dtype, max_requests)
+    return ContinuousTarget(directory, dtype, max_requests, MAX_LEN)
+
+
+def as_table(report: dict[str, Any]) -> Table:
+    """The report for a terminal."""
+    table = Table(
+        "figure", "value", title=f"{report['num_prompts']} {report['workload']} requests, {report['target']}"
+    )
+    for name, value in report.items():
+        if isinstance(value, int | float) and name not in ("num_prompts", "burstiness"):
+            table.add_row(name, f"{value:,}")
+    for error in report.get("errors", ()):
+        table.add_row("error", error)
+    return table
