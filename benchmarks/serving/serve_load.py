@@ -28,13 +28,15 @@ from remask.benchmarks.serving.targets import (
     GenerateTarget,
     ServerTarget,
     Target,
+    VllmTarget,
 )
 from remask.benchmarks.throughput import Dtype, find_model
 from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
 from remask.benchmarks.workloads import workload
 from remask.workers.models.loading import read_config
 
-TARGETS = ("remask", "generate", "continuous")
+TARGETS = ("remask", "generate", "continuous", "vllm")
+BATCHING = {"generate": GenerateTarget, "vllm": VllmTarget}
 MAX_CONCURRENCY = 1024
 MAX_LEN = 512
 
@@ -46,7 +48,7 @@ class LoadOptions:
     Attributes:
         target: one of `TARGETS`, or a server's URL.
         model: of the engine; its tokenizer also makes the requests of other targets.
-        baseline: the autoregressive checkpoint of "generate" and "continuous"; None: the embedded twin.
+        baseline: the autoregressive checkpoint of autoregressive targets; None: the embedded twin.
         served_model: what a server calls its model; None: its first.
         max_concurrency: a closed loop; None: an open one.
         request_rate, burstiness: of the open loop; an infinite rate sends all at once.
@@ -140,8 +142,8 @@ async def _measure(options: LoadOptions, told: Callable[[], None]) -> dict[str, 
 def _autoregressive(options: LoadOptions) -> Target:
     directory, dtype = options.baseline or TWIN_DIRECTORY, getattr(torch, options.dtype)
     max_requests = options.max_concurrency or options.num_prompts
-    if options.target == "generate":
-        return GenerateTarget(directory, dtype, max_requests)
+    if options.target in BATCHING:
+        return BATCHING[options.target](directory, dtype, max_requests)
     return ContinuousTarget(directory, dtype, max_requests, MAX_LEN)
 
 

@@ -114,8 +114,35 @@ class _Threaded(Target):
             future.get_loop().call_soon_threadsafe(settle)
 
 
-class GenerateTarget(_Threaded):
-    """transformers' `generate`: all that wait become one batch, padded on the left, which runs to its end.
+class _Batching(_Threaded):
+    """A target that serves all that wait, up to a number, as one batch to its end."""
+
+    max_batch: int
+
+    @abstractmethod
+    def generate(self, jobs: Sequence[Job]) -> list[Answer]:
+        """Answers of one batch."""
+
+    def _work(self) -> None:
+        ends = False
+        while not ends and (first := self._waiting.get()) is not None:
+            batch = [first]
+            while len(batch) < self.max_batch and not self._waiting.empty() and not ends:
+                more = self._waiting.get()
+                if more is None:
+                    ends = True
+                else:
+                    batch.append(more)
+            try:
+                outcomes: Sequence[Answer | Exception] = self.generate([job for job, _ in batch])
+            except Exception as error:
+                outcomes = [error] * len(batch)
+            for (_, future), outcome in zip(batch, outcomes, strict=True):
+                self._tell(future, outcome)
+
+
+class GenerateTarget(_Batching):
+    """transformers' `generate`: batches are padded on the left.
 
     Args:
         directory: an autoregressive checkpoint with a tokenizer.
@@ -125,34 +152,13 @@ class GenerateTarget(_Threaded):
 
     name = "transformers generate"
 
-    def __init__(self, directory: Path, dtype: torch.dtype, max_batch: int = 64) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, max_batch: int) -> None:
         self._model, self._tokenizer = load_causal(directory, dtype)
-        self._max_batch = max_batch
+        self.max_batch = max_batch
         super().__init__()
-
-    def _work(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            batch, ends = [first], False
-            while len(batch) < self._max_batch and not self._waiting.empty() and not ends:
-                more = self._waiting.get()
-                if more is None:
-                    ends = True
-                else:
-                    batch.append(more)
-            try:
-                answers = self.generate([job for job, _ in batch])
-            except Exception as error:
-                for _, future in batch:
-                    self._tell(future, error)
-            else:
-                for (_, future), answer in zip(batch, answers, strict=True):
-                    self._tell(future, answer)
-            if ends:
-                return
 
     @torch.inference_mode()
     def generate(self, jobs: Sequence[Job]) -> list[Answer]:
-        """Answers of one batch."""
         eos, longest = self._model.config.eos_token_id, max(len(job.prompt) for job in jobs)
         pads = [longest - len(job.prompt) for job in jobs]
         ids = torch.tensor([[eos] * pad + job.prompt for pad, job in zip(pads, jobs, strict=True)])
@@ -168,6 +174,36 @@ class GenerateTarget(_Threaded):
         return [
             _answer(row[: job.params.max_tokens], eos, self._tokenizer)
             for row, job in zip(out, jobs, strict=True)
+        ]
+
+
+class VllmTarget(_Batching):
+    """vLLM's offline API, where it is installed; arguments as for `GenerateTarget`.
+
+    Raises:
+        InvalidRequest: it is not.
+    """
+
+    name = "vllm"
+
+    def __init__(self, directory: Path, dtype: torch.dtype, max_batch: int) -> None:
+        try:
+            import vllm  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise InvalidRequest("target", "vllm", f"is not installed ({error}); pip install vllm") from None
+        self._params, self.max_batch = vllm.SamplingParams, max_batch
+        self._llm = vllm.LLM(str(directory), dtype=str(dtype).removeprefix("torch."))
+        super().__init__()
+
+    def generate(self, jobs: Sequence[Job]) -> list[Answer]:
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": job.prompt} for job in jobs],
+            [self._params(temperature=0, max_tokens=job.params.max_tokens) for job in jobs],
+            use_tqdm=False,
+        )
+        samples = [output.outputs[0] for output in outputs]
+        return [
+            Answer(s.text, len(s.token_ids) - (s.finish_reason == "stop"), len(s.token_ids)) for s in samples
         ]
 
 

@@ -8,6 +8,7 @@ import typer
 
 from remask.cli.bench import bench
 from remask.cli.generate import generate
+from remask.cli.plan import plan
 from remask.cli.run_batch import run_batch
 from remask.cli.trace import trace
 from remask.scheduler.errors import RemaskError
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(run_batch)
+app.command()(plan)
 app.command()(trace)
 app.add_typer(bench, name="bench")
 

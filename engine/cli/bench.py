@@ -68,11 +68,11 @@ def latency(
 @bench.command()
 def serve_load(
     target: Annotated[
-        str, typer.Option(help="remask, generate or continuous (transformers), or the URL of a server.")
+        str, typer.Option(help="remask, generate or continuous (transformers), vllm, or a server's URL.")
     ] = "remask",
     model: Model = "tiny",
     baseline: Annotated[
-        Path | None, typer.Option(help="Autoregressive checkpoint of generate and continuous.")
+        Path | None, typer.Option(help="Autoregressive checkpoint.  [default: the embedded twin]")
     ] = None,
     served_model: Annotated[str | None, typer.Option(help="What a server calls its model.")] = None,
     workload: Workload = "tiny",

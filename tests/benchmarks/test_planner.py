@@ -1,0 +1,109 @@
+"""The planner: its formulas against what steps need, and its plan against this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from remask import InvalidRequest
+from remask.benchmarks import planner
+from remask.benchmarks.gpu import timing
+from remask.benchmarks.planner import GPUS, Load, Machine, plan, report, step_flops, step_seconds
+from remask.benchmarks.throughput import find_model
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.loading import read_config
+
+LLADA = read_config(find_model("llada-8b")[0])[1]
+LOAD = Load(prompt_len=100, canvas_len=64, block_len=32, tokens_per_forward=2.0)
+
+
+def test_arithmetic_is_that_of_a_block_of_real_steps(golden_model: TransformerDenoiser) -> None:
+    config = golden_model.config
+    needed = timing.needed_flops(config, timing.canvases(config, 4, 40, 64), range(32))
+    assert step_flops(config, 4, Load(40, 64, 32, 1.0)) == pytest.approx(needed, rel=1e-9)
+
+
+def test_weights_are_those_of_the_model_without_its_embedding_and_norms(
+    golden_model: TransformerDenoiser,
+) -> None:
+    parameters = golden_model.model.named_parameters()
+    read = sum(p.numel() for name, p in parameters if p.ndim == 2 and name != "embedding")
+    assert planner.weight_bytes(golden_model.config, 2) == 2 * read
+
+
+def test_a_step_is_bound_by_memory_up_to_the_knee_and_by_arithmetic_beyond() -> None:
+    machine = Machine("round", 1e14, 1e12, 1e-3)
+    knee = planner.knee_rows(machine, LLADA, 2)
+    one = Load(1, 1, 1, 1.0)
+    floor = planner.weight_bytes(LLADA, 2) / 1e12 + 1e-3
+    for batch, expected in ((1, floor), (knee // 4, floor)):
+        assert step_seconds(machine, LLADA, 2, batch, one) == pytest.approx(expected)
+    beyond = step_seconds(machine, LLADA, 2, 4 * knee, one)
+    assert beyond == pytest.approx(step_flops(LLADA, 4 * knee, one) / 1e14 + 1e-3)
+    assert beyond > floor
+
+
+def test_the_crossover_is_where_the_cached_engine_overtakes() -> None:
+    found = plan(GPUS["h200"], LLADA, 2, LOAD)
+    for point in found["points"]:
+        ahead = point["autoregressive_tokens_per_second"] > point["tokens_per_second"]
+        assert ahead == (found["crossover"] is not None and point["batch_size"] >= found["crossover"])
+        to_win = plan(
+            GPUS["h200"], LLADA, 2, Load(100, 64, 32, min(64.0, 1.01 * point["tokens_per_forward_to_win"]))
+        )
+        if point["tokens_per_forward_to_win"] < 63:
+            (same,) = [p for p in to_win["points"] if p["batch_size"] == point["batch_size"]]
+            assert same["tokens_per_second"] > same["autoregressive_tokens_per_second"]
+    assert found["crossover"] is not None, "a cache wins on batched throughput"
+    assert plan(GPUS["h200"], LLADA, 2, Load(1, 64, 64, 64.0))["crossover"] is None
+
+
+def test_a_faster_gpu_is_faster() -> None:
+    times = [
+        step_seconds(GPUS[name], LLADA, 2, 1, LOAD) for name in ("l40s", "a100-80gb", "h100", "h200", "b200")
+    ]
+    assert times == sorted(times, reverse=True)
+
+
+def test_this_machine_is_planned_from_its_own_rates() -> None:
+    found = report("tiny", "this", Load(64, 32, 32, 1.0), "float32", [4, 8])
+    assert found["overhead_ms"] >= 0
+    assert [c["batch_size"] for c in found["check"]] == [4, 8]
+    for checked in found["check"]:
+        assert 0.3 < checked["planned_over_real"] < 3, "a busy machine is off; the committed figures are not"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parameter"),
+    [
+        ({"gpu": "h20"}, "gpu"),
+        ({"model": "/nonexistent"}, "model"),
+        ({"load": Load(0, 64, 32, 1.0)}, "prompt_len"),
+        ({"load": Load(1, 64, 0, 1.0)}, "block_len"),
+        ({"load": Load(1, 64, 32, 65.0)}, "tokens_per_forward"),
+        ({"load": Load(1, 10**6, 32, 1.0)}, "canvas_len"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(arguments: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        report(**{"model": "llada-8b", "gpu": "h200", "load": LOAD, "dtype": "bfloat16"} | arguments)
+    assert error.value.parameter == parameter
+    with pytest.raises(InvalidRequest, match="mixed"):
+        planner.load_of("mixt", 1, 1, 1, 1.0)
+
+
+def test_the_command_prints_and_writes_a_plan(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from remask.cli import main; main()", "plan", "--workload", "mixed"]
+    run = subprocess.run([*command, "--output", tmp_path / "plan.json"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "knee: " in run.stdout
+    assert "autoregressive engine of this shape is faster from" in run.stdout
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["load"]["prompt_len"] == 72
+    refused = subprocess.run([*command, "--check", "4"], capture_output=True, text=True)
+    assert (refused.returncode, "check: needs --gpu this" in refused.stderr) == (2, True)

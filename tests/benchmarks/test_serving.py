@@ -1,0 +1,382 @@
+"""Loads and what they are put on: arrivals, loops, figures, targets, and the comparison with the twin."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from remask import AsyncLLM, InvalidRequest, SamplingParams, Unavailable
+from remask.benchmarks import report, workloads
+from remask.benchmarks.serving import compare
+from remask.benchmarks.serving.load import Run, Served, arrival_times, closed_loop, figures, open_loop
+from remask.benchmarks.serving.serve_load import LoadOptions, measure
+from remask.benchmarks.serving.targets import (
+    Answer,
+    ContinuousTarget,
+    EngineTarget,
+    GenerateTarget,
+    ServerTarget,
+    Target,
+    VllmTarget,
+)
+from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
+from remask.benchmarks.tiny.policies import POLICIES
+from remask.benchmarks.tiny.tasks import ADDITION
+from remask.benchmarks.workloads import Job
+
+JOB = Job([1, 2, 3], SamplingParams(max_tokens=8), "123+456=", ADDITION)
+
+
+def test_arrivals_have_their_rate_and_their_burstiness() -> None:
+    for burstiness, variation in ((1.0, 1.0), (0.25, 2.0), (4.0, 0.5)):
+        times = arrival_times(20_001, 5.0, burstiness, seed=1)
+        gaps = np.diff(times)
+        assert times[0] == 0.0
+        assert gaps.mean() == pytest.approx(0.2, rel=0.05)
+        assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.05)
+    assert arrival_times(3, math.inf) == [0.0, 0.0, 0.0]
+    assert arrival_times(9, 1.0, seed=1) == arrival_times(9, 1.0, seed=1) != arrival_times(9, 1.0, seed=2)
+
+
+class Counting(Target):
+    """Answers after a moment, or never well; knows how many it had at once."""
+
+    name = "counting"
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.now = self.most = self.started = 0
+
+    async def answer(self, job: Job) -> Answer:
+        self.now, self.started = self.now + 1, self.started + 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(self.seconds)
+        self.now -= 1
+        if len(job.prompt) == 1:
+            raise ValueError("one token is too few")
+        return Answer("0579", 4, nfe=2)
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+def test_a_closed_loop_keeps_so_many_under_way_and_serves_all() -> None:
+    target = Counting(0.01)
+    told: list[None] = []
+    run = asyncio.run(closed_loop(target, [JOB] * 10, 3, lambda: told.append(None)))
+    assert (target.most, target.started, len(run.served), len(told)) == (3, 10, 10, 10)
+
+
+def test_an_open_loop_does_not_wait_for_answers() -> None:
+    target = Counting(0.3)
+    run = asyncio.run(open_loop(target, [JOB] * 5, [0.0, 0.02, 0.04, 0.06, 0.08]))
+    assert target.most == 5
+    assert 0.35 < run.duration < 1.0
+
+
+def test_a_failed_request_is_counted_and_harms_no_other() -> None:
+    jobs = [JOB, Job([1], JOB.params), JOB]
+    found = figures(asyncio.run(closed_loop(Counting(0.0), jobs, 2)))
+    assert (found["completed"], found["failed"]) == (2, 1)
+    assert found["errors"] == ["ValueError: one token is too few"]
+    assert found["total_output_tokens"] == 8
+
+
+def test_figures_are_those_of_the_answers() -> None:
+    def served(latency: float, num_tokens: int, nfe: int, first: float | None, text: str = "0579") -> Served:
+        return Served(JOB, latency, Answer(text, num_tokens, nfe, first))
+
+    found = figures(Run([served(1.0, 5, 2, 0.2), served(3.0, 9, 4, 1.4, "0580")], duration=4.0))
+    expected = {
+        "duration": 4.0,
+        "completed": 2,
+        "total_input_tokens": 6,
+        "total_output_tokens": 14,
+        "request_throughput": 0.5,
+        "output_throughput": 3.5,
+        "total_token_throughput": 5.0,
+        "mean_e2el_ms": 2000.0,
+        "median_e2el_ms": 2000.0,
+        "p99_e2el_ms": 2980.0,
+        "mean_ttft_ms": 800.0,
+        "mean_tpot_ms": 200.0,
+        "nfe": 6,
+        "tokens_per_forward": 2.333,
+        "solved": 0.5,
+    }
+    assert {name: found[name] for name in expected} == expected
+    whole = figures(Run([served(2.0, 5, 2, None)], duration=2.0))
+    assert whole["mean_ttft_ms"] == 2000.0
+    assert "mean_tpot_ms" not in whole, "nothing was streamed"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[AsyncLLM]:
+    engine = AsyncLLM("tiny", device="cpu", dtype="float32", max_num_rows=512)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def jobs(engine: AsyncLLM) -> list[Job]:
+    return workloads.answers(engine._llm, 9, POLICIES["threshold 0.9"])
+
+
+async def answers(target: Target, jobs: list[Job], concurrency: int) -> list[Answer]:
+    run = await closed_loop(target, jobs, concurrency)
+    assert not [served.error for served in run.served if served.error]
+    by_text = {served.job.text: served.answer for served in run.served}
+    return [answer for job in jobs if (answer := by_text[job.text]) is not None]
+
+
+def test_the_twin_answers_alike_alone_in_padded_batches_and_continuously(jobs: list[Job]) -> None:
+    async def all_ways() -> list[list[Answer]]:
+        found = []
+        async with GenerateTarget(TWIN_DIRECTORY, torch.float32, 4) as target:
+            found += [await answers(target, jobs, 1), await answers(target, jobs, 9)]
+        async with ContinuousTarget(TWIN_DIRECTORY, torch.float32, 8, 128) as target:
+            found.append(await answers(target, jobs, 9))
+        return found
+
+    alone, padded, continuous = asyncio.run(all_ways())
+    assert alone == padded == continuous
+    for job, answer in zip(jobs, alone, strict=True):
+        assert job.puzzle is not None
+        if job.puzzle is ADDITION:
+            assert job.puzzle.is_correct(job.text or "", answer.text or "")
+            assert (answer.num_tokens, answer.nfe) == (4, 5), "and the end"
+
+
+def test_the_engine_tells_forwards_and_visible_tokens(engine: AsyncLLM, jobs: list[Job]) -> None:
+    expected = engine._llm.generate(
+        [job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False
+    )
+    found = asyncio.run(answers(EngineTarget(engine), jobs, 4))
+    samples = [output.outputs[0] for output in expected]
+    assert found == [Answer(s.text, s.num_visible_tokens, s.nfe) for s in samples]
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """An OpenAI-compatible server that streams one answer in two parts; what it was asked."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(json.dumps({"data": [{"id": "twin"}]}), "application/json")
+
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if asked[-1]["prompt"] == "too long":
+                self.send_error(400, "the prompt is too long")
+                return
+            events: list[dict[str, Any]] = [{"choices": [{"text": part}]} for part in ("", "05", "79")]
+            events.append({"choices": [], "usage": {"completion_tokens": 4}})
+            lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+            self._send("".join([": ping\n\n", *lines, "data: [DONE]\n\n"]), "text/event-stream")
+
+        def _send(self, text: str, kind: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", asked
+        running.shutdown()
+
+
+def test_a_server_is_asked_as_openai_says(server: tuple[str, list[dict[str, Any]]]) -> None:
+    url, asked = server
+    jobs = [JOB, Job([7, 8], JOB.params), Job([1], JOB.params, "too long")]
+    found = figures(asyncio.run(closed_loop(ServerTarget(f"{url}/v1/"), jobs, 1)))
+    assert (found["completed"], found["failed"], found["total_output_tokens"]) == (2, 1, 8)
+    assert found["mean_tpot_ms"] < found["mean_ttft_ms"]
+    assert "status 400" in found["errors"][0]
+    assert [body["prompt"] for body in asked] == ["123+456=", [7, 8], "too long"]
+    assert {(body["model"], body["max_tokens"], body["stream"]) for body in asked} == {("twin", 8, True)}
+
+
+def test_vllm_is_asked_for_greedy_tokens_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Offline:
+        """vLLM's `LLM` as far as it is used."""
+
+        def __init__(self, model: str, dtype: str) -> None:
+            assert (model, dtype) == ("twin", "bfloat16")
+
+        def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+            assert [prompt["prompt_token_ids"] for prompt in prompts] == [[1, 2, 3]]
+            assert params == [{"temperature": 0, "max_tokens": 8}]
+            sample = SimpleNamespace(text="0579", token_ids=[5, 6, 7, 8, 1], finish_reason="stop")
+            return [SimpleNamespace(outputs=[sample])]
+
+    async def ask() -> Run:
+        async with VllmTarget(Path("twin"), torch.bfloat16, 4) as target:
+            return await closed_loop(target, [JOB], 1)
+
+    with pytest.raises(InvalidRequest, match="pip install vllm"):
+        asyncio.run(ask())
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Offline, SamplingParams=dict))
+    (served,) = asyncio.run(ask()).served
+    assert served.answer == Answer("0579", 4, nfe=5)
+
+
+def test_a_server_that_is_not_there_is_told_before_anything_is_loaded() -> None:
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9 does not answer"):
+        measure(LoadOptions(target="http://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize(
+    ("options", "parameter"),
+    [
+        ({"target": "vlm"}, "target"),
+        ({"num_prompts": 0}, "num_prompts"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"max_concurrency": 0}, "max_concurrency"),
+        ({"max_concurrency": 5000}, "max_concurrency"),
+        ({"max_concurrency": 4, "request_rate": 2.0}, "request_rate"),
+        ({"request_rate": 0.0}, "request_rate"),
+        ({"request_rate": math.nan}, "request_rate"),
+        ({"burstiness": -1.0}, "burstiness"),
+    ],
+)
+def test_an_impossible_load_is_refused_by_name(options: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        measure(LoadOptions(**options))
+    assert error.value.parameter == parameter
+
+
+def test_a_load_is_measured_on_each_target(tmp_path: Path) -> None:
+    for target in ("remask", "generate"):
+        found = measure(LoadOptions(target=target, num_prompts=6, max_concurrency=3))
+        assert (found["completed"], found["failed"], found["benchmark"]) == (6, 0, "serve-load")
+        assert found["solved"] >= 0.5
+    (tmp_path / "load.json").write_text(json.dumps(found))
+    files = report.write([tmp_path / "load.json"], tmp_path / "page" / "index.html")
+    page = files[0].read_text()
+    assert "transformers generate" in page
+    assert "p99_e2el_ms" in page
+    assert files[1].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_no_report_makes_no_page(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    for source, problem in (("other.json", "is no output"), ("none.json", "cannot be read")):
+        with pytest.raises(InvalidRequest, match=problem):
+            report.write([tmp_path / source], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_the_comparison_measures_quality_and_speed_of_both(tmp_path: Path) -> None:
+    kept: list[dict[str, Any]] = []
+    told: list[tuple[str, int, int]] = []
+    found = compare.measure(
+        policies=["threshold 0.9"],
+        concurrencies=[2],
+        repetitions=2,
+        num_problems=12,
+        progress=lambda *parts: told.append(parts),
+        keep=kept.append,
+    )
+    assert [part[1] for part in told] == list(range(10))
+    assert told[-1][2] == 9
+    assert [content["repetitions"] for content in kept] == [1, 2], "an interrupted run keeps the first"
+    assert list(found["quality"]) == [
+        "threshold 0.9",
+        "transformers generate",
+        "transformers continuous batching",
+    ]
+    assert found["quality"]["threshold 0.9"]["solved"] > found["quality"]["transformers generate"]["solved"]
+    for result in found["results"]:
+        assert (result["failed"], result["completed"]) == (0, 48)
+    best = max(r["times_as_fast_as_twin"]["max"] for r in found["results"] if "transformers" in r["system"])
+    assert best == 1.0, "the faster of the two ways is the measure"
+    (tmp_path / "compare.json").write_text(json.dumps(found))
+    page = report.write([tmp_path / "compare.json"], tmp_path / "page.html")[0].read_text()
+    assert found["crossovers"]["threshold 0.9"] in page
+
+
+def test_the_crossover_is_where_the_twin_wins_from_there_on() -> None:
+    def told(*ratios: float) -> str:
+        results = [
+            {"system": "a", "max_concurrency": 4**i, "times_as_fast_as_twin": {"median": ratio}}
+            for i, ratio in enumerate(ratios)
+        ]
+        return compare.crossovers(results, {"a": {"solved": 0.9}}, ["a"])["a"]
+
+    assert told(3.0, 0.9, 0.5).startswith("slower than the twin from between 1 and 4 requests on")
+    assert told(3.0, 0.9, 1.5).startswith("not beaten by the twin at up to 16 requests")
+    assert told(0.9, 0.5).startswith("slower than the twin from 1 request on (90 % solved")
+
+
+def test_a_machine_that_slows_down_is_told() -> None:
+    assert len(compare.notes([100e9, 96e9])) == 1
+    assert "changed by 25 %" in compare.notes([100e9, 80e9])[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parameter"),
+    [
+        ({"policies": ["treshold 0.9"]}, "policy"),
+        ({"concurrencies": [0]}, "concurrency"),
+        ({"concurrencies": [10**6]}, "concurrency"),
+        ({"repetitions": 0}, "repetitions"),
+        ({"num_problems": 0}, "num_problems"),
+    ],
+)
+def test_an_impossible_comparison_is_refused_by_name(arguments: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        compare.measure(**arguments)
+    assert error.value.parameter == parameter
+
+
+def test_conversations_become_requests(engine: AsyncLLM, tmp_path: Path) -> None:
+    llm, path = engine._llm, tmp_path / "conversations.json"
+    turns = [("hello", "x" * 13), ("", "empty"), ("y" * 600, "too long"), ("again", "z")]
+    told = [[{"from": "human", "value": one}, {"from": "gpt", "value": other}] for one, other in turns]
+    path.write_text(json.dumps([{"conversations": pair} for pair in told]))
+    config = workloads_config(engine)
+    found = workloads.workload(f"sharegpt:{path}", llm, config, 3)
+    assert [job.text for job in found] == ["hello", "again", "hello"]
+    assert [job.params.max_tokens for job in found] == [16, 8, 16]
+    assert found[0].prompt == llm.tokenizer.encode("hello")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read"),
+        ("[", "cannot be read"),
+        ('{"a": 1}', "is not a list"),
+        ('[{"conversations": 3}]', "is not a list"),
+        ('[{"conversations": []}]', "holds no conversation"),
+    ],
+)
+def test_a_file_that_holds_no_conversations_is_refused(
+    engine: AsyncLLM, tmp_path: Path, content: str | None, problem: str
+) -> None:
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InvalidRequest, match=problem):
+        workloads.workload(f"sharegpt:{path}", engine._llm, workloads_config(engine), 3)
+    with pytest.raises(InvalidRequest, match="needs its file"):
+        workloads.workload("sharegpt", engine._llm, workloads_config(engine), 3)
+
+
+def workloads_config(engine: AsyncLLM) -> Any:
+    return engine._llm._executor.facts.config  # type: ignore[attr-defined]
