@@ -15,6 +15,7 @@ import pytest
 from remask.benchmarks import (
     batch_invariance,
     exactness,
+    fp8_quality,
     ray_workers,
     scaling,
     scheduling,
@@ -156,6 +157,13 @@ def test_the_cost_of_batch_invariance_is_the_committed_measurement() -> None:
     results = json.loads((ROOT / "benchmarks/results/batch_invariance.json").read_text())["results"]
     header = "| model | requests | seconds | with `batch_invariant` | times as long (min to max) |"
     assert table(header) == [batch_invariance.cells(result) for result in results]
+
+
+def test_what_fp8_costs_is_the_committed_measurement() -> None:
+    results = json.loads((ROOT / "benchmarks/results/fp8_quality.json").read_text())["results"]
+    assert table(f"| {' | '.join(fp8_quality.HEADER)} |") == [fp8_quality.cells(result) for result in results]
+    worst = min(result["fp8_minus_bfloat16"] for result in results)
+    assert f"cost up to {-100 * worst:.1f} points" in README.replace("\n", " ")
 
 
 def test_the_figures_of_ray_are_the_committed_measurements_and_within_their_bounds() -> None:
