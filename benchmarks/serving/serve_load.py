@@ -22,6 +22,7 @@ from rich.table import Table
 from remask import AsyncLLM, InvalidRequest
 from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.serving.load import arrival_times, closed_loop, figures, open_loop
+from remask.benchmarks.serving.peer import PeerTarget
 from remask.benchmarks.serving.targets import (
     ContinuousTarget,
     EngineTarget,
@@ -50,6 +51,7 @@ class LoadOptions:
         model: of the engine; its tokenizer also makes the requests of other targets.
         baseline: the autoregressive checkpoint of autoregressive targets; None: the embedded twin.
         served_model: what a server calls its model; None: its first.
+        peer, peer_python: another engine for the same model, see `PeerTarget`; in place of a target.
         max_concurrency: a closed loop; None: an open one.
         request_rate, burstiness: of the open loop; an infinite rate sends all at once.
     """
@@ -59,6 +61,8 @@ class LoadOptions:
     dtype: str = "float32"
     baseline: Path | None = None
     served_model: str | None = None
+    peer: str | None = None
+    peer_python: Path | None = None
     workload: str = "tiny"
     num_prompts: int = 64
     max_concurrency: int | None = None
@@ -75,6 +79,8 @@ class LoadOptions:
         if self.target not in TARGETS and not self.is_server:
             fix = f"must be {', '.join(TARGETS)} or a server's http(s) URL"
             raise InvalidRequest("target", self.target, fix)
+        if (self.peer is None) != (self.peer_python is None):
+            raise InvalidRequest("peer_python", self.peer_python, "goes with peer: give both or neither")
         if self.num_prompts < 1:
             raise InvalidRequest("num_prompts", self.num_prompts, "must be at least 1")
         if self.dtype not in get_args(Dtype):
@@ -115,8 +121,8 @@ async def _measure(options: LoadOptions, told: Callable[[], None]) -> dict[str, 
         jobs = workload(options.workload, engine._llm, read_config(directory)[1], options.num_prompts)
         if server is not None:
             target = server
-        elif options.target != "remask":
-            target = await stack.enter_async_context(_autoregressive(options))
+        elif options.peer is not None or options.target != "remask":
+            target = await stack.enter_async_context(_other(options, directory))
         await closed_loop(target, jobs[:1], 1)  # what a first request sets up stays out of the times
         if options.max_concurrency is not None:
             run = await closed_loop(target, jobs, options.max_concurrency, told)
@@ -139,9 +145,11 @@ async def _measure(options: LoadOptions, told: Callable[[], None]) -> dict[str, 
     }
 
 
-def _autoregressive(options: LoadOptions) -> Target:
-    directory, dtype = options.baseline or TWIN_DIRECTORY, getattr(torch, options.dtype)
+def _other(options: LoadOptions, model: Path) -> Target:
     max_requests = options.max_concurrency or options.num_prompts
+    if options.peer is not None and options.peer_python is not None:
+        return PeerTarget(options.peer, options.peer_python, model, max_requests)
+    directory, dtype = options.baseline or TWIN_DIRECTORY, getattr(torch, options.dtype)
     if options.target in BATCHING:
         return BATCHING[options.target](directory, dtype, max_requests)
     return ContinuousTarget(directory, dtype, max_requests, MAX_LEN)

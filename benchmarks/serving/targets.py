@@ -114,7 +114,7 @@ class _Threaded(Target):
             future.get_loop().call_soon_threadsafe(settle)
 
 
-class _Batching(_Threaded):
+class BatchingTarget(_Threaded):
     """A target that serves all that wait, up to a number, as one batch to its end."""
 
     max_batch: int
@@ -141,7 +141,7 @@ class _Batching(_Threaded):
                 self._tell(future, outcome)
 
 
-class GenerateTarget(_Batching):
+class GenerateTarget(BatchingTarget):
     """transformers' `generate`: batches are padded on the left.
 
     Args:
@@ -177,7 +177,7 @@ class GenerateTarget(_Batching):
         ]
 
 
-class VllmTarget(_Batching):
+class VllmTarget(BatchingTarget):
     """vLLM's offline API, where it is installed; arguments as for `GenerateTarget`.
 
     Raises:

@@ -74,6 +74,10 @@ def serve_load(
     baseline: Annotated[
         Path | None, typer.Option(help="Autoregressive checkpoint.  [default: the embedded twin]")
     ] = None,
+    peer: Annotated[
+        str | None, typer.Option(help="Another engine for the same model: dlmserve, or an adapter's path.")
+    ] = None,
+    peer_python: Annotated[Path | None, typer.Option(help="The Python of its environment.")] = None,
     served_model: Annotated[str | None, typer.Option(help="What a server calls its model.")] = None,
     workload: Workload = "tiny",
     num_prompts: Annotated[int, typer.Option(help="Requests of the workload.")] = 64,
@@ -94,6 +98,8 @@ def serve_load(
         model=model,
         dtype=dtype,
         baseline=baseline,
+        peer=peer,
+        peer_python=peer_python,
         served_model=served_model,
         workload=workload,
         num_prompts=num_prompts,

@@ -21,6 +21,7 @@ from remask import AsyncLLM, InvalidRequest, SamplingParams, Unavailable
 from remask.benchmarks import report, workloads
 from remask.benchmarks.serving import compare
 from remask.benchmarks.serving.load import Run, Served, arrival_times, closed_loop, figures, open_loop
+from remask.benchmarks.serving.peer import ADAPTERS, PeerTarget
 from remask.benchmarks.serving.serve_load import LoadOptions, measure
 from remask.benchmarks.serving.targets import (
     Answer,
@@ -235,6 +236,66 @@ def test_vllm_is_asked_for_greedy_tokens_where_it_is_installed(monkeypatch: pyte
     assert served.answer == Answer("0579", 4, nfe=5)
 
 
+ADAPTER = """
+from protocol import serve
+
+def load(model):
+    if model.endswith("absent"):
+        raise FileNotFoundError(model)
+    print("a library prints")
+
+    def answer(requests):
+        if any(r["max_tokens"] == 13 for r in requests):
+            raise ValueError("thirteen")
+        if any(r["max_tokens"] == 14 for r in requests):
+            print("last words", flush=True)
+            raise SystemExit(3)
+        return [{"text": r["text"][::-1], "num_tokens": r["max_tokens"], "nfe": r["steps"]} for r in requests]
+
+    return "mirror", answer
+
+serve(load)
+"""
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> str:
+    (tmp_path / "protocol.py").write_text((ADAPTERS / "protocol.py").read_text())
+    (tmp_path / "mirror.py").write_text(ADAPTER)
+    return str(tmp_path / "mirror.py")
+
+
+def test_a_peer_answers_from_a_process_of_its_own(adapter: str) -> None:
+    def asked(max_tokens: int, **fields: Any) -> Job:
+        return Job([1, 2], SamplingParams(max_tokens=max_tokens, **fields), "ab", None)
+
+    async def ask() -> tuple[str, Run]:
+        async with PeerTarget(adapter, Path(sys.executable), Path("model"), 4) as target:
+            jobs = [asked(8, unmask="schedule:4"), asked(13), asked(9), asked(14), asked(8)]
+            return target.name, await closed_loop(target, jobs, 1)
+
+    name, run = asyncio.run(ask())
+    assert name == "mirror"
+    first, failed, second, *ended = run.served
+    assert first.answer == Answer("ba", 8, nfe=4)
+    assert failed.error == "Unavailable: the peer says: ValueError: thirteen"
+    assert second.answer == Answer("ba", 9, nfe=None), "and it goes on"
+    assert ended[0].error == "Unavailable: the peer has ended with status 3: a library prints\nlast words"
+    assert all(served.answer is None for served in ended)
+
+
+def test_a_peer_that_does_not_start_is_told(adapter: str, tmp_path: Path) -> None:
+    python = Path(sys.executable)
+    with pytest.raises(Unavailable, match="FileNotFoundError: absent"):
+        PeerTarget(adapter, python, Path("absent"), 4)
+    with pytest.raises(Unavailable, match="No module named 'dlmserve'"):
+        PeerTarget("dlmserve", python, tmp_path, 4)
+    with pytest.raises(InvalidRequest, match="did you mean 'dlmserve'"):
+        PeerTarget("dlmserv", python, tmp_path, 4)
+    with pytest.raises(InvalidRequest, match="peer_python: cannot be run"):
+        PeerTarget("dlmserve", tmp_path / "python", tmp_path, 4)
+
+
 def test_a_server_that_is_not_there_is_told_before_anything_is_loaded() -> None:
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9 does not answer"):
         measure(LoadOptions(target="http://127.0.0.1:9"))
@@ -245,6 +306,7 @@ def test_a_server_that_is_not_there_is_told_before_anything_is_loaded() -> None:
     [
         ({"target": "vlm"}, "target"),
         ({"num_prompts": 0}, "num_prompts"),
+        ({"peer": "dlmserve"}, "peer_python"),
         ({"dtype": "float8"}, "dtype"),
         ({"max_concurrency": 0}, "max_concurrency"),
         ({"max_concurrency": 5000}, "max_concurrency"),
