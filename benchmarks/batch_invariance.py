@@ -43,7 +43,7 @@ def measure(model: str, workload_name: str, count: int, repetitions: int) -> dic
         LLM(directory, dtype="float32", load_format=load_format, batch_invariant=is_invariant)
         for is_invariant in (False, True)
     ]
-    jobs = workload(workload_name, modes[0], config, count)
+    jobs = workload(workload_name, modes[0].tokenizer, config, count)
     for llm in modes:
         seconds_of(llm, jobs[:2])  # warms up
     pairs = [[seconds_of(llm, jobs) for llm in modes] for _ in range(repetitions)]

@@ -1,4 +1,4 @@
-"""The stamp that every committed measurement carries: what ran it."""
+"""What a measurement stands on: the stamp that each one carries, and whether the machine was steady."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from remask.benchmarks.gpu.timing import gemm_flops_per_second
 from remask.workers.device import device_name
 
+UNSTEADY = 0.1  # change of the matrix rate that is told
+SQUARE = 1024  # of the product that it is measured with
 PACKAGES = ("remask", "torch", "triton", "transformers", "ray", "numpy")
 
 
@@ -53,3 +56,26 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+class Steadiness:
+    """Whether the machine stayed as fast as it was: the rate of a matrix product, looked at now and then."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.look()
+
+    def look(self) -> None:
+        """Measures the rate once more; a fifth of a second."""
+        self.rates.append(gemm_flops_per_second(self._device, SQUARE))
+
+    def notes(self) -> list[str]:
+        """What a reader must know; empty where the machine was steady."""
+        change = max(self.rates) / min(self.rates) - 1
+        if change <= UNSTEADY:
+            return []
+        return [
+            f"The machine was busy or slowed down: its matrix rate changed by {100 * change:.0f} % "
+            f"meanwhile (from {min(self.rates) / 1e9:.0f} to {max(self.rates) / 1e9:.0f} GFLOP/s)."
+        ]

@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from remask import LLM, InvalidRequest
-from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.environment import Steadiness, environment_stamp
 from remask.benchmarks.throughput import (
     Decoder,
     Dtype,
@@ -27,9 +27,11 @@ from remask.benchmarks.throughput import (
     spread,
     static_batch_decoder,
 )
+from remask.benchmarks.utilization import gemm_rate
 from remask.benchmarks.workloads import workload
 from remask.workers.models.denoiser import load_denoiser
 
+HEADER = ("decoder", "NFE", "seconds", "p90", "ms/step", "times as fast (min to max)")
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
@@ -50,7 +52,7 @@ def measure(
     directory, load_format = find_model(model)
     with LLM(directory, dtype=dtype, load_format=load_format) as llm:
         denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
-        jobs = workload(workload_name, llm, denoiser.config, batch_size)
+        jobs = workload(workload_name, llm.tokenizer, denoiser.config, batch_size)
         baseline = "plain loop" if batch_size == 1 else "static batch"
         decoders = {
             "engine": Decoder(engine_decoder(llm)),
@@ -59,9 +61,13 @@ def measure(
         for decoder in decoders.values():
             for _ in range(num_iters_warmup):
                 decoder.run(jobs)
+        steadiness = Steadiness()
         for _ in range(num_iters):
             for decoder in decoders.values():
                 decoder.repeat(jobs)
+        steadiness.look()
+        packs = decoders["engine"].work.sampled_packs()
+        rates = {"engine": gemm_rate(denoiser.model, packs)}
     return {
         "benchmark": "latency",
         "environment": environment,
@@ -70,13 +76,15 @@ def measure(
         "attention_backend": denoiser.attention.name,
         "workload": workload_name,
         "batch_size": batch_size,
+        "notes": steadiness.notes(),
         "results": {
-            name: _figures(decoder, decoders[baseline].seconds) for name, decoder in decoders.items()
+            name: _figures(decoder, decoders[baseline].seconds, rates.get(name))
+            for name, decoder in decoders.items()
         },
     }
 
 
-def _figures(decoder: Decoder, baseline: Sequence[float]) -> dict[str, Any]:
+def _figures(decoder: Decoder, baseline: Sequence[float], rate: float | None) -> dict[str, Any]:
     seconds, num_steps = decoder.seconds, max(decoded.nfe for decoded in decoder.written)
     return {
         "avg_latency": round(float(np.mean(seconds)), 5),
@@ -85,6 +93,7 @@ def _figures(decoder: Decoder, baseline: Sequence[float]) -> dict[str, Any]:
         "nfe": sum(decoded.nfe for decoded in decoder.written),
         "ms_per_step": round(1000 * float(np.median(seconds)) / num_steps, 3),
         "rows_per_forward": round(decoder.work.rows_per_forward, 1),
+        **({} if rate is None else decoder.work.figures(float(np.median(seconds)), rate)),
         "times_as_fast": spread([a / b for a, b in zip(baseline, seconds, strict=True)]),
     }
 
@@ -92,7 +101,7 @@ def _figures(decoder: Decoder, baseline: Sequence[float]) -> dict[str, Any]:
 def as_table(report: dict[str, Any]) -> Table:
     """The report for a terminal."""
     title = f"batch of {report['batch_size']} {report['workload']} requests, {report['model']}"
-    table = Table("decoder", "NFE", "seconds", "p90", "ms/step", "times as fast (min to max)", title=title)
+    table = Table(*HEADER, title=title)
     for name, result in report["results"].items():
         table.add_row(*cells(name, result))
     return table

@@ -87,7 +87,7 @@ def compare(num_workers: int, num_requests: int, repetitions: int) -> dict[str, 
     """Seconds of workers on Ray and of as many independent engines, and how many times as fast Ray is."""
     sides = SideBySide(num_workers)
     with make_llm(num_workers) as llm:
-        jobs = workload("mixed", llm, llm._executor.facts.config, num_requests)
+        jobs = workload("mixed", llm.tokenizer, llm._executor.facts.config, num_requests)
         for warm_up in (llm, sides):
             warm_up.serve(jobs[:2]) if isinstance(warm_up, SideBySide) else serve(warm_up, jobs[:2])
         pairs = [(serve(llm, jobs), sides.serve(jobs)) for _ in range(repetitions)]

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from remask import LLM, InvalidRequest
 from remask.benchmarks import plain_loop, static_batch
-from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.environment import Steadiness, environment_stamp
 from remask.benchmarks.plain_canvas import Decoded
 from remask.benchmarks.utilization import Work, gemm_rate
 from remask.benchmarks.workloads import Job, workload
@@ -99,15 +99,17 @@ def measure(
         llm = LLM(directory, dtype=dtype, load_format=load_format)
         denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
         if not jobs:
-            jobs = workload(workload_name, llm, denoiser.config, num_requests)
+            jobs = workload(workload_name, llm.tokenizer, denoiser.config, num_requests)
             decoders[f"plain loop, {dtype}"] = Decoder(plain_loop_decoder(denoiser))
             decoders[f"static batch, {dtype}"] = Decoder(static_batch_decoder(denoiser))
         decoders[f"engine, {dtype}"] = Decoder(engine_decoder(llm), denoiser)
     for decoder in decoders.values():
         decoder.run(jobs[:1])  # what a first forward sets up stays out of the times
+    steadiness = Steadiness()
     for _ in range(repetitions):
         for decoder in decoders.values():
             decoder.repeat(jobs)
+        steadiness.look()
     return {
         "benchmark": "throughput",
         "environment": environment,
@@ -117,6 +119,7 @@ def measure(
         "workload": workload_name,
         "num_requests": num_requests,
         "repetitions": repetitions,
+        "notes": steadiness.notes(),
         "results": _results(decoders, jobs, denoiser.config.eos_ids, llm.tokenizer),
     }
 

@@ -67,6 +67,16 @@ class Work:
             ordered[len(ordered) * (2 * i + 1) // (2 * NUM_SAMPLED_PACKS)] for i in range(NUM_SAMPLED_PACKS)
         ]
 
+    def figures(self, duration: float, rate: float) -> dict[str, float]:
+        """Rows of a forward, and the share of a matrix rate that the run turned into what its steps need in
+        `duration` seconds; empty where nothing of ours was forwarded."""
+        if not self.packs:
+            return {}
+        return {
+            "rows_per_forward": round(self.rows_per_forward, 1),
+            "gemm_utilization": round(self.flops / (duration * rate), 3),
+        }
+
 
 def pack_flops(config: TransformerConfig, rows: PackedRows) -> int:
     """Arithmetic of one forward and the head."""

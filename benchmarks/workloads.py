@@ -11,15 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from remask import LLM, InvalidRequest, SamplingParams
+from remask import InvalidRequest, SamplingParams
 from remask.benchmarks.tiny.policies import POLICIES, ROOM
 from remask.benchmarks.tiny.tasks import PUZZLES, Puzzle
 from remask.scheduler.errors import did_you_mean
 from remask.workers.models.config import ModelConfig
+
+Tokenizer: TypeAlias = PreTrainedTokenizerBase | None
 
 SEED = 2**31 + 3
 PROMPT_LENS = (16, 128)
@@ -45,7 +48,7 @@ class Job:
     puzzle: Puzzle | None = None
 
 
-def mixed(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
+def mixed(tokenizer: Tokenizer, config: ModelConfig, count: int) -> list[Job]:
     """Prompts, canvases and blocks of many lengths under three policies in turn."""
     rng = np.random.default_rng(SEED)
     jobs = []
@@ -62,42 +65,42 @@ def mixed(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
     return jobs
 
 
-def fixed(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
+def fixed(tokenizer: Tokenizer, config: ModelConfig, count: int) -> list[Job]:
     """One length and one policy: what a static batch is made for."""
     rng = np.random.default_rng(SEED)
     params = _params(FIXED_LEN, 32, {"unmask": "threshold:0.9"})
     return [Job(_random_prompt(rng, config, FIXED_LEN), params) for _ in range(count)]
 
 
-def tiny(llm: LLM, config: ModelConfig, count: int) -> list[Job]:
+def tiny(tokenizer: Tokenizer, config: ModelConfig, count: int) -> list[Job]:
     """Sudokus and additions under three policies in turn, for the embedded model."""
     rng = np.random.default_rng(SEED)
     jobs = []
     for i in range(count):
         policy = TINY_POLICIES[i // len(PUZZLES) % len(TINY_POLICIES)]
-        jobs.append(_puzzle_job(llm, rng, i, POLICIES[policy], ignore_eos=True))
+        jobs.append(_puzzle_job(tokenizer, rng, i, POLICIES[policy], ignore_eos=True))
     return jobs
 
 
-def answers(llm: LLM, count: int, policy: dict[str, Any], seed: int = SEED) -> list[Job]:
+def answers(tokenizer: Tokenizer, count: int, policy: dict[str, Any], seed: int = SEED) -> list[Job]:
     """Sudokus and additions under one policy, whose texts end where their answers do."""
     rng = np.random.default_rng(seed)
-    return [_puzzle_job(llm, rng, i, policy, ignore_eos=False) for i in range(count)]
+    return [_puzzle_job(tokenizer, rng, i, policy, ignore_eos=False) for i in range(count)]
 
 
 def _puzzle_job(
-    llm: LLM, rng: np.random.Generator, place: int, policy: dict[str, Any], *, ignore_eos: bool
+    tokenizer: Tokenizer, rng: np.random.Generator, place: int, policy: dict[str, Any], *, ignore_eos: bool
 ) -> Job:
-    if llm.tokenizer is None:
+    if tokenizer is None:
         raise InvalidRequest("workload", "tiny", "is text; give a model with a tokenizer, such as 'tiny'")
     puzzle = list(PUZZLES.values())[place % len(PUZZLES)]
     (text,), _ = puzzle.held_out(rng, 1)
     canvas_len = puzzle.answer_len + ROOM
     params = _params(canvas_len, canvas_len, policy, ignore_eos)
-    return Job(llm.tokenizer.encode(text), params, text, puzzle)
+    return Job(tokenizer.encode(text), params, text, puzzle)
 
 
-def sharegpt(llm: LLM, config: ModelConfig, count: int, path: Path) -> list[Job]:
+def sharegpt(tokenizer: Tokenizer, config: ModelConfig, count: int, path: Path) -> list[Job]:
     """First turns of a file of conversations in ShareGPT's format, with canvases as long as their answers.
 
     Conversations that do not fit the model are passed over; where there are fewer than `count`, they repeat.
@@ -106,7 +109,7 @@ def sharegpt(llm: LLM, config: ModelConfig, count: int, path: Path) -> list[Job]
         InvalidRequest: the file cannot be read, is no such file, or holds nothing that fits.
     """
     name = f"sharegpt:{path}"
-    if llm.tokenizer is None:
+    if tokenizer is None:
         raise InvalidRequest("workload", name, "is text; give a model with a tokenizer")
     try:
         conversations = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +123,7 @@ def sharegpt(llm: LLM, config: ModelConfig, count: int, path: Path) -> list[Job]
     for texts in turns:
         if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
             continue
-        prompt, answer = (llm.tokenizer.encode(text) for text in texts)
+        prompt, answer = (tokenizer.encode(text) for text in texts)
         canvas_len = -(-len(answer) // CANVAS_STEP) * CANVAS_STEP
         if len(prompt) + canvas_len <= config.max_len:
             params = _params(canvas_len, min(32, canvas_len), {"unmask": "threshold:0.9"})
@@ -132,14 +135,14 @@ def sharegpt(llm: LLM, config: ModelConfig, count: int, path: Path) -> list[Job]
     return list(islice(cycle(jobs), count))
 
 
-WORKLOADS: dict[str, Callable[[LLM, ModelConfig, int], list[Job]]] = {
+WORKLOADS: dict[str, Callable[[Tokenizer, ModelConfig, int], list[Job]]] = {
     "mixed": mixed,
     "fixed": fixed,
     "tiny": tiny,
 }
 
 
-def workload(name: str, llm: LLM, config: ModelConfig, count: int) -> list[Job]:
+def workload(name: str, tokenizer: Tokenizer, config: ModelConfig, count: int) -> list[Job]:
     """The first `count` requests of a workload.
 
     Raises:
@@ -149,12 +152,12 @@ def workload(name: str, llm: LLM, config: ModelConfig, count: int) -> list[Job]:
     if kind == "sharegpt":
         if not argument:
             raise InvalidRequest("workload", name, "needs its file: sharegpt:FILE.json")
-        return sharegpt(llm, config, count, Path(argument))
+        return sharegpt(tokenizer, config, count, Path(argument))
     if name not in WORKLOADS:
         raise InvalidRequest(
             "workload", name, f"unknown; {did_you_mean(name, [*WORKLOADS, 'sharegpt:FILE.json'])}"
         )
-    return WORKLOADS[name](llm, config, count)
+    return WORKLOADS[name](tokenizer, config, count)
 
 
 def _params(

@@ -217,7 +217,7 @@ def plain_batch1(model: TransformerDenoiser, llm: LLM, sizes: Sizes) -> dict[str
 
 def mixed_workload(model: TransformerDenoiser, llm: LLM, sizes: Sizes) -> dict[str, Any]:
     """The mixed workload all at once, one request after another, and as static batches."""
-    jobs = mixed(llm, model.config, sizes.num_mixed)
+    jobs = mixed(llm.tokenizer, model.config, sizes.num_mixed)
     prompts, params = [job.prompt for job in jobs], [job.params for job in jobs]
 
     def one_at_a_time() -> None:
@@ -263,7 +263,7 @@ def equal_tokens(device: torch.device, sizes: Sizes) -> dict[str, Any]:
         directory, dtype="float32", device=str(device), load_format=load_format, max_num_rows=1024
     ) as llm:
         model = load_denoiser(directory, dtype="float32", device=str(device), load_format=load_format)
-        jobs: list[Job] = mixed(llm, model.config, sizes.num_equal)
+        jobs: list[Job] = mixed(llm.tokenizer, model.config, sizes.num_equal)
         outputs = llm.generate([job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False)
         written = [plain_loop.decode(model, job.prompt, job.params).token_ids for job in jobs]
     equal = [out.outputs[0].token_ids == own for out, own in zip(outputs, written, strict=True)]

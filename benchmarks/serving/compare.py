@@ -11,7 +11,6 @@ twin in the same repetition. Quality is measured once a policy, on problems of i
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,25 +20,30 @@ import torch
 from rich.table import Table
 
 from remask import AsyncLLM, InvalidRequest
-from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.environment import Steadiness, environment_stamp
+from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget
 from remask.benchmarks.serving.load import closed_loop, figures
-from remask.benchmarks.serving.targets import ContinuousTarget, EngineTarget, GenerateTarget, Target
+from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
 from remask.benchmarks.throughput import find_model, spread
 from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
 from remask.benchmarks.tiny.policies import POLICIES
-from remask.benchmarks.utilization import gemm_rate
+from remask.benchmarks.utilization import Work, gemm_rate
 from remask.benchmarks.workloads import Job, answers
+from remask.llm import load_tokenizer
 from remask.scheduler.errors import did_you_mean
 from remask.workers.models.denoiser import load_denoiser
 
 DEFAULT_POLICIES = ("one token a step", "threshold 0.9", "WINO 0.7/0.9")
 CONCURRENCIES = (1, 4, 16, 64)
-MAX_CONCURRENCY = 1024
 QUALITY_SEED = 2**31 + 7
 MAX_LEN = 128  # tokens of the longest problem and answer
-UNSTEADY = 0.1  # change of the matrix rate that is told
 RATE_PACKS = [(512, 256)] * 8
 STEADY_REQUESTS = (24, 3)  # at least so many in a loop, and so many for each that is under way
+
+ON_A_CPU = (
+    "On a CPU overheads decide about a model as small as this one (calls, Python, caches), not the roofline "
+    "of arithmetic and bandwidth: these ratios say nothing about GPUs or larger models."
+)
 
 Progress = Callable[[str, int, int], None]  # what is measured, parts done and all
 
@@ -106,6 +110,7 @@ class _Comparison:
 
     async def report(self) -> dict[str, Any]:
         directory, _ = find_model("tiny")
+        tokenizer = load_tokenizer(directory, required=True)
         model = load_denoiser(directory, dtype="float32", device="cpu")
         engine = await AsyncLLM.start(directory, dtype="float32", device="cpu")
         async with (
@@ -120,19 +125,22 @@ class _Comparison:
             self._num_parts = (self._repetitions * len(self._concurrencies) + 1) * len(systems)
             quality = {}
             for name, (target, policy) in systems.items():
-                jobs = answers(engine._llm, self._num_problems, policy, QUALITY_SEED)
+                jobs = answers(tokenizer, self._num_problems, policy, QUALITY_SEED)
                 quality[name] = await self._quality(name, target, jobs)
-            rates = [gemm_rate(model.model, RATE_PACKS)]
+            rate = max(gemm_rate(model.model, RATE_PACKS) for _ in range(2))
+            steadiness = Steadiness()
             for _ in range(self._repetitions):
                 for concurrency in self._concurrencies:
                     least, each = STEADY_REQUESTS
                     for name, (target, policy) in systems.items():
                         self._tell(f"{name}, {concurrency} at a time")
-                        jobs = answers(engine._llm, max(least, each * concurrency), policy)
-                        run = await closed_loop(target, jobs, concurrency)
-                        self._runs.setdefault((name, concurrency), []).append(figures(run))
-                rates.append(gemm_rate(model.model, RATE_PACKS))
-                content = self._content(quality, [twin.name for twin in twins], rates)
+                        jobs = answers(tokenizer, max(least, each * concurrency), policy)
+                        with Work() as work:
+                            run = await closed_loop(target, jobs, concurrency)
+                        found = figures(run) | work.figures(run.duration, rate)
+                        self._runs.setdefault((name, concurrency), []).append(found)
+                steadiness.look()
+                content = self._content(quality, [twin.name for twin in twins], steadiness)
                 self._keep(content)
         self._progress("done", self._num_parts, self._num_parts)
         return content
@@ -154,7 +162,7 @@ class _Comparison:
         self._done += 1
 
     def _content(
-        self, quality: dict[str, Any], twins: Sequence[str], rates: Sequence[float]
+        self, quality: dict[str, Any], twins: Sequence[str], steadiness: Steadiness
     ) -> dict[str, Any]:
         results = []
         for (name, concurrency), runs in self._runs.items():
@@ -170,7 +178,13 @@ class _Comparison:
                     "output_throughput": spread(speeds),
                     "median_e2el_ms": spread([run["median_e2el_ms"] for run in runs]),
                     "p99_e2el_ms": spread([run["p99_e2el_ms"] for run in runs]),
+                    "nfe": runs[0].get("nfe"),
                     "tokens_per_forward": runs[0].get("tokens_per_forward"),
+                    **{
+                        key: spread([run[key] for run in runs])
+                        for key in ("rows_per_forward", "gemm_utilization")
+                        if key in runs[0]
+                    },
                     "times_as_fast_as_twin": spread([a / b for a, b in zip(speeds, best, strict=True)]),
                 }
             )
@@ -180,12 +194,11 @@ class _Comparison:
             "model": "tiny",
             "twin": "tiny/twin",
             "workload": "sudoku4x4, sudoku6x6 and addition3 in turn",
-            "repetitions": len(rates) - 1,
+            "repetitions": len(steadiness.rates) - 1,
             "quality": quality,
             "results": results,
-            "gemm_gflop_per_second": [round(rate / 1e9, 2) for rate in rates],
             "crossovers": crossovers(results, quality, self._policies),
-            "notes": notes(rates),
+            "notes": [*([] if torch.cuda.is_available() else [ON_A_CPU]), *steadiness.notes()],
         }
 
 
@@ -210,23 +223,6 @@ def crossovers(
         else:
             before = ordered[ordered.index(wins[0]) - 1]
             told[policy] = f"slower than the twin from between {before} and {wins[0]} requests on ({solved})"
-    return told
-
-
-def notes(rates: Sequence[float]) -> list[str]:
-    """What a reader must know of the machine."""
-    told = []
-    if not torch.cuda.is_available():
-        told.append(
-            "On a CPU a step of a small model is dominated by what it costs to make it (launches, Python, "
-            "caches), not by arithmetic or bandwidth: ratios say nothing about GPUs or larger models."
-        )
-    change = max(rates) / min(rates) - 1
-    if change > UNSTEADY:
-        told.append(
-            f"The machine was busy or slowed down: its matrix rate changed by {100 * change:.0f} % "
-            f"between repetitions (median {statistics.median(rates) / 1e9:.0f} GFLOP/s)."
-        )
     return told
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,25 +19,22 @@ import torch
 from rich.table import Table
 
 from remask import AsyncLLM, InvalidRequest
-from remask.benchmarks.environment import environment_stamp
-from remask.benchmarks.serving.load import arrival_times, closed_loop, figures, open_loop
+from remask.benchmarks.environment import Steadiness, environment_stamp
+from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget, VllmTarget
+from remask.benchmarks.serving.load import Run, arrival_times, closed_loop, figures, open_loop
 from remask.benchmarks.serving.peer import PeerTarget
-from remask.benchmarks.serving.targets import (
-    ContinuousTarget,
-    EngineTarget,
-    GenerateTarget,
-    ServerTarget,
-    Target,
-    VllmTarget,
-)
+from remask.benchmarks.serving.server import ServerTarget
+from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
 from remask.benchmarks.throughput import Dtype, find_model
 from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
-from remask.benchmarks.workloads import workload
+from remask.benchmarks.utilization import Work, gemm_rate
+from remask.benchmarks.workloads import Job, workload
+from remask.llm import load_tokenizer
+from remask.workers.models.denoiser import load_denoiser
 from remask.workers.models.loading import read_config
 
 TARGETS = ("remask", "generate", "continuous", "vllm")
 BATCHING = {"generate": GenerateTarget, "vllm": VllmTarget}
-MAX_CONCURRENCY = 1024
 MAX_LEN = 512
 
 
@@ -112,25 +108,18 @@ def measure(options: LoadOptions, told: Callable[[], None] = lambda: None) -> di
 async def _measure(options: LoadOptions, told: Callable[[], None]) -> dict[str, Any]:
     environment = environment_stamp()
     directory, load_format = find_model(options.model)
-    async with AsyncExitStack() as stack:
-        server = None
-        if options.is_server:  # before anything is loaded
-            server = await asyncio.to_thread(ServerTarget, options.target, options.served_model)
-        engine = await AsyncLLM.start(directory, dtype=options.dtype, load_format=load_format)
-        target: Target = await stack.enter_async_context(EngineTarget(engine))
-        jobs = workload(options.workload, engine._llm, read_config(directory)[1], options.num_prompts)
-        if server is not None:
-            target = server
-        elif options.peer is not None or options.target != "remask":
-            target = await stack.enter_async_context(_other(options, directory))
+    tokenizer, config = load_tokenizer(directory, required=False), read_config(directory)[1]
+    jobs = workload(options.workload, tokenizer, config, options.num_prompts)
+    async with await asyncio.to_thread(_target, options, directory, load_format) as target:
         await closed_loop(target, jobs[:1], 1)  # what a first request sets up stays out of the times
-        if options.max_concurrency is not None:
-            run = await closed_loop(target, jobs, options.max_concurrency, told)
-        else:
-            arrivals = arrival_times(
-                options.num_prompts, options.request_rate, options.burstiness, options.seed
-            )
-            run = await open_loop(target, jobs, arrivals, told)
+        steadiness = Steadiness()
+        with Work() as work:
+            run = await _run(options, target, jobs, told)
+        steadiness.look()
+    rate = {}
+    if work.packs:
+        model = load_denoiser(directory, dtype=options.dtype, load_format=load_format)
+        rate = work.figures(run.duration, gemm_rate(model.model, work.sampled_packs()))
     return {
         "benchmark": "serve-load",
         "environment": environment,
@@ -142,17 +131,30 @@ async def _measure(options: LoadOptions, told: Callable[[], None]) -> dict[str, 
         "request_rate": None if math.isinf(options.request_rate) else options.request_rate,
         "burstiness": options.burstiness,
         **figures(run),
+        **rate,
+        "notes": steadiness.notes(),
     }
 
 
-def _other(options: LoadOptions, model: Path) -> Target:
+async def _run(options: LoadOptions, target: Target, jobs: Sequence[Job], told: Callable[[], None]) -> Run:
+    if options.max_concurrency is not None:
+        return await closed_loop(target, jobs, options.max_concurrency, told)
+    arrivals = arrival_times(options.num_prompts, options.request_rate, options.burstiness, options.seed)
+    return await open_loop(target, jobs, arrivals, told)
+
+
+def _target(options: LoadOptions, directory: Path, load_format: str) -> Target:
     max_requests = options.max_concurrency or options.num_prompts
     if options.peer is not None and options.peer_python is not None:
-        return PeerTarget(options.peer, options.peer_python, model, max_requests)
-    directory, dtype = options.baseline or TWIN_DIRECTORY, getattr(torch, options.dtype)
+        return PeerTarget(options.peer, options.peer_python, directory, max_requests)
+    if options.is_server:
+        return ServerTarget(options.target, options.served_model)
+    if options.target == "remask":
+        return EngineTarget(AsyncLLM(directory, dtype=options.dtype, load_format=load_format))
+    baseline, dtype = options.baseline or TWIN_DIRECTORY, getattr(torch, options.dtype)
     if options.target in BATCHING:
-        return BATCHING[options.target](directory, dtype, max_requests)
-    return ContinuousTarget(directory, dtype, max_requests, MAX_LEN)
+        return BATCHING[options.target](baseline, dtype, max_requests)
+    return ContinuousTarget(baseline, dtype, max_requests, MAX_LEN)
 
 
 def as_table(report: dict[str, Any]) -> Table:

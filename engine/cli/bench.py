@@ -157,9 +157,6 @@ def compare(
             keep=lambda so_far: write_report(so_far, output) if output is not None else None,
         )
     _show(report, as_table(report), output, json)
-    if not json:
-        for words in (*(f"{name}: {told}" for name, told in report["crossovers"].items()), *report["notes"]):
-            Console().print(words)
 
 
 @bench.command()
@@ -192,6 +189,8 @@ def _show(report: dict[str, Any], table: Table, output: Path | None, json: bool)
         sys.stdout.write(json_module.dumps(report) + "\n")
     else:
         Console().print(table)
+        for note in (*map(": ".join, report.get("crossovers", {}).items()), *report.get("notes", ())):
+            Console().print(note)
 
 
 @contextmanager

@@ -19,19 +19,14 @@ import torch
 
 from remask import AsyncLLM, InvalidRequest, SamplingParams, Unavailable
 from remask.benchmarks import report, workloads
+from remask.benchmarks.environment import Steadiness
 from remask.benchmarks.serving import compare
+from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget, VllmTarget
 from remask.benchmarks.serving.load import Run, Served, arrival_times, closed_loop, figures, open_loop
 from remask.benchmarks.serving.peer import ADAPTERS, PeerTarget
 from remask.benchmarks.serving.serve_load import LoadOptions, measure
-from remask.benchmarks.serving.targets import (
-    Answer,
-    ContinuousTarget,
-    EngineTarget,
-    GenerateTarget,
-    ServerTarget,
-    Target,
-    VllmTarget,
-)
+from remask.benchmarks.serving.server import ServerTarget
+from remask.benchmarks.serving.targets import Answer, EngineTarget, Target
 from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
 from remask.benchmarks.tiny.policies import POLICIES
 from remask.benchmarks.tiny.tasks import ADDITION
@@ -131,7 +126,7 @@ def engine() -> Iterator[AsyncLLM]:
 
 @pytest.fixture(scope="module")
 def jobs(engine: AsyncLLM) -> list[Job]:
-    return workloads.answers(engine._llm, 9, POLICIES["threshold 0.9"])
+    return workloads.answers(engine._llm.tokenizer, 9, POLICIES["threshold 0.9"])
 
 
 async def answers(target: Target, jobs: list[Job], concurrency: int) -> list[Answer]:
@@ -172,6 +167,10 @@ def test_the_engine_tells_forwards_and_visible_tokens(engine: AsyncLLM, jobs: li
 def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """An OpenAI-compatible server that streams one answer in two parts; what it was asked."""
     asked: list[dict[str, Any]] = []
+    everybody = threading.Barrier(40, timeout=20)
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -179,6 +178,8 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
         def do_POST(self) -> None:
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if asked[-1]["prompt"] == "all at once":
+                everybody.wait()
             if asked[-1]["prompt"] == "too long":
                 self.send_error(400, "the prompt is too long")
                 return
@@ -195,7 +196,7 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
         def log_message(self, *_: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+    with Server(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}", asked
         running.shutdown()
@@ -210,6 +211,12 @@ def test_a_server_is_asked_as_openai_says(server: tuple[str, list[dict[str, Any]
     assert "status 400" in found["errors"][0]
     assert [body["prompt"] for body in asked] == ["123+456=", [7, 8], "too long"]
     assert {(body["model"], body["max_tokens"], body["stream"]) for body in asked} == {("twin", 8, True)}
+
+
+def test_a_server_gets_as_many_requests_at_once_as_it_shall(server: tuple[str, list[Any]]) -> None:
+    jobs = [Job([1], JOB.params, "all at once")] * 40
+    found = figures(asyncio.run(closed_loop(ServerTarget(server[0]), jobs, 40)))
+    assert (found["completed"], found["failed"]) == (40, 0)
 
 
 def test_vllm_is_asked_for_greedy_tokens_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,8 +393,14 @@ def test_the_crossover_is_where_the_twin_wins_from_there_on() -> None:
 
 
 def test_a_machine_that_slows_down_is_told() -> None:
-    assert len(compare.notes([100e9, 96e9])) == 1
-    assert "changed by 25 %" in compare.notes([100e9, 80e9])[1]
+    steadiness = Steadiness()
+    steadiness.rates = [100e9, 96e9, 98e9]
+    assert steadiness.notes() == []
+    steadiness.rates.append(80e9)
+    (note,) = steadiness.notes()
+    assert "changed by 25 %" in note
+    steadiness.look()
+    assert steadiness.rates[-1] > 1e9
 
 
 @pytest.mark.parametrize(
@@ -407,15 +420,15 @@ def test_an_impossible_comparison_is_refused_by_name(arguments: dict[str, Any], 
 
 
 def test_conversations_become_requests(engine: AsyncLLM, tmp_path: Path) -> None:
-    llm, path = engine._llm, tmp_path / "conversations.json"
+    tokenizer, path = engine._llm.tokenizer, tmp_path / "conversations.json"
     turns = [("hello", "x" * 13), ("", "empty"), ("y" * 600, "too long"), ("again", "z")]
     told = [[{"from": "human", "value": one}, {"from": "gpt", "value": other}] for one, other in turns]
     path.write_text(json.dumps([{"conversations": pair} for pair in told]))
     config = workloads_config(engine)
-    found = workloads.workload(f"sharegpt:{path}", llm, config, 3)
+    found = workloads.workload(f"sharegpt:{path}", tokenizer, config, 3)
     assert [job.text for job in found] == ["hello", "again", "hello"]
     assert [job.params.max_tokens for job in found] == [16, 8, 16]
-    assert found[0].prompt == llm.tokenizer.encode("hello")  # type: ignore[union-attr]
+    assert found[0].prompt == tokenizer.encode("hello")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -435,9 +448,9 @@ def test_a_file_that_holds_no_conversations_is_refused(
     if content is not None:
         path.write_text(content)
     with pytest.raises(InvalidRequest, match=problem):
-        workloads.workload(f"sharegpt:{path}", engine._llm, workloads_config(engine), 3)
+        workloads.workload(f"sharegpt:{path}", engine._llm.tokenizer, workloads_config(engine), 3)
     with pytest.raises(InvalidRequest, match="needs its file"):
-        workloads.workload("sharegpt", engine._llm, workloads_config(engine), 3)
+        workloads.workload("sharegpt", engine._llm.tokenizer, workloads_config(engine), 3)
 
 
 def workloads_config(engine: AsyncLLM) -> Any:

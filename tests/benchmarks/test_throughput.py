@@ -28,9 +28,9 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_mixed_workload_is_seeded_and_mixed(golden_llm: LLM, golden_model: TransformerDenoiser) -> None:
-    jobs = workloads.mixed(golden_llm, golden_model.config, 60)
-    assert jobs == workloads.mixed(golden_llm, golden_model.config, 60)
-    assert jobs[:7] == workloads.mixed(golden_llm, golden_model.config, 7)
+    jobs = workloads.mixed(golden_llm.tokenizer, golden_model.config, 60)
+    assert jobs == workloads.mixed(golden_llm.tokenizer, golden_model.config, 60)
+    assert jobs[:7] == workloads.mixed(golden_llm.tokenizer, golden_model.config, 7)
     assert {job.params.max_tokens for job in jobs} == {16, 32, 64}
     assert {job.params.block_length for job in jobs} == {8, 16, 32}
     assert len({(str(job.params.unmask).split(":")[0], job.params.remask) for job in jobs}) == 3
@@ -68,7 +68,7 @@ def test_the_command_measures_the_embedded_model_on_puzzles(tmp_path: Path) -> N
 
 
 def test_a_difference_would_show(golden_model: TransformerDenoiser, golden_llm: LLM) -> None:
-    jobs = workloads.mixed(golden_llm, golden_model.config, 3)
+    jobs = workloads.mixed(golden_llm.tokenizer, golden_model.config, 3)
     baseline, engine = (
         throughput.Decoder(throughput.plain_loop_decoder(golden_model)),
         throughput.Decoder(throughput.engine_decoder(golden_llm), golden_model),
@@ -102,4 +102,4 @@ def test_bad_input_is_one_line_and_status_2(arguments: tuple[str, ...], message:
 
 def test_puzzles_need_a_tokenizer(golden_llm: LLM, golden_model: TransformerDenoiser) -> None:
     with pytest.raises(InvalidRequest, match="give a model with a tokenizer"):
-        workloads.workload("tiny", golden_llm, golden_model.config, 2)
+        workloads.workload("tiny", golden_llm.tokenizer, golden_model.config, 2)

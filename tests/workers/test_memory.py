@@ -190,7 +190,7 @@ def on_gpu() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("utilization", "others", "room"), [(1.0, 0, 6 << 30), (0.5, 0, 2 << 30), (1.0, 4 << 30, 2 << 30)]
+    ("utilization", "others", "room"), [(1.0, 0, 6 << 30), (0.75, 0, 4 << 30), (1.0, 2 << 30, 4 << 30)]
 )
 def test_rows_have_what_weights_others_and_the_reserve_leave(
     monkeypatch: pytest.MonkeyPatch, utilization: float, others: int, room: int

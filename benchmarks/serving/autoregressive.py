@@ -1,0 +1,179 @@
+"""Autoregressive checkpoints as targets: transformers' two ways to serve one, and vLLM's offline API.
+
+All decode greedily and end at an end-of-text token or at as many tokens as a canvas would have, so that they
+are asked for the same as the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remask import InvalidRequest, Unavailable
+from remask.benchmarks.serving.targets import Answer, BatchingTarget, Target
+from remask.benchmarks.workloads import Job
+
+
+class GenerateTarget(BatchingTarget):
+    """transformers' `generate`: batches are padded on the left.
+
+    Args:
+        directory: an autoregressive checkpoint with a tokenizer.
+        dtype: of its weights.
+        max_batch: requests of a batch.
+    """
+
+    name = "transformers generate"
+
+    def __init__(self, directory: Path, dtype: torch.dtype, max_batch: int) -> None:
+        self._model, self._tokenizer = load_causal(directory, dtype)
+        self.max_batch = max_batch
+        super().__init__()
+
+    @torch.inference_mode()
+    def generate(self, jobs: Sequence[Job]) -> list[Answer]:
+        ends, longest = eos_ids(self._model), max(len(job.prompt) for job in jobs)
+        pads = [longest - len(job.prompt) for job in jobs]
+        ids = torch.tensor([[ends[0]] * pad + job.prompt for pad, job in zip(pads, jobs, strict=True)])
+        mask = torch.arange(longest) >= torch.tensor(pads).unsqueeze(1)
+        device = self._model.device
+        out = self._model.generate(
+            ids.to(device),
+            attention_mask=mask.long().to(device),
+            max_new_tokens=max(job.params.max_tokens or 0 for job in jobs),
+            do_sample=False,
+            pad_token_id=ends[0],
+        )[:, longest:].tolist()
+        return [
+            _answer(row[: job.params.max_tokens], ends, self._tokenizer)
+            for row, job in zip(out, jobs, strict=True)
+        ]
+
+
+class VllmTarget(BatchingTarget):
+    """vLLM's offline API, where it is installed; arguments as for `GenerateTarget`.
+
+    Raises:
+        InvalidRequest: it is not.
+    """
+
+    name = "vllm"
+
+    def __init__(self, directory: Path, dtype: torch.dtype, max_batch: int) -> None:
+        try:
+            import vllm  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise InvalidRequest("target", "vllm", f"is not installed ({error}); pip install vllm") from None
+        self._params, self.max_batch = vllm.SamplingParams, max_batch
+        self._llm = vllm.LLM(str(directory), dtype=str(dtype).removeprefix("torch."))
+        super().__init__()
+
+    def generate(self, jobs: Sequence[Job]) -> list[Answer]:
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": job.prompt} for job in jobs],
+            [self._params(temperature=0, max_tokens=job.params.max_tokens) for job in jobs],
+            use_tqdm=False,
+        )
+        samples = [output.outputs[0] for output in outputs]
+        return [
+            Answer(s.text, len(s.token_ids) - (s.finish_reason == "stop"), len(s.token_ids)) for s in samples
+        ]
+
+
+class ContinuousTarget(Target):
+    """transformers' continuous batching: a paged cache, requests come and go between steps.
+
+    Args:
+        directory, dtype: as for `GenerateTarget`.
+        max_requests: that run at once.
+        max_len: tokens of the longest prompt and answer.
+    """
+
+    name = "transformers continuous batching"
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, max_requests: int = 64, max_len: int = 512
+    ) -> None:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # CPU memory, no psutil
+        model, self._tokenizer = load_causal(directory, dtype)
+        self._eos_ids, self._numbers = eos_ids(model), itertools.count()
+        page = 32
+        self._manager = model.init_continuous_batching(
+            generation_config=GenerationConfig(
+                do_sample=False,
+                eos_token_id=self._eos_ids,
+                pad_token_id=self._eos_ids[0],
+                max_new_tokens=max_len,
+            ),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=page,
+                num_blocks=max_requests * -(-max_len // page),
+                max_batch_tokens=max(max_len, 8 * max_requests),
+                max_requests_per_batch=max_requests,
+                allow_block_sharing=False,
+            ),
+        )
+        self._manager.start()
+
+    async def answer(self, job: Job) -> Answer:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def settle(output: Any) -> None:
+            if output.is_finished() and not future.done():
+                future.set_result(output)
+
+        request_id = f"job-{next(self._numbers)}"
+        self._manager.register_result_handler(request_id, settle)
+        added = self._manager.add_request(
+            job.prompt, request_id=request_id, max_new_tokens=job.params.max_tokens
+        )
+        if added is None:
+            raise Unavailable("continuous batching takes no requests any more")
+        output = await future
+        if output.error is not None:
+            raise Unavailable(output.error)
+        return _answer(output.generated_tokens, self._eos_ids, self._tokenizer)
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._manager.stop, block=True)
+
+
+def load_causal(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """An autoregressive checkpoint and its tokenizer, on a GPU where there is one.
+
+    Raises:
+        InvalidRequest: the directory holds none.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if not (directory / "config.json").is_file():
+        raise InvalidRequest("baseline", str(directory), "is not a checkpoint directory")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (ValueError, OSError) as error:
+        raise InvalidRequest("baseline", str(directory), f"cannot be loaded: {error}") from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def eos_ids(model: Any) -> list[int]:
+    """The ids that end a model's texts."""
+    found = model.config.eos_token_id
+    return [found] if isinstance(found, int) else list(found)
+
+
+def _answer(ids: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Answer:
+    """Of generated ids; each token took a forward, and so did the end."""
+    num_tokens = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    text = tokenizer.decode(ids[:num_tokens], skip_special_tokens=True)
+    return Answer(text, num_tokens, nfe=min(num_tokens + 1, len(ids)))
