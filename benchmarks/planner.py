@@ -281,9 +281,9 @@ def in_words(content: dict[str, Any]) -> list[str]:
     if content["crossover"] is None:
         told.append(f"{RIVAL} is slower at all these sizes, at {tokens:g} tokens a forward")
     else:
-        told.append(
-            f"{RIVAL} is faster from {content['crossover']} requests on, at {tokens:g} tokens a forward"
-        )
+        first = content["crossover"]
+        since = f"from {first} requests on" if first > 1 else "at any number of requests"
+        told.append(f"{RIVAL} is faster {since}, at {tokens:g} tokens a forward")
     told += [
         f"checked at {c['batch_size']}: {c['planned_ms']:.1f} ms planned, {c['real_ms']:.1f} ms real"
         for c in content.get("check", ())

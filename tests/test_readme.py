@@ -16,11 +16,14 @@ from remask.benchmarks import (
     batch_invariance,
     exactness,
     fp8_quality,
+    latency,
+    planner,
     ray_workers,
     scaling,
     scheduling,
     throughput,
 )
+from remask.benchmarks.serving import compare
 from remask.benchmarks.tiny import evaluate
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 
@@ -31,7 +34,7 @@ COMMANDS = [
     line
     for language, block in BLOCKS
     for line in block.splitlines()
-    if language == "bash" and "remask " in line and "/models/" not in line and "remask bench" not in line
+    if language == "bash" and "remask " in line and not re.search("/models/|remask bench|--gpu this", line)
 ]
 
 
@@ -164,6 +167,35 @@ def test_what_fp8_costs_is_the_committed_measurement() -> None:
     assert table(f"| {' | '.join(fp8_quality.HEADER)} |") == [fp8_quality.cells(result) for result in results]
     worst = min(result["fp8_minus_bfloat16"] for result in results)
     assert f"cost up to {-100 * worst:.1f} points" in README.replace("\n", " ")
+
+
+def test_the_comparison_with_the_twin_is_the_committed_measurement() -> None:
+    report = json.loads((ROOT / "benchmarks/results/compare.json").read_text())
+    rows = [compare.table_cells(result, report["quality"]) for result in compare.ordered(report)]
+    assert table(f"| {' | '.join(compare.HEADER)} |") == rows
+    for policy, words in report["crossovers"].items():
+        assert f"- {policy}: {words}" in README
+    assert report["repetitions"] == 5
+    assert {result["failed"] for result in report["results"]} == {0}
+    assert {quality["problems"] for quality in report["quality"].values()} == {256}
+
+
+def test_the_latency_table_is_the_committed_measurement() -> None:
+    report = json.loads((ROOT / "benchmarks/results/latency.json").read_text())
+    rows = [latency.cells(name, result) for name, result in report["results"].items()]
+    assert table(f"| {' | '.join(latency.HEADER)} |") == rows
+    assert report["batch_size"] == 1
+
+
+def test_the_plan_is_the_planners_and_within_its_bound_on_a_real_machine() -> None:
+    text = README.replace("\n", " ")
+    planned = planner.report("llada-8b", "h200", planner.Load(128, 256, 32, 3.0), "bfloat16")
+    assert f"the knee is {planned['knee_rows']} rows" in text
+    assert f"the crossover is at {planned['crossover']} requests" in text
+    checked = json.loads((ROOT / "benchmarks/results/plan.json").read_text())["check"]
+    worst = max(abs(check["planned_over_real"] - 1) for check in checked)
+    assert f"the plan is off by at most {100 * worst:.0f} %" in text
+    assert worst <= 0.2
 
 
 def test_the_figures_of_ray_are_the_committed_measurements_and_within_their_bounds() -> None:

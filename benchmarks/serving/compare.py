@@ -38,7 +38,7 @@ CONCURRENCIES = (1, 4, 16, 64)
 QUALITY_SEED = 2**31 + 7
 MAX_LEN = 128  # tokens of the longest problem and answer
 RATE_PACKS = [(512, 256)] * 8
-STEADY_REQUESTS = (24, 3)  # at least so many in a loop, and so many for each that is under way
+STEADY_REQUESTS = (60, 3)  # at least so many in a loop, and so many for each that is under way
 
 ON_A_CPU = (
     "On a CPU overheads decide about a model as small as this one (calls, Python, caches), not the roofline "
