@@ -245,10 +245,11 @@ def errors(
     return compared.errors
 
 
-def test_steps_attend_as_a_dense_mask_says_in_fp32(
-    golden_model: TransformerDenoiser, dense_attention: AttentionBackend
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)], ids=str)
+def test_steps_attend_as_a_dense_mask_says(
+    golden_model: TransformerDenoiser, dense_attention: AttentionBackend, dtype: torch.dtype, bound: float
 ) -> None:
-    assert max(errors(SdpaAttention(), dense_attention, golden_model, torch.float32)) < 1e-5
+    assert max(errors(SdpaAttention(), dense_attention, golden_model, dtype)) < bound
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter, beside a stand-in on the CPU")
