@@ -175,7 +175,7 @@ def test_the_comparison_with_the_twin_is_the_committed_measurement() -> None:
     assert table(f"| {' | '.join(compare.HEADER)} |") == rows
     for policy, words in report["crossovers"].items():
         assert f"- {policy}: {words}" in README
-    assert report["repetitions"] == 5
+    assert report["repetitions"] == 9
     assert {result["failed"] for result in report["results"]} == {0}
     assert {quality["problems"] for quality in report["quality"].values()} == {256}
 

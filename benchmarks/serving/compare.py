@@ -38,7 +38,8 @@ CONCURRENCIES = (1, 4, 16, 64)
 QUALITY_SEED = 2**31 + 7
 MAX_LEN = 128  # tokens of the longest problem and answer
 RATE_PACKS = [(512, 256)] * 8
-STEADY_REQUESTS = (60, 3)  # at least so many in a loop, and so many for each that is under way
+REPETITIONS = 9
+STEADY_REQUESTS = (36, 2)  # at least so many in a loop, and so many for each that is under way
 
 ON_A_CPU = (
     "On a CPU overheads decide about a model as small as this one (calls, Python, caches), not the roofline "
@@ -67,7 +68,7 @@ def measure(
     *,
     policies: Sequence[str] = DEFAULT_POLICIES,
     concurrencies: Sequence[int] = CONCURRENCIES,
-    repetitions: int = 5,
+    repetitions: int = REPETITIONS,
     num_problems: int = 256,
     progress: Progress = lambda *_: None,
     keep: Callable[[dict[str, Any]], None] = lambda _: None,

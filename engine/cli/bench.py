@@ -125,7 +125,7 @@ def compare(
     concurrency: Annotated[
         list[int] | None, typer.Option(help="Requests at a time; may be repeated.  [default: 1, 4, 16, 64]")
     ] = None,
-    repetitions: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
+    repetitions: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 9,
     num_problems: Annotated[int, typer.Option(help="That quality is measured on.")] = 256,
     output: Output = None,
     json: AsJson = False,
