@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from remask import AsyncLLM, InvalidRequest
+from remask import AsyncLLM, InvalidRequest, Unavailable
 from remask.benchmarks.environment import Steadiness, environment_stamp
 from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget
 from remask.benchmarks.serving.load import closed_loop, figures
@@ -112,8 +112,8 @@ class _Comparison:
     async def report(self) -> dict[str, Any]:
         directory, _ = find_model("tiny")
         tokenizer = load_tokenizer(directory, required=True)
-        model = load_denoiser(directory, dtype="float32", device="cpu")
-        engine = await AsyncLLM.start(directory, dtype="float32", device="cpu")
+        model = load_denoiser(directory, dtype="float32")
+        engine = await AsyncLLM.start(directory, dtype="float32")
         async with (
             EngineTarget(engine) as ours,
             GenerateTarget(TWIN_DIRECTORY, torch.float32, max_batch=max(self._concurrencies)) as static,
@@ -138,7 +138,7 @@ class _Comparison:
                         jobs = answers(tokenizer, max(least, each * concurrency), policy)
                         with Work() as work:
                             run = await closed_loop(target, jobs, concurrency)
-                        found = figures(run) | work.figures(run.duration, rate)
+                        found = _answered(name, figures(run)) | work.figures(run.duration, rate)
                         self._runs.setdefault((name, concurrency), []).append(found)
                 steadiness.look()
                 content = self._content(quality, [twin.name for twin in twins], steadiness)
@@ -148,8 +148,8 @@ class _Comparison:
 
     async def _quality(self, name: str, target: Target, jobs: Sequence[Job]) -> dict[str, Any]:
         self._tell(f"{name}, quality")
-        found = figures(await closed_loop(target, jobs, max(self._concurrencies)))
-        solved = found.get("solved", float("nan"))
+        found = _answered(name, figures(await closed_loop(target, jobs, max(self._concurrencies))))
+        solved = found["solved"]
         error = (solved * (1 - solved) / len(jobs)) ** 0.5
         return {
             "solved": solved,
@@ -201,6 +201,13 @@ class _Comparison:
             "crossovers": crossovers(results, quality, self._policies),
             "notes": [*([] if torch.cuda.is_available() else [ON_A_CPU]), *steadiness.notes()],
         }
+
+
+def _answered(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a run. Raises Unavailable where nothing was answered."""
+    if not found["completed"]:
+        raise Unavailable(f"{name} answered nothing: {found['errors'][0]}")
+    return found
 
 
 def crossovers(

@@ -379,6 +379,12 @@ def test_the_comparison_measures_quality_and_speed_of_both(tmp_path: Path) -> No
     assert found["crossovers"]["threshold 0.9"] in page
 
 
+def test_a_target_that_answers_nothing_ends_the_comparison_in_one_line() -> None:
+    found = figures(asyncio.run(closed_loop(Counting(0.0), [Job([1], JOB.params)], 1)))
+    with pytest.raises(Unavailable, match="twin answered nothing: ValueError: one token is too few"):
+        compare._answered("twin", found)
+
+
 def test_the_crossover_is_where_the_twin_wins_from_there_on() -> None:
     def told(*ratios: float) -> str:
         results = [

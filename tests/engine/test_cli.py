@@ -69,13 +69,6 @@ def test_a_preset_gives_way_to_options() -> None:
     assert json.loads(faster.stdout)["outputs"][0]["nfe"] < 40
 
 
-def test_products_in_fp8() -> None:
-    run = remask(
-        "generate", "123+456=", "--max-tokens", "8", "--dtype", "bfloat16", "--quantization", "fp8", "--json"
-    )
-    assert [text[:4] for text in texts(run)] == ["0579"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

