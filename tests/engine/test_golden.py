@@ -50,12 +50,7 @@ def test_there_are_104_cases(golden_cases: list[Case]) -> None:
     assert {case["policy"] for case in golden_cases} == {"llada", "fastdllm", "wino"}
 
 
-def test_each_case_alone(golden_llm: LLM, golden_cases: list[Case]) -> None:
-    for case in golden_cases:
-        check(golden_llm, [case])
-
-
-@pytest.mark.parametrize(("max_num_rows", "burst"), [(1 << 20, 1), (300, None), (1, 3)])
+@pytest.mark.parametrize(("max_num_rows", "burst"), [(300, None), (1, 3)], ids=["few at a time", "alone"])
 def test_all_cases_in_one_call_in_any_order_under_any_budget(
     golden_checkpoint: Path, golden_cases: list[Case], max_num_rows: int, burst: int | None
 ) -> None:
