@@ -21,14 +21,13 @@ from remask import LLM
 from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.throughput import write_report
 from remask.benchmarks.tiny.evaluate import TASKS, problems
-from remask.benchmarks.tiny.policies import params
+from remask.benchmarks.tiny.policies import COMPARED, params
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "fp8": {"dtype": "bfloat16", "quantization": "fp8"},
 }
-POLICIES = ("one token a step", "threshold 0.9", "WINO 0.7/0.9")
 HEADER = (
     "task",
     "policy",
@@ -104,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = []
     for task in args.tasks:
-        for policy in POLICIES:
+        for policy in COMPARED:
             results.append(compare(policy, task, args.count))
             Console().print(" | ".join(cells(results[-1])), soft_wrap=True)
     write_report({"environment": environment_stamp(), "results": results}, args.output)

@@ -66,7 +66,6 @@ class Machine:
         overhead: seconds of a step, whatever it computes.
     """
 
-    name: str
     flops_per_second: float
     bytes_per_second: float
     overhead: float
@@ -74,7 +73,7 @@ class Machine:
 
 # Dense bf16 TFLOP/s and GB/s, from the makers' data sheets.
 GPUS = {
-    name: Machine(name, MATRIX_SHARE * tflops * 1e12, MEMORY_SHARE * gigabytes * 1e9, GPU_OVERHEAD)
+    name: Machine(MATRIX_SHARE * tflops * 1e12, MEMORY_SHARE * gigabytes * 1e9, GPU_OVERHEAD)
     for name, tflops, gigabytes in (
         ("a100-80gb", 312, 2039),
         ("l40s", 362, 864),
@@ -183,11 +182,11 @@ def measure_machine(model: TransformerDenoiser) -> Machine:
     device = model.device
     rate = max(gemm_rate(model.model, [(rows, rows // 8) for rows in MEASURED_ROWS]) for _ in range(2))
     bandwidth = timing.bytes_per_second(device, 1 << 28)
-    bare = Machine("this", rate, bandwidth, 0.0)
+    bare = Machine(rate, bandwidth, 0.0)
     load = Load(16, 16, 16, 1.0)
     taken = measured_step(model, 1, load)
     expected = step_seconds(bare, model.config, model.model.embedding.element_size(), 1, load)
-    return Machine("this", rate, bandwidth, max(0.0, taken - expected))
+    return Machine(rate, bandwidth, max(0.0, taken - expected))
 
 
 def measured_step(model: TransformerDenoiser, batch: int, load: Load) -> float:
@@ -248,7 +247,7 @@ def report(model: str, gpu: str, load: Load, dtype: str, check_batches: Sequence
         machine = GPUS[gpu]
     else:
         raise InvalidRequest("gpu", gpu, f"unknown; {did_you_mean(gpu, [*GPUS, 'this'])}")
-    return {
+    content = {
         "benchmark": "plan",
         "environment": environment_stamp(),
         "model": model,
@@ -261,6 +260,7 @@ def report(model: str, gpu: str, load: Load, dtype: str, check_batches: Sequence
         **plan(machine, config, itemsize, load),
         **({"check": checked} if checked else {}),
     }
+    return {**content, "notes": in_words(content)}
 
 
 def as_table(content: dict[str, Any]) -> Table:

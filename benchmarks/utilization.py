@@ -103,6 +103,12 @@ def visible_pairs(layout: VarlenLayout) -> int:
     return main + sum(int(shadow.mask.sum()) for shadow in layout.shadows)
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has nothing to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.inference_mode()
 def gemm_rate(model: Transformer, packs: list[tuple[int, int]]) -> float:
     """Arithmetic a second of the linear layers alone, for packs of these sizes."""
@@ -110,8 +116,10 @@ def gemm_rate(model: Transformer, packs: list[tuple[int, int]]) -> float:
     for num_rows, num_candidates in packs:
         flops += linear_flops(model.config, num_rows, num_candidates)
         inputs = linear_inputs(model, num_rows, num_candidates)
+        wait(model.embedding.device)
         started = time.perf_counter()
         run_linear_layers(model, num_rows, num_candidates, inputs)
+        wait(model.embedding.device)
         seconds += time.perf_counter() - started
     return flops / seconds
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from remask.benchmarks.utilization import linear_flops, linear_inputs, run_linear_layers
+from remask.benchmarks.utilization import linear_flops, linear_inputs, run_linear_layers, wait
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import SamplingParams, resolve
@@ -18,12 +18,6 @@ from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.worker import Launched, NotRun, Worker
 
 BLOCK_LEN = 32
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has nothing to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds(function: Callable[[], object], device: torch.device, *, least: float = 0.2) -> float:

@@ -97,9 +97,7 @@ class ContinuousTarget(Target):
 
     name = "transformers continuous batching"
 
-    def __init__(
-        self, directory: Path, dtype: torch.dtype, max_requests: int = 64, max_len: int = 512
-    ) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, max_requests: int, max_len: int) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # CPU memory, no psutil

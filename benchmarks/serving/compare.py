@@ -26,14 +26,13 @@ from remask.benchmarks.serving.load import closed_loop, figures
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
 from remask.benchmarks.throughput import find_model, spread
 from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
-from remask.benchmarks.tiny.policies import POLICIES
+from remask.benchmarks.tiny.policies import COMPARED, POLICIES
 from remask.benchmarks.utilization import Work, gemm_rate
 from remask.benchmarks.workloads import Job, answers
 from remask.llm import load_tokenizer
 from remask.scheduler.errors import did_you_mean
 from remask.workers.models.denoiser import load_denoiser
 
-DEFAULT_POLICIES = ("one token a step", "threshold 0.9", "WINO 0.7/0.9")
 CONCURRENCIES = (1, 4, 16, 64)
 QUALITY_SEED = 2**31 + 7
 MAX_LEN = 128  # tokens of the longest problem and answer
@@ -66,7 +65,7 @@ def check_arguments(
 
 def measure(
     *,
-    policies: Sequence[str] = DEFAULT_POLICIES,
+    policies: Sequence[str] = COMPARED,
     concurrencies: Sequence[int] = CONCURRENCIES,
     repetitions: int = REPETITIONS,
     num_problems: int = 256,

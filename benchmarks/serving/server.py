@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from remask import Unavailable
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, Answer, Target
@@ -24,15 +23,13 @@ class ServerTarget(Target):
     Args:
         url: up to but without `/v1`.
         model: what its requests name; None: the first that the server lists.
-        extra: fields of every request, such as the policy of a diffusion model.
 
     Raises:
         Unavailable: the server does not answer.
     """
 
-    def __init__(self, url: str, model: str | None = None, extra: dict[str, Any] | None = None) -> None:
-        self._url, self._extra = url.rstrip("/").removesuffix("/v1"), extra or {}
-        self.name = self._url
+    def __init__(self, url: str, model: str | None = None) -> None:
+        self.name = self._url = url.rstrip("/").removesuffix("/v1")
         try:
             with urllib.request.urlopen(f"{self._url}/v1/models", timeout=CONNECT_SECONDS) as response:
                 models = json.load(response)["data"]
@@ -59,7 +56,6 @@ class ServerTarget(Target):
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **self._extra,
         }
         request = urllib.request.Request(
             f"{self._url}/v1/completions",

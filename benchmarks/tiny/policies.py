@@ -16,6 +16,7 @@ POLICIES: dict[str, dict[str, str]] = {
 }
 
 
+COMPARED = ("one token a step", "threshold 0.9", "WINO 0.7/0.9")  # careful, bold, and bold with repairs
 ROOM = 4  # tokens of the canvas behind the longest answer, for the end-of-text token
 
 

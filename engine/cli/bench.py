@@ -41,9 +41,9 @@ def throughput(
     """The engine against a plain loop and a static batch over the same weights, on one CPU thread."""
     from remask.benchmarks.throughput import as_table, measure
 
-    _one_thread()
+    one_thread()
     report = measure(model, workload, num_requests, repetitions, dtype or ["float32", "bfloat16"])  # type: ignore[arg-type]
-    _show(report, as_table(report), output, json)
+    show(report, as_table(report), output, json)
 
 
 @bench.command()
@@ -60,9 +60,9 @@ def latency(
     """One batch through the engine and through the published code's way of decoding, on one CPU thread."""
     from remask.benchmarks.latency import as_table, measure
 
-    _one_thread()
+    one_thread()
     report = measure(model, workload, batch_size, num_iters, num_iters_warmup, dtype)  # type: ignore[arg-type]
-    _show(report, as_table(report), output, json)
+    show(report, as_table(report), output, json)
 
 
 @bench.command()
@@ -92,7 +92,7 @@ def serve_load(
     """Requests in time on the engine, an autoregressive model or a server; vLLM's keys."""
     from remask.benchmarks.serving.serve_load import LoadOptions, as_table, measure
 
-    _one_thread()
+    one_thread()
     options = LoadOptions(
         target=target,
         model=model,
@@ -111,7 +111,7 @@ def serve_load(
     options.check()
     with _progress(num_prompts) as bar:
         report = measure(options, lambda: bar.advance(bar.task_ids[0]))
-    _show(report, as_table(report), output, json)
+    show(report, as_table(report), output, json)
     if not report["completed"]:
         sys.exit(1)
 
@@ -133,15 +133,15 @@ def compare(
     """The embedded model against its autoregressive twin: quality, speed and latency over concurrencies."""
     from remask.benchmarks.serving.compare import (
         CONCURRENCIES,
-        DEFAULT_POLICIES,
         as_table,
         check_arguments,
         measure,
     )
     from remask.benchmarks.throughput import write_report
+    from remask.benchmarks.tiny.policies import COMPARED
 
-    _one_thread()
-    policies, concurrencies = policy or DEFAULT_POLICIES, concurrency or CONCURRENCIES
+    one_thread()
+    policies, concurrencies = policy or COMPARED, concurrency or CONCURRENCIES
     check_arguments(policies, concurrencies, repetitions, num_problems)
     with _progress(None) as bar:
 
@@ -156,7 +156,7 @@ def compare(
             progress=told,
             keep=lambda so_far: write_report(so_far, output) if output is not None else None,
         )
-    _show(report, as_table(report), output, json)
+    show(report, as_table(report), output, json)
 
 
 @bench.command()
@@ -173,14 +173,15 @@ def report(
         typer.echo(str(path))
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
     """The same number of threads for everybody who is measured."""
     import torch
 
     torch.set_num_threads(1)
 
 
-def _show(report: dict[str, Any], table: Table, output: Path | None, json: bool) -> None:
+def show(report: dict[str, Any], table: Table, output: Path | None, json: bool) -> None:
+    """Writes a report where asked, and prints it: as JSON, or the table and what is to be said of it."""
     from remask.benchmarks.throughput import write_report
 
     if output is not None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from remask.cli.bench import one_thread, show
 from remask.scheduler.errors import InvalidRequest
 
 
@@ -38,20 +36,9 @@ def plan(
     if check and gpu != "this":
         raise InvalidRequest("check", check, "needs --gpu this")
 
-    import torch
+    from remask.benchmarks.planner import as_table, load_of, report
 
-    from remask.benchmarks.planner import as_table, in_words, load_of, report
-    from remask.benchmarks.throughput import write_report
-
-    torch.set_num_threads(1)
+    one_thread()
     load = load_of(workload, prompt_len, canvas_len, block_len, tokens_per_forward)
     content = report(model, gpu, load, dtype, check or ())
-    if output is not None:
-        write_report(content, output)
-    if json:
-        sys.stdout.write(json_module.dumps(content) + "\n")
-        return
-    console = Console()
-    console.print(as_table(content))
-    for words in in_words(content):
-        console.print(words)
+    show(content, as_table(content), output, json)

@@ -37,7 +37,7 @@ def test_weights_are_those_of_the_model_without_its_embedding_and_norms(
 
 
 def test_a_step_is_bound_by_memory_up_to_the_knee_and_by_arithmetic_beyond() -> None:
-    machine = Machine("round", 1e14, 1e12, 1e-3)
+    machine = Machine(1e14, 1e12, 1e-3)
     knee = planner.knee_rows(machine, LLADA, 2)
     one = Load(1, 1, 1, 1.0)
     floor = planner.weight_bytes(LLADA, 2) / 1e12 + 1e-3
