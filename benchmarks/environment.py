@@ -58,6 +58,11 @@ def _commit() -> str | None:
         return None
 
 
+def unfinished(done: int, asked: int, what: str) -> list[str]:
+    """The note of a report that was kept on the way; empty for a finished one."""
+    return [] if done == asked else [f"Not finished: {done} of {asked} {what}."]
+
+
 class Steadiness:
     """Whether the machine stayed as fast as it was: the rate of a matrix product, looked at now and then."""
 

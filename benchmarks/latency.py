@@ -16,10 +16,12 @@ import numpy as np
 from rich.table import Table
 
 from remask import LLM, InvalidRequest
-from remask.benchmarks.environment import Steadiness, environment_stamp
+from remask.benchmarks.environment import Steadiness, environment_stamp, unfinished
+from remask.benchmarks.plain_canvas import Decoded
 from remask.benchmarks.throughput import (
     Decoder,
     Dtype,
+    Keep,
     check_arguments,
     engine_decoder,
     find_model,
@@ -27,7 +29,7 @@ from remask.benchmarks.throughput import (
     spread,
     static_batch_decoder,
 )
-from remask.benchmarks.utilization import gemm_rate
+from remask.benchmarks.utilization import NOT_COUNTED
 from remask.benchmarks.workloads import workload
 from remask.workers.models.denoiser import load_denoiser
 
@@ -36,9 +38,16 @@ PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 def measure(
-    model: str, workload_name: str, batch_size: int, num_iters: int, num_iters_warmup: int, dtype: Dtype
+    model: str,
+    workload_name: str,
+    batch_size: int,
+    num_iters: int,
+    num_iters_warmup: int,
+    dtype: Dtype,
+    keep: Keep = lambda _: None,
 ) -> dict[str, Any]:
-    """The report: environment, arguments and the figures of engine and baseline.
+    """The report: environment, arguments and the figures of engine and baseline; `keep` gets it after every
+    iteration.
 
     Raises:
         InvalidRequest: an argument cannot be, or the model cannot be loaded or does not fit the workload.
@@ -53,47 +62,45 @@ def measure(
     with LLM(directory, dtype=dtype, load_format=load_format) as llm:
         denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
         jobs = workload(workload_name, llm.tokenizer, denoiser.config, batch_size)
-        baseline = "plain loop" if batch_size == 1 else "static batch"
-        decoders = {
-            "engine": Decoder(engine_decoder(llm)),
-            baseline: Decoder((plain_loop_decoder if batch_size == 1 else static_batch_decoder)(denoiser)),
-        }
-        for decoder in decoders.values():
-            for _ in range(num_iters_warmup):
-                decoder.run(jobs)
+        name = "plain loop" if batch_size == 1 else "static batch"
+        engine = Decoder(engine_decoder(llm), denoiser)
+        baseline = Decoder((plain_loop_decoder if batch_size == 1 else static_batch_decoder)(denoiser))
+        for _ in range(num_iters_warmup):
+            engine.run(jobs)
+            baseline.run(jobs)
         steadiness = Steadiness()
-        for _ in range(num_iters):
-            for decoder in decoders.values():
-                decoder.repeat(jobs)
-        steadiness.look()
-        packs = decoders["engine"].work.sampled_packs()
-        rates = {"engine": gemm_rate(denoiser.model, packs)}
-    return {
-        "benchmark": "latency",
-        "environment": environment,
-        "model": model,
-        "dtype": dtype,
-        "attention_backend": denoiser.attention.name,
-        "workload": workload_name,
-        "batch_size": batch_size,
-        "notes": steadiness.notes(),
-        "results": {
-            name: _figures(decoder, decoders[baseline].seconds, rates.get(name))
-            for name, decoder in decoders.items()
-        },
-    }
+        for done in range(1, num_iters + 1):
+            engine.repeat(jobs)
+            baseline.repeat(jobs)
+            steadiness.look()
+            counted = [] if engine.rates else [NOT_COUNTED]
+            content = {
+                "benchmark": "latency",
+                "environment": environment,
+                "model": model,
+                "dtype": dtype,
+                "attention_backend": denoiser.attention.name,
+                "workload": workload_name,
+                "batch_size": batch_size,
+                "notes": [*unfinished(done, num_iters, "iterations"), *counted, *steadiness.notes()],
+                "results": {
+                    label: _timed(decoder.seconds, baseline.seconds, decoder.written)
+                    | decoder.figures(jobs, denoiser.config.eos_ids, llm.tokenizer)
+                    for label, decoder in (("engine", engine), (name, baseline))
+                },
+            }
+            keep(content)
+    return content
 
 
-def _figures(decoder: Decoder, baseline: Sequence[float], rate: float | None) -> dict[str, Any]:
-    seconds, num_steps = decoder.seconds, max(decoded.nfe for decoded in decoder.written)
+def _timed(seconds: Sequence[float], baseline: Sequence[float], written: Sequence[Decoded]) -> dict[str, Any]:
+    """Times of a decoder beside those of the baseline."""
+    num_steps = max(decoded.nfe for decoded in written)
     return {
         "avg_latency": round(float(np.mean(seconds)), 5),
         "latencies": [round(value, 5) for value in seconds],
         "percentiles": {str(p): round(float(np.percentile(seconds, p)), 5) for p in PERCENTILES},
-        "nfe": sum(decoded.nfe for decoded in decoder.written),
         "ms_per_step": round(1000 * float(np.median(seconds)) / num_steps, 3),
-        "rows_per_forward": round(decoder.work.rows_per_forward, 1),
-        **({} if rate is None else decoder.work.figures(float(np.median(seconds)), rate)),
         "times_as_fast": spread([a / b for a, b in zip(baseline, seconds, strict=True)]),
     }
 

@@ -26,13 +26,14 @@ from rich.table import Table
 
 from remask import LLM, InvalidRequest
 from remask.benchmarks import plain_loop, static_batch
-from remask.benchmarks.environment import Steadiness, environment_stamp
+from remask.benchmarks.environment import Steadiness, environment_stamp, unfinished
 from remask.benchmarks.plain_canvas import Decoded
-from remask.benchmarks.utilization import Work, gemm_rate
+from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import Job, workload
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
 Dtype = Literal["float32", "bfloat16"]
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Decoder:
         model: whose matrix rate its work is compared with; None for the baselines.
         written: what the last repetition wrote.
         work: what the last repetition forwarded.
-        seconds, rates: of each repetition.
+        seconds, rates: of each repetition; no rates where the work was not counted.
     """
 
     run: Callable[[Sequence[Job]], list[Decoded]]
@@ -60,9 +61,36 @@ class Decoder:
             started = time.perf_counter()
             self.written = self.run(jobs)
             self.seconds.append(time.perf_counter() - started)
-        if self.model is not None:
+        if self.model is not None and work.packs:
             self.rates.append(gemm_rate(self.model.model, work.sampled_packs()))
         self.work = work
+
+    def figures(self, jobs: Sequence[Job], stop_ids: Sequence[int], tokenizer: Any) -> dict[str, Any]:
+        """What was written in the last repetition and with how many forwards; of all repetitions the share of
+        the matrix rate that was used; and where answers can be judged, the share that is right."""
+        visible = [_visible(decoded.token_ids, stop_ids) for decoded in self.written]
+        num_visible, nfe = sum(map(len, visible)), sum(decoded.nfe for decoded in self.written)
+        found: dict[str, Any] = {
+            "visible_tokens": num_visible,
+            "nfe": nfe,
+            "tokens_per_forward": round(num_visible / nfe, 3),
+            **self.work.rows(),
+        }
+        if self.rates:
+            pairs = zip(self.seconds, self.rates, strict=True)
+            found |= {
+                "needed_gflop": round(self.work.flops / 1e9, 2),
+                "gemm_gflop_per_second": [round(rate / 1e9, 2) for rate in self.rates],
+                "gemm_utilization": spread([self.work.flops / (s * rate) for s, rate in pairs]),
+            }
+        if all(job.puzzle is not None for job in jobs):
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in visible]
+            right = [
+                job.puzzle is not None and job.puzzle.is_correct(job.text or "", text)
+                for job, text in zip(jobs, texts, strict=True)
+            ]
+            found["solved"] = round(statistics.mean(right), 4)
+        return found
 
 
 def find_model(name: str) -> tuple[Path, Literal["auto", "dummy"]]:
@@ -83,9 +111,15 @@ def check_arguments(num_requests: int, repetitions: int, dtypes: Sequence[str]) 
 
 
 def measure(
-    model: str, workload_name: str, num_requests: int, repetitions: int, dtypes: Sequence[Dtype]
+    model: str,
+    workload_name: str,
+    num_requests: int,
+    repetitions: int,
+    dtypes: Sequence[Dtype],
+    keep: Keep = lambda _: None,
 ) -> dict[str, Any]:
-    """The report: environment, arguments and the figures of each decoder.
+    """The report: environment, arguments and the figures of each decoder; `keep` gets it after every
+    repetition, so that an interrupted run loses one.
 
     Raises:
         InvalidRequest: an argument cannot be, or the model cannot be loaded or does not fit the workload.
@@ -106,22 +140,25 @@ def measure(
     for decoder in decoders.values():
         decoder.run(jobs[:1])  # what a first forward sets up stays out of the times
     steadiness = Steadiness()
-    for _ in range(repetitions):
+    for done in range(1, repetitions + 1):
         for decoder in decoders.values():
             decoder.repeat(jobs)
         steadiness.look()
-    return {
-        "benchmark": "throughput",
-        "environment": environment,
-        "model": model,
-        "attention_backend": denoiser.attention.name,
-        "num_parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
-        "workload": workload_name,
-        "num_requests": num_requests,
-        "repetitions": repetitions,
-        "notes": steadiness.notes(),
-        "results": _results(decoders, jobs, denoiser.config.eos_ids, llm.tokenizer),
-    }
+        counted = [] if all(d.rates for d in decoders.values() if d.model is not None) else [NOT_COUNTED]
+        content = {
+            "benchmark": "throughput",
+            "environment": environment,
+            "model": model,
+            "attention_backend": denoiser.attention.name,
+            "num_parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
+            "workload": workload_name,
+            "num_requests": num_requests,
+            "repetitions": done,
+            "notes": [*unfinished(done, repetitions, "repetitions"), *counted, *steadiness.notes()],
+            "results": _results(decoders, jobs, denoiser.config.eos_ids, llm.tokenizer),
+        }
+        keep(content)
+    return content
 
 
 def plain_loop_decoder(model: TransformerDenoiser) -> Callable[[Sequence[Job]], list[Decoded]]:
@@ -151,10 +188,8 @@ def _results(
     )
     results = {}
     for name, decoder in decoders.items():
-        visible = [_visible(decoded.token_ids, stop_ids) for decoded in decoder.written]
-        num_visible, nfe = sum(map(len, visible)), sum(decoded.nfe for decoded in decoder.written)
-        elapsed = statistics.median(decoder.seconds)
-        total = num_visible + sum(len(job.prompt) for job in jobs)
+        elapsed, written = statistics.median(decoder.seconds), decoder.figures(jobs, stop_ids, tokenizer)
+        total = written["visible_tokens"] + sum(len(job.prompt) for job in jobs)
         equal = [ours == theirs for ours, theirs in zip(decoder.written, reference, strict=True)]
         results[name] = {
             "elapsed_time": round(elapsed, 4),
@@ -162,28 +197,12 @@ def _results(
             "total_num_tokens": total,
             "requests_per_second": round(len(jobs) / elapsed, 4),
             "tokens_per_second": round(total / elapsed, 2),
-            "visible_tokens": num_visible,
-            "visible_tokens_per_second": round(num_visible / elapsed, 2),
-            "nfe": nfe,
-            "tokens_per_forward": round(num_visible / nfe, 3),
-            "rows_per_forward": round(decoder.work.rows_per_forward, 1),
+            "visible_tokens_per_second": round(written["visible_tokens"] / elapsed, 2),
             "equal_requests": sum(equal),
             "seconds": [round(seconds, 4) for seconds in decoder.seconds],
             "times_as_fast": spread([a / b for a, b in zip(best, decoder.seconds, strict=True)]),
+            **written,
         }
-        if decoder.model is not None:
-            pairs = zip(decoder.seconds, decoder.rates, strict=True)
-            results[name] |= {
-                "needed_gflop": round(decoder.work.flops / 1e9, 2),
-                "gemm_gflop_per_second": [round(rate / 1e9, 2) for rate in decoder.rates],
-                "gemm_utilization": spread([decoder.work.flops / (s * rate) for s, rate in pairs]),
-            }
-        if all(job.puzzle is not None for job in jobs):
-            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in visible]
-            results[name]["solved"] = sum(
-                job.puzzle is not None and job.puzzle.is_correct(job.text or "", text)
-                for job, text in zip(jobs, texts, strict=True)
-            )
     return results
 
 
@@ -229,12 +248,12 @@ def cells(name: str, result: dict[str, Any]) -> list[str]:
         name,
         f"{result['equal_requests']}/{result['num_requests']}",
         str(result["nfe"]),
-        f"{result['rows_per_forward']:.0f}",
+        f"{result['rows_per_forward']:.0f}" if "rows_per_forward" in result else "",
         f"{result['elapsed_time']:.1f}",
         f"{result['visible_tokens_per_second']:.1f}",
         f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
         f"{100 * used['median']:.0f} % ({100 * used['min']:.0f} to {100 * used['max']:.0f})" if used else "",
-        *([str(result["solved"])] if "solved" in result else []),
+        *([f"{100 * result['solved']:.1f} %"] if "solved" in result else []),
     ]
 
 

@@ -4,8 +4,11 @@ Counted from the run itself: a hook on the transformer sees every pack that is f
 pack's own description, 2 m n k for each linear layer (all rows in every layer but the last; in the last all
 rows for keys and values and the candidates for the rest; the candidates in the head) and, for each visible
 query and key, the two products of attention. Candidates are the masked slots of the active blocks and the
-shadow rows of committed slots; a packed row that nobody reads would not be counted as needed there. Norms,
-rotations, softmax, policies, packing and Python count as nothing: they are what utilization loses.
+shadow rows of committed slots. Norms, rotations, softmax, policies, packing and Python count as nothing: they
+are what utilization loses.
+
+Packs of fixed shapes, which GPUs get, are not counted: they have room for rows that nobody asks for, and
+graphs replay them out of the hook's sight. What their steps need is measured by `benchmarks/gpu`.
 
 The rate is measured in the same repetition by running nothing but the linear layers of some of these packs,
 with the model's own weights, in the same dtype and on the same threads.
@@ -29,6 +32,10 @@ from remask.workers.models.transformer import Block, Transformer
 from remask.workers.rows import PackedRows
 
 NUM_SAMPLED_PACKS = 3
+NOT_COUNTED = (
+    "On a GPU the engine's rows and its share of the matrix rate are not counted here; benchmarks/gpu/run.py "
+    "measures them."
+)
 
 
 @dataclass
@@ -36,7 +43,7 @@ class Work:
     """The packs of a run, as a context manager that counts while it is open.
 
     Attributes:
-        packs: rows and candidates of each forward.
+        packs: rows and candidates of each forward; none where shapes are fixed.
         flops: arithmetic that they need.
     """
 
@@ -51,14 +58,12 @@ class Work:
         self._hook.remove()
 
     def _count(self, module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, Transformer):
-            rows: PackedRows = inputs[0]
+        if not isinstance(module, Transformer):
+            return
+        rows: PackedRows = inputs[0]
+        if rows.layout.device is None:
             self.packs.append((len(rows.ids_T), len(rows.candidates_H)))
             self.flops += pack_flops(module.config, rows)
-
-    @property
-    def rows_per_forward(self) -> float:
-        return sum(rows for rows, _ in self.packs) / len(self.packs)
 
     def sampled_packs(self) -> list[tuple[int, int]]:
         """A few packs, evenly spread over the run's by size."""
@@ -69,13 +74,16 @@ class Work:
 
     def figures(self, duration: float, rate: float) -> dict[str, float]:
         """Rows of a forward, and the share of a matrix rate that the run turned into what its steps need in
-        `duration` seconds; empty where nothing of ours was forwarded."""
+        `duration` seconds; empty where nothing was counted."""
         if not self.packs:
             return {}
-        return {
-            "rows_per_forward": round(self.rows_per_forward, 1),
-            "gemm_utilization": round(self.flops / (duration * rate), 3),
-        }
+        return {**self.rows(), "gemm_utilization": round(self.flops / (duration * rate), 3)}
+
+    def rows(self) -> dict[str, float]:
+        """Rows of a forward; empty where nothing was counted."""
+        if not self.packs:
+            return {}
+        return {"rows_per_forward": round(sum(rows for rows, _ in self.packs) / len(self.packs), 1)}
 
 
 def pack_flops(config: TransformerConfig, rows: PackedRows) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from remask import LLM
+from remask.cli import main
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -52,3 +56,25 @@ def golden_llm(golden_checkpoint: Path) -> Iterator[LLM]:
 def tiny_llm() -> Iterator[LLM]:
     with LLM("tiny", device="cpu", max_num_rows=4096) as llm:
         yield llm
+
+
+@pytest.fixture
+def remask(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command, in this process: `remask("generate", "1+1=", stdin="")`."""
+
+    def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["remask", *words])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        status: Any = 0
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code or 0
+        told = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, told.out, told.err)
+
+    return run

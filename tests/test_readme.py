@@ -87,10 +87,17 @@ def table(header: str) -> list[list[str]]:
 
 
 def test_the_evaluation_table_is_the_committed_evaluation_and_reaches_its_bounds() -> None:
-    results = json.loads((ROOT / "benchmarks/tiny/evaluation.json").read_text())["results"]
+    results = json.loads((ROOT / "benchmarks/results/evaluation.json").read_text())["results"]
     rows = table(f"| {' | '.join(evaluate.table_header())} |")
     policies = list(dict.fromkeys(result["policy"] for result in results))
     assert rows == [evaluate.table_cells(policy, results) for policy in policies]
+    lens = {r["policy"]: r["nfe"] * r.get("tokens_per_forward", 1) for r in results if r["task"] == "text"}
+    short, long, drawn = (f"{lens[p]:.0f}" for p in ("one token a step", evaluate.TWIN, "random order"))
+    assert (short, f"where the twin writes {long}:" in README, f"it is {drawn} tokens" in README) == (
+        "4",
+        True,
+        True,
+    )
     found = {r["task"]: r["score"] for r in results if r["policy"] == "one token a step"}
     assert found["sudoku6x6"] >= 0.7
     assert found["sudoku4x4"] > 0.95
@@ -175,6 +182,8 @@ def test_the_comparison_with_the_twin_is_the_committed_measurement() -> None:
     assert table(f"| {' | '.join(compare.HEADER)} |") == rows
     for policy, words in report["crossovers"].items():
         assert f"- {policy}: {words}" in README
+    used = [100 * r["gemm_utilization"]["median"] for r in report["results"] if "gemm_utilization" in r]
+    assert f"uses {min(used):.0f} to {max(used):.0f} % of the matrix rate" in README.replace("\n", " ")
     assert report["repetitions"] == 9
     assert {result["failed"] for result in report["results"]} == {0}
     assert {quality["problems"] for quality in report["quality"].values()} == {256}
@@ -208,7 +217,17 @@ def test_the_figures_of_ray_are_the_committed_measurements_and_within_their_boun
     trip = report["round_trip_ms"]["median"]
     assert f"takes {trip:.1f} ms beyond its compute" in README
     assert trip <= 3
+    latencies = json.loads((ROOT / "benchmarks/results/latency.json").read_text())["results"]
+    step = latencies["engine"]["ms_per_step"]
+    text = README.replace("\n", " ")
+    assert f"the tiny model takes {step:.0f} ms (above), that would be {100 * trip / step:.0f} %" in text
     results = json.loads((ROOT / "benchmarks/results/scaling.json").read_text())["results"]
+    parts = (256 * results[-1]["us_per_canvas"] / 1000, results[-1]["encoding_ms"]["median"], trip)
+    schedule, encode, call = (f"{part:.1f}" for part in parts)
+    assert f"({schedule} to schedule, {encode} to encode and decode, {call} for Ray's call)" in text
+    assert f"process about {sum(parts):.1f} ms" in text
+    assert "up to some 75 of them" in text
+    assert 1000 / sum(parts) / 5.6 == pytest.approx(75, abs=5)
     header = (
         "| workers | live canvases | bursts a second | million canvas-steps a second "
         "| us a canvas and burst | ms to encode a burst |"
@@ -233,11 +252,15 @@ def test_the_throughput_table_is_the_committed_measurement() -> None:
         "| times as fast (min to max) | GEMM rate used (min to max) |"
     )
     assert table(header) == [throughput.cells(name, result) for name, result in report["results"].items()]
-    (arguments,) = re.findall(r"remask bench throughput (.*)", README)
-    assert f"--repetitions {report['repetitions']} " in f"{arguments} "
+    assert report["repetitions"] == 5, "the default"
     assert (report["model"], report["workload"], report["num_requests"]) == ("llada-124m", "mixed", 16)
     engine = report["results"]["engine, float32"]
     assert engine["equal_requests"] == 16
     assert engine["times_as_fast"]["median"] >= 1.25
     assert engine["gemm_utilization"]["median"] >= 0.75
+    bf16, fp32 = (
+        statistics.median(report["results"][f"engine, {dtype}"]["gemm_gflop_per_second"])
+        for dtype in ("bfloat16", "float32")
+    )
+    assert f"{bf16 / fp32:.1f} times as fast in bf16 as in fp32" in README.replace("\n", " ")
     assert report["results"]["engine, bfloat16"]["gemm_utilization"]["median"] >= 0.6

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import queue
+import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from remask import InvalidRequest, Unavailable
-from remask.benchmarks.serving.targets import Answer, BatchingTarget, Target
+from remask.benchmarks.serving.targets import Answer, BatchingTarget, Target, settle
 from remask.benchmarks.workloads import Job
 
 
@@ -38,9 +41,10 @@ class GenerateTarget(BatchingTarget):
 
     @torch.inference_mode()
     def generate(self, jobs: Sequence[Job]) -> list[Answer]:
-        ends, longest = eos_ids(self._model), max(len(job.prompt) for job in jobs)
-        pads = [longest - len(job.prompt) for job in jobs]
-        ids = torch.tensor([[ends[0]] * pad + job.prompt for pad, job in zip(pads, jobs, strict=True)])
+        ends, prompts = eos_ids(self._model), [_prompt(job, self._tokenizer) for job in jobs]
+        longest = max(map(len, prompts))
+        pads = [longest - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[ends[0]] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
         mask = torch.arange(longest) >= torch.tensor(pads).unsqueeze(1)
         device = self._model.device
         out = self._model.generate(
@@ -56,8 +60,14 @@ class GenerateTarget(BatchingTarget):
         ]
 
 
-class VllmTarget(BatchingTarget):
-    """vLLM's offline API, where it is installed; arguments as for `GenerateTarget`.
+class VllmTarget(Target):
+    """vLLM's offline API, where it is installed: requests come and go between steps, as in its server.
+
+    Prompts are not looked up in those before (the same ones come in every repetition).
+
+    Args:
+        directory, dtype: as for `GenerateTarget`.
+        memory_share: of a GPU's memory.
 
     Raises:
         InvalidRequest: it is not.
@@ -65,25 +75,65 @@ class VllmTarget(BatchingTarget):
 
     name = "vllm"
 
-    def __init__(self, directory: Path, dtype: torch.dtype, max_batch: int) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, memory_share: float) -> None:
         try:
             import vllm  # type: ignore[import-not-found]
         except ImportError as error:
             raise InvalidRequest("target", "vllm", f"is not installed ({error}); pip install vllm") from None
-        self._params, self.max_batch = vllm.SamplingParams, max_batch
-        self._llm = vllm.LLM(str(directory), dtype=str(dtype).removeprefix("torch."))
-        super().__init__()
+        self._engine = vllm.LLM(
+            str(directory),
+            dtype=str(dtype).removeprefix("torch."),
+            gpu_memory_utilization=memory_share,
+            enable_prefix_caching=False,
+        ).llm_engine
+        final = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        self._params = partial(vllm.SamplingParams, temperature=0, output_kind=final)
+        self._asked: queue.SimpleQueue[tuple[Job, asyncio.Future[Answer]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
-    def generate(self, jobs: Sequence[Job]) -> list[Answer]:
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": job.prompt} for job in jobs],
-            [self._params(temperature=0, max_tokens=job.params.max_tokens) for job in jobs],
-            use_tqdm=False,
-        )
-        samples = [output.outputs[0] for output in outputs]
-        return [
-            Answer(s.text, len(s.token_ids) - (s.finish_reason == "stop"), len(s.token_ids)) for s in samples
-        ]
+    async def answer(self, job: Job) -> Answer:
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._asked.put((job, future))
+        return await future
+
+    async def __aexit__(self, *_: object) -> None:
+        self._asked.put(None)
+        await asyncio.to_thread(self._thread.join)
+        del self._engine  # ends its processes
+
+    def _work(self) -> None:
+        running: dict[str, asyncio.Future[Answer]] = {}
+        for number in itertools.count():
+            while not (running and self._asked.empty()):
+                asked = self._asked.get()
+                if asked is None:
+                    return
+                job, future = asked
+                request_id = f"{number}-{len(running)}"
+                prompt = {"prompt_token_ids": job.prompt} if job.text is None else {"prompt": job.text}
+                try:
+                    self._engine.add_request(
+                        request_id, prompt, self._params(max_tokens=job.params.max_tokens)
+                    )
+                except Exception as error:
+                    settle(future, error)
+                else:
+                    running[request_id] = future
+            try:
+                outputs = self._engine.step()
+            except Exception as error:
+                for future in running.values():
+                    settle(future, error)
+                running.clear()
+                continue
+            for output in outputs:
+                if output.finished:
+                    sample = output.outputs[0]
+                    num_tokens = len(sample.token_ids)
+                    stopped = sample.finish_reason == "stop"
+                    answer = Answer(sample.text, num_tokens - stopped, nfe=num_tokens)
+                    settle(running.pop(output.request_id), answer)
 
 
 class ContinuousTarget(Target):
@@ -92,18 +142,19 @@ class ContinuousTarget(Target):
     Args:
         directory, dtype: as for `GenerateTarget`.
         max_requests: that run at once.
-        max_len: tokens of the longest prompt and answer.
+        jobs: what will be asked; its cache has room for the longest.
     """
 
     name = "transformers continuous batching"
 
-    def __init__(self, directory: Path, dtype: torch.dtype, max_requests: int, max_len: int) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, max_requests: int, jobs: Sequence[Job]) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # CPU memory, no psutil
         model, self._tokenizer = load_causal(directory, dtype)
         self._eos_ids, self._numbers = eos_ids(model), itertools.count()
         page = 32
+        max_len = max(len(_prompt(job, self._tokenizer)) + (job.params.max_tokens or 0) for job in jobs)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(
                 do_sample=False,
@@ -131,7 +182,7 @@ class ContinuousTarget(Target):
         request_id = f"job-{next(self._numbers)}"
         self._manager.register_result_handler(request_id, settle)
         added = self._manager.add_request(
-            job.prompt, request_id=request_id, max_new_tokens=job.params.max_tokens
+            _prompt(job, self._tokenizer), request_id=request_id, max_new_tokens=job.params.max_tokens
         )
         if added is None:
             raise Unavailable("continuous batching takes no requests any more")
@@ -168,6 +219,11 @@ def eos_ids(model: Any) -> list[int]:
     """The ids that end a model's texts."""
     found = model.config.eos_token_id
     return [found] if isinstance(found, int) else list(found)
+
+
+def _prompt(job: Job, tokenizer: Any) -> list[int]:
+    """Its text as this model's tokenizer has it, which need not be that of the engine's model."""
+    return job.prompt if job.text is None else tokenizer.encode(job.text)
 
 
 def _answer(ids: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Answer:

@@ -1,153 +1,209 @@
-"""The embedded diffusion model against its autoregressive twin: quality beside speed, over concurrencies.
+"""A diffusion model against an autoregressive one: quality beside speed, over concurrencies.
 
     remask bench compare --output benchmarks/results/compare.json
+    remask bench compare --model DIR --baseline DIR --rival vllm --workload sharegpt:FILE.json
 
-Both have the same size, data and training tokens, and get the same problems. Each policy of the engine and
-each way of serving the twin is measured in closed loops of several concurrencies, all in turn in every
-repetition; a ratio is that of a policy's visible tokens a second to those of the faster way of serving the
-twin in the same repetition. Quality is measured once a policy, on problems of its own.
+The default pair is the embedded model and its twin, which have the same size, data and training tokens, and
+get the same problems. Each policy of the engine and each *rival*, a way of serving the autoregressive model,
+is measured in closed loops of several concurrencies, all in turn in every repetition; a ratio is that of a
+policy's visible tokens a second to those of the fastest rival in the same repetition. Quality is measured
+once a policy, on problems of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
-import torch
+import msgspec
 from rich.table import Table
 
 from remask import AsyncLLM, InvalidRequest, Unavailable
-from remask.benchmarks.environment import Steadiness, environment_stamp
-from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget
+from remask.benchmarks.environment import Steadiness, environment_stamp, unfinished
 from remask.benchmarks.serving.load import closed_loop, figures
+from remask.benchmarks.serving.rivals import check_rival, open_rival
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
-from remask.benchmarks.throughput import find_model, spread
-from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
+from remask.benchmarks.throughput import Dtype, Keep, find_model, spread
 from remask.benchmarks.tiny.policies import COMPARED, POLICIES
 from remask.benchmarks.utilization import Work, gemm_rate
-from remask.benchmarks.workloads import Job, answers
+from remask.benchmarks.workloads import SEED, Job, answers, workload
 from remask.llm import load_tokenizer
 from remask.scheduler.errors import did_you_mean
 from remask.workers.models.denoiser import load_denoiser
+from remask.workers.models.loading import read_config
 
 CONCURRENCIES = (1, 4, 16, 64)
+RIVALS = ("generate", "continuous")
 QUALITY_SEED = 2**31 + 7
-MAX_LEN = 128  # tokens of the longest problem and answer
 RATE_PACKS = [(512, 256)] * 8
 REPETITIONS = 9
 STEADY_REQUESTS = (36, 2)  # at least so many in a loop, and so many for each that is under way
 
 ON_A_CPU = (
-    "On a CPU overheads decide about a model as small as this one (calls, Python, caches), not the roofline "
-    "of arithmetic and bandwidth: these ratios say nothing about GPUs or larger models."
+    "On a CPU overheads decide about models as small as the embedded ones (calls, Python, caches), not the "
+    "roofline of arithmetic and bandwidth: the engine uses {} to {} % of the matrix rate, and these ratios "
+    "say nothing about GPUs or larger models."
 )
 
 Progress = Callable[[str, int, int], None]  # what is measured, parts done and all
 
 
-def check_arguments(
-    policies: Sequence[str], concurrencies: Sequence[int], repetitions: int, num_problems: int
-) -> None:
-    """Raises InvalidRequest where one cannot be."""
-    for policy in policies:
-        if policy not in POLICIES:
-            raise InvalidRequest("policy", policy, f"unknown; {did_you_mean(policy, POLICIES)}")
-    for concurrency in concurrencies:
-        if not 1 <= concurrency <= MAX_CONCURRENCY:
-            raise InvalidRequest("concurrency", concurrency, f"must be from 1 to {MAX_CONCURRENCY}")
-    for name, value in (("repetitions", repetitions), ("num_problems", num_problems)):
-        if value < 1:
-            raise InvalidRequest(name, value, "must be at least 1")
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What is compared.
 
-
-def measure(
-    *,
-    policies: Sequence[str] = COMPARED,
-    concurrencies: Sequence[int] = CONCURRENCIES,
-    repetitions: int = REPETITIONS,
-    num_problems: int = 256,
-    progress: Progress = lambda *_: None,
-    keep: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> dict[str, Any]:
-    """The report.
-
-    Args:
+    Attributes:
+        model: the engine's.
+        baseline: the autoregressive checkpoint; None: the embedded twin.
+        rivals: names of ways to serve it, see `open_rival`.
+        dtype: of all weights that are loaded here.
+        workload: "tiny" (problems whose answers are checked), or another one, which tells no quality.
         policies: names of `POLICIES`.
         concurrencies: requests under way.
         repetitions: of all loops.
         num_problems: that quality is measured on.
+    """
+
+    model: str = "tiny"
+    baseline: Path | None = None
+    rivals: Sequence[str] = RIVALS
+    dtype: str = "float32"
+    workload: str = "tiny"
+    policies: Sequence[str] = COMPARED
+    concurrencies: Sequence[int] = CONCURRENCIES
+    repetitions: int = REPETITIONS
+    num_problems: int = 256
+
+    def check(self) -> None:
+        """Raises InvalidRequest where one cannot be."""
+        for policy in self.policies:
+            if policy not in POLICIES:
+                raise InvalidRequest("policy", policy, f"unknown; {did_you_mean(policy, POLICIES)}")
+        for rival in self.rivals:
+            check_rival("rival", rival)
+        if self.dtype not in get_args(Dtype):
+            raise InvalidRequest("dtype", self.dtype, f"use one of {', '.join(get_args(Dtype))}")
+        for concurrency in self.concurrencies:
+            if not 1 <= concurrency <= MAX_CONCURRENCY:
+                raise InvalidRequest("concurrency", concurrency, f"must be from 1 to {MAX_CONCURRENCY}")
+        for name in ("repetitions", "num_problems"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(name, getattr(self, name), "must be at least 1")
+
+
+def measure(
+    options: CompareOptions,
+    progress: Progress = lambda *_: None,
+    keep: Keep = lambda _: None,
+) -> dict[str, Any]:
+    """The report.
+
+    Args:
+        options: what is compared.
         progress: told before every part.
         keep: gets the report after every repetition, so that an interrupted run loses one.
 
     Raises:
-        InvalidRequest: an argument cannot be.
+        InvalidRequest: an option, a model or the workload is at fault.
+        Unavailable: a server does not answer, or a rival answers nothing.
     """
-    check_arguments(policies, concurrencies, repetitions, num_problems)
-    return asyncio.run(
-        _Comparison(policies, concurrencies, repetitions, num_problems, progress, keep).report()
-    )
+    options.check()
+    return asyncio.run(_Comparison(options, progress, keep).report())
 
 
 class _Comparison:
-    def __init__(
-        self,
-        policies: Sequence[str],
-        concurrencies: Sequence[int],
-        repetitions: int,
-        num_problems: int,
-        progress: Progress,
-        keep: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self._policies, self._concurrencies = policies, sorted(set(concurrencies))
-        self._repetitions, self._num_problems = repetitions, num_problems
-        self._progress, self._keep = progress, keep
+    def __init__(self, options: CompareOptions, progress: Progress, keep: Keep) -> None:
+        self._options, self._progress, self._keep = options, progress, keep
+        self._concurrencies = sorted(set(options.concurrencies))
         self._environment = environment_stamp()
+        directory, load_format = find_model(options.model)
+        self._loading = {"dtype": options.dtype, "load_format": load_format}
+        self._directory, self._config = directory, read_config(directory)[1]
+        self._tokenizer = load_tokenizer(directory, required=options.workload == "tiny")
         self._runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self._num_parts = self._done = 0
 
     async def report(self) -> dict[str, Any]:
-        directory, _ = find_model("tiny")
-        tokenizer = load_tokenizer(directory, required=True)
-        model = load_denoiser(directory, dtype="float32")
-        engine = await AsyncLLM.start(directory, dtype="float32")
-        async with (
-            EngineTarget(engine) as ours,
-            GenerateTarget(TWIN_DIRECTORY, torch.float32, max_batch=max(self._concurrencies)) as static,
-            ContinuousTarget(TWIN_DIRECTORY, torch.float32, max(self._concurrencies), MAX_LEN) as continuous,
-        ):
-            twins = (static, continuous)
-            systems = {name: (ours, POLICIES[name]) for name in self._policies} | {
-                twin.name: (twin, POLICIES["one token a step"]) for twin in twins
+        options, most = self._options, self._concurrencies[-1]
+        jobs = self._jobs(most, POLICIES["one token a step"])
+        memory_share = 0.9 / (1 + len(options.rivals))
+        async with AsyncExitStack() as stack:
+            rivals = [
+                await stack.enter_async_context(
+                    open_rival(
+                        name,
+                        jobs,
+                        most,
+                        baseline=options.baseline,
+                        dtype=options.dtype,
+                        memory_share=memory_share,
+                    )
+                )
+                for name in options.rivals
+            ]
+            engine = await AsyncLLM.start(
+                self._directory, gpu_memory_utilization=memory_share, **self._loading
+            )
+            ours = await stack.enter_async_context(EngineTarget(engine))
+            systems: dict[str, tuple[Target, dict[str, Any]]] = {
+                **{name: (ours, POLICIES[name]) for name in options.policies},
+                **{rival.name: (rival, POLICIES["one token a step"]) for rival in rivals},
             }
-            self._num_parts = (self._repetitions * len(self._concurrencies) + 1) * len(systems)
-            quality = {}
-            for name, (target, policy) in systems.items():
-                jobs = answers(tokenizer, self._num_problems, policy, QUALITY_SEED)
-                quality[name] = await self._quality(name, target, jobs)
-            rate = max(gemm_rate(model.model, RATE_PACKS) for _ in range(2))
-            steadiness = Steadiness()
-            for _ in range(self._repetitions):
-                for concurrency in self._concurrencies:
-                    least, each = STEADY_REQUESTS
-                    for name, (target, policy) in systems.items():
-                        self._tell(f"{name}, {concurrency} at a time")
-                        jobs = answers(tokenizer, max(least, each * concurrency), policy)
-                        with Work() as work:
-                            run = await closed_loop(target, jobs, concurrency)
-                        found = _answered(name, figures(run)) | work.figures(run.duration, rate)
-                        self._runs.setdefault((name, concurrency), []).append(found)
-                steadiness.look()
-                content = self._content(quality, [twin.name for twin in twins], steadiness)
-                self._keep(content)
+            return await self._measure(systems, [rival.name for rival in rivals])
+
+    async def _measure(
+        self, systems: dict[str, tuple[Target, dict[str, Any]]], rivals: Sequence[str]
+    ) -> dict[str, Any]:
+        repetitions = self._options.repetitions
+        self._num_parts = (repetitions * len(self._concurrencies) + 1) * len(systems)
+        quality = {name: await self._quality(name, *system) for name, system in systems.items()}
+        model = load_denoiser(self._directory, **self._loading)
+        rate = max(gemm_rate(model.model, RATE_PACKS) for _ in range(2))
+        steadiness = Steadiness()
+        for done in range(1, repetitions + 1):
+            for concurrency in self._concurrencies:
+                least, each = STEADY_REQUESTS
+                for name, (target, policy) in systems.items():
+                    self._tell(f"{name}, {concurrency} at a time")
+                    jobs = self._jobs(max(least, each * concurrency), policy)
+                    with Work() as work:
+                        run = await closed_loop(target, jobs, concurrency)
+                    found = _answered(name, figures(run)) | work.figures(run.duration, rate)
+                    self._runs.setdefault((name, concurrency), []).append(found)
+            steadiness.look()
+            results = self._results(rivals)
+            notes = [*unfinished(done, repetitions, "repetitions"), *steadiness.notes()]
+            used = [r["gemm_utilization"]["median"] for r in results if "gemm_utilization" in r]
+            if used:  # it is a CPU: on GPUs it is not counted
+                notes.append(ON_A_CPU.format(*(f"{100 * share:.0f}" for share in (min(used), max(used)))))
+            content = {
+                "benchmark": "compare",
+                "environment": self._environment,
+                "model": self._options.model,
+                "baseline": str(self._options.baseline or "tiny/twin"),
+                "dtype": self._options.dtype,
+                "attention_backend": model.attention.name,
+                "workload": self._options.workload,
+                "repetitions": done,
+                "quality": quality,
+                "results": results,
+                "crossovers": crossovers(results, quality, self._options.policies),
+                "notes": notes,
+            }
+            self._keep(content)
         self._progress("done", self._num_parts, self._num_parts)
         return content
 
-    async def _quality(self, name: str, target: Target, jobs: Sequence[Job]) -> dict[str, Any]:
+    async def _quality(self, name: str, target: Target, policy: dict[str, Any]) -> dict[str, Any]:
         self._tell(f"{name}, quality")
-        found = _answered(name, figures(await closed_loop(target, jobs, max(self._concurrencies))))
+        if self._options.workload != "tiny":
+            return {}
+        jobs = self._jobs(self._options.num_problems, policy, QUALITY_SEED)
+        found = _answered(name, figures(await closed_loop(target, jobs, self._concurrencies[-1])))
         solved = found["solved"]
         error = (solved * (1 - solved) / len(jobs)) ** 0.5
         return {
@@ -157,25 +213,35 @@ class _Comparison:
             "tokens_per_forward": found.get("tokens_per_forward"),
         }
 
+    def _jobs(self, count: int, policy: dict[str, Any], seed: int = SEED) -> list[Job]:
+        """Requests under a policy, whose texts end where they end."""
+        if self._options.workload == "tiny":
+            return answers(self._tokenizer, count, policy, seed)
+        changes = {"unmask": None, "remask": None, **policy, "ignore_eos": False}
+        return [
+            replace(job, params=msgspec.structs.replace(job.params, **changes))
+            for job in workload(self._options.workload, self._tokenizer, self._config, count)
+        ]
+
     def _tell(self, what: str) -> None:
         self._progress(what, self._done, self._num_parts)
         self._done += 1
 
-    def _content(
-        self, quality: dict[str, Any], twins: Sequence[str], steadiness: Steadiness
-    ) -> dict[str, Any]:
+    def _results(self, rivals: Sequence[str]) -> list[dict[str, Any]]:
         results = []
         for (name, concurrency), runs in self._runs.items():
-            rivals = [[run["output_throughput"] for run in self._runs[twin, concurrency]] for twin in twins]
-            best = [max(pair) for pair in zip(*rivals, strict=True)]
-            speeds = [run["output_throughput"] for run in runs]
+            ours, *theirs = (
+                [run["output_throughput"] for run in self._runs[system, concurrency]]
+                for system in (name, *rivals)
+            )
+            best = [max(speeds) for speeds in zip(*theirs, strict=True)]
             results.append(
                 {
                     "system": name,
                     "max_concurrency": concurrency,
                     "completed": sum(run["completed"] for run in runs),
                     "failed": sum(run["failed"] for run in runs),
-                    "output_throughput": spread(speeds),
+                    "output_throughput": spread(ours),
                     "median_e2el_ms": spread([run["median_e2el_ms"] for run in runs]),
                     "p99_e2el_ms": spread([run["p99_e2el_ms"] for run in runs]),
                     "nfe": runs[0].get("nfe"),
@@ -185,21 +251,10 @@ class _Comparison:
                         for key in ("rows_per_forward", "gemm_utilization")
                         if key in runs[0]
                     },
-                    "times_as_fast_as_twin": spread([a / b for a, b in zip(speeds, best, strict=True)]),
+                    "times_as_fast": spread([a / b for a, b in zip(ours, best, strict=True)]),
                 }
             )
-        return {
-            "benchmark": "compare",
-            "environment": self._environment,
-            "model": "tiny",
-            "twin": "tiny/twin",
-            "workload": "sudoku4x4, sudoku6x6 and addition3 in turn",
-            "repetitions": len(steadiness.rates) - 1,
-            "quality": quality,
-            "results": results,
-            "crossovers": crossovers(results, quality, self._policies),
-            "notes": [*([] if torch.cuda.is_available() else [ON_A_CPU]), *steadiness.notes()],
-        }
+        return results
 
 
 def _answered(name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -212,36 +267,39 @@ def _answered(name: str, found: dict[str, Any]) -> dict[str, Any]:
 def crossovers(
     results: Sequence[dict[str, Any]], quality: dict[str, Any], policies: Sequence[str]
 ) -> dict[str, str]:
-    """For each policy from which of the measured concurrencies on the twin is the faster, in words."""
+    """For each policy from which of the measured concurrencies on a rival is the faster, in words."""
+    rivals = {result["system"] for result in results} - set(policies)
+    theirs = max((quality[rival].get("solved", 0.0) for rival in rivals), default=0.0)
     told = {}
     for policy in policies:
         ratios = {
-            result["max_concurrency"]: result["times_as_fast_as_twin"]["median"]
+            result["max_concurrency"]: result["times_as_fast"]["median"]
             for result in results
             if result["system"] == policy
         }
         ordered = sorted(ratios)
         wins = [c for i, c in enumerate(ordered) if all(ratios[later] < 1 for later in ordered[i:])]
-        solved = f"{100 * quality[policy]['solved']:.0f} % solved"
         if not wins:
-            told[policy] = f"not beaten by the twin at up to {ordered[-1]} requests at a time ({solved})"
+            words = f"not beaten at up to {ordered[-1]} requests at a time"
         elif wins[0] == ordered[0]:
-            told[policy] = f"slower than the twin from {wins[0]} request{'s' * (wins[0] > 1)} on ({solved})"
+            words = f"beaten from {wins[0]} request{'s' * (wins[0] > 1)} on"
         else:
-            before = ordered[ordered.index(wins[0]) - 1]
-            told[policy] = f"slower than the twin from between {before} and {wins[0]} requests on ({solved})"
+            words = f"beaten from between {ordered[ordered.index(wins[0]) - 1]} and {wins[0]} requests on"
+        if "solved" in quality[policy]:
+            words += f" ({100 * quality[policy]['solved']:.0f} % solved, the rival {100 * theirs:.0f} %)"
+        told[policy] = words
     return told
 
 
-HEADER = ("decoder", "solved", "at a time", "tokens/s", "times the twin (min to max)", "median ms", "p99 ms")
+HEADER = ("decoder", "solved", "at a time", "tokens/s", "times the rival (min to max)", "median ms", "p99 ms")
 
 
 def table_cells(result: dict[str, Any], quality: dict[str, Any]) -> list[str]:
     """A line of the table: one decoder at one concurrency."""
-    ratio = result["times_as_fast_as_twin"]
+    ratio, own = result["times_as_fast"], quality[result["system"]]
     return [
         result["system"],
-        f"{100 * quality[result['system']]['solved']:.1f} %",
+        f"{100 * own['solved']:.1f} %" if own else "",
         str(result["max_concurrency"]),
         f"{result['output_throughput']['median']:.0f}",
         f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
@@ -252,7 +310,8 @@ def table_cells(result: dict[str, Any], quality: dict[str, Any]) -> list[str]:
 
 def as_table(report: dict[str, Any]) -> Table:
     """The report for a terminal."""
-    table = Table(*HEADER, title=report["workload"])
+    title = f"{report['workload']} requests, {report['model']} and {report['baseline']}"
+    table = Table(*HEADER, title=title)
     for result in ordered(report):
         table.add_row(*table_cells(result, report["quality"]))
     return table
@@ -265,28 +324,29 @@ def ordered(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Two charts: quality against visible tokens a second, and latency over concurrency."""
+    """Two charts: visible tokens a second with their quality (or, where it is not known, with the
+    concurrency), and latency over concurrency."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    is_judged = all(report["quality"].values())
     for system, quality in report["quality"].items():
         own = [result for result in report["results"] if result["system"] == system]
+        at_a_time = [result["max_concurrency"] for result in own]
         speeds = [result["output_throughput"]["median"] for result in own]
-        style = {"marker": "o", "linestyle": "-" if system in POLICIES else "--", "label": system}
-        left.plot(speeds, np.full(len(own), 100 * quality["solved"]), **style)
-        for result, speed in zip(own, speeds, strict=True):
-            place = (speed, 100 * quality["solved"])
-            left.annotate(
-                str(result["max_concurrency"]), place, textcoords="offset points", xytext=(0, 6), fontsize=8
-            )
         latencies = [result["median_e2el_ms"]["median"] for result in own]
-        right.plot([result["max_concurrency"] for result in own], latencies, **style)
-    left.set(
-        xscale="log", xlabel="visible tokens a second (labels: concurrency)", ylabel="problems solved, %"
-    )
+        heights = [100 * quality["solved"]] * len(own) if is_judged else at_a_time
+        style = {"marker": "o", "linestyle": "-" if system in POLICIES else "--", "label": system}
+        left.plot(speeds, heights, **style)
+        if is_judged:
+            for concurrency, place in zip(at_a_time, zip(speeds, heights, strict=True), strict=True):
+                left.annotate(str(concurrency), place, textcoords="offset points", xytext=(0, 6), fontsize=8)
+        right.plot(at_a_time, latencies, **style)
+    left.set(xscale="log", xlabel="visible tokens a second" + is_judged * " (labels: requests at a time)")
+    left.set_ylabel("problems solved, %" if is_judged else "requests at a time")
     right.set(xscale="log", yscale="log", xlabel="requests at a time", ylabel="median latency, ms")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -48,17 +48,20 @@ class Run:
     duration: float
 
 
+Told = Callable[[Served], None]  # called when a request has come back
+
+
 async def closed_loop(
-    target: Target, jobs: Sequence[Job], concurrency: int, told: Callable[[], None] = lambda: None
+    target: Target, jobs: Sequence[Job], concurrency: int, told: Told = lambda _: None
 ) -> Run:
-    """Keeps `concurrency` requests with the target; `told` is called when one has come back."""
+    """Keeps `concurrency` requests with the target."""
     waiting: Iterator[Job] = iter(jobs)
     served: list[Served] = []
 
     async def caller() -> None:
         for job in waiting:
             served.append(await _serve(target, job))
-            told()
+            told(served[-1])
 
     started = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(min(concurrency, len(jobs)))))
@@ -66,7 +69,7 @@ async def closed_loop(
 
 
 async def open_loop(
-    target: Target, jobs: Sequence[Job], arrivals: Sequence[float], told: Callable[[], None] = lambda: None
+    target: Target, jobs: Sequence[Job], arrivals: Sequence[float], told: Told = lambda _: None
 ) -> Run:
     """Sends each request at its time, in seconds after the first."""
     started = time.perf_counter()
@@ -74,7 +77,7 @@ async def open_loop(
     async def caller(job: Job, arrival: float) -> Served:
         await asyncio.sleep(max(0.0, started + arrival - time.perf_counter()))
         served = await _serve(target, job)
-        told()
+        told(served)
         return served
 
     pairs = zip(jobs, arrivals, strict=True)

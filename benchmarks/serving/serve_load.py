@@ -10,32 +10,26 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from rich.table import Table
 
 from remask import AsyncLLM, InvalidRequest
-from remask.benchmarks.environment import Steadiness, environment_stamp
-from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget, VllmTarget
-from remask.benchmarks.serving.load import Run, arrival_times, closed_loop, figures, open_loop
+from remask.benchmarks.environment import Steadiness, environment_stamp, unfinished
+from remask.benchmarks.serving.load import Run, Served, Told, arrival_times, closed_loop, figures, open_loop
 from remask.benchmarks.serving.peer import PeerTarget
-from remask.benchmarks.serving.server import ServerTarget
+from remask.benchmarks.serving.rivals import check_rival, open_rival
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
-from remask.benchmarks.throughput import Dtype, find_model
-from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
-from remask.benchmarks.utilization import Work, gemm_rate
+from remask.benchmarks.throughput import Dtype, Keep, find_model
+from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import Job, workload
 from remask.llm import load_tokenizer
 from remask.workers.models.denoiser import load_denoiser
 from remask.workers.models.loading import read_config
-
-TARGETS = ("remask", "generate", "continuous", "vllm")
-BATCHING = {"generate": GenerateTarget, "vllm": VllmTarget}
-MAX_LEN = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +37,7 @@ class LoadOptions:
     """What load is put on what.
 
     Attributes:
-        target: one of `TARGETS`, or a server's URL.
+        target: "remask", one of `RIVALS`, or a server's URL.
         model: of the engine; its tokenizer also makes the requests of other targets.
         baseline: the autoregressive checkpoint of autoregressive targets; None: the embedded twin.
         served_model: what a server calls its model; None: its first.
@@ -66,15 +60,9 @@ class LoadOptions:
     burstiness: float = 1.0
     seed: int = 0
 
-    @property
-    def is_server(self) -> bool:
-        return self.target.startswith(("http://", "https://"))
-
     def check(self) -> None:
         """Raises InvalidRequest where one cannot be."""
-        if self.target not in TARGETS and not self.is_server:
-            fix = f"must be {', '.join(TARGETS)} or a server's http(s) URL"
-            raise InvalidRequest("target", self.target, fix)
+        check_rival("target", self.target, ["remask"])
         if (self.peer is None) != (self.peer_python is None):
             raise InvalidRequest("peer_python", self.peer_python, "goes with peer: give both or neither")
         if self.num_prompts < 1:
@@ -93,34 +81,54 @@ class LoadOptions:
                 raise InvalidRequest(name, getattr(self, name), "must be above 0")
 
 
-def measure(options: LoadOptions, told: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """The report: environment, options, and the figures of `load.figures`; `told` is called for every request
-    that has come back.
+def measure(
+    options: LoadOptions, told: Callable[[], None] = lambda: None, keep: Keep = lambda _: None
+) -> dict[str, Any]:
+    """The report: environment, options, and the figures of `load.figures`.
+
+    Args:
+        options: the load.
+        told: called for every request that has come back.
+        keep: gets the report of those that have, where an interrupt comes before the others.
 
     Raises:
         InvalidRequest: an option, the model or the workload is at fault.
         Unavailable: the server does not answer.
     """
     options.check()
-    return asyncio.run(_measure(options, told))
+    return asyncio.run(_measure(options, told, keep))
 
 
-async def _measure(options: LoadOptions, told: Callable[[], None]) -> dict[str, Any]:
+async def _measure(options: LoadOptions, told: Callable[[], None], keep: Keep) -> dict[str, Any]:
     environment = environment_stamp()
     directory, load_format = find_model(options.model)
     tokenizer, config = load_tokenizer(directory, required=False), read_config(directory)[1]
     jobs = workload(options.workload, tokenizer, config, options.num_prompts)
-    async with await asyncio.to_thread(_target, options, directory, load_format) as target:
+    served: list[Served] = []
+    interrupt: asyncio.CancelledError | None = None
+
+    def came_back(one: Served) -> None:
+        served.append(one)
+        told()
+
+    async with await asyncio.to_thread(_target, options, directory, load_format, jobs) as target:
         await closed_loop(target, jobs[:1], 1)  # what a first request sets up stays out of the times
-        steadiness = Steadiness()
+        steadiness, started = Steadiness(), time.perf_counter()
         with Work() as work:
-            run = await _run(options, target, jobs, told)
-        steadiness.look()
-    rate = {}
-    if work.packs:
+            try:
+                run = await _run(options, target, jobs, came_back)
+            except asyncio.CancelledError as error:
+                run, interrupt = Run(served, time.perf_counter() - started), error
+    steadiness.look()
+    counted, notes = {}, unfinished(len(run.served), options.num_prompts, "requests")
+    if isinstance(target, EngineTarget):
         model = load_denoiser(directory, dtype=options.dtype, load_format=load_format)
-        rate = work.figures(run.duration, gemm_rate(model.model, work.sampled_packs()))
-    return {
+        counted["attention_backend"] = model.attention.name
+        if work.packs:
+            counted |= work.figures(run.duration, gemm_rate(model.model, work.sampled_packs()))
+        else:
+            notes.append(NOT_COUNTED)
+    content = {
         "benchmark": "serve-load",
         "environment": environment,
         "target": target.name,
@@ -131,30 +139,36 @@ async def _measure(options: LoadOptions, told: Callable[[], None]) -> dict[str, 
         "request_rate": None if math.isinf(options.request_rate) else options.request_rate,
         "burstiness": options.burstiness,
         **figures(run),
-        **rate,
-        "notes": steadiness.notes(),
+        **counted,
+        "notes": [*notes, *steadiness.notes()],
     }
+    if interrupt is not None:
+        keep(content)
+        raise interrupt
+    return content
 
 
-async def _run(options: LoadOptions, target: Target, jobs: Sequence[Job], told: Callable[[], None]) -> Run:
+async def _run(options: LoadOptions, target: Target, jobs: Sequence[Job], told: Told) -> Run:
     if options.max_concurrency is not None:
         return await closed_loop(target, jobs, options.max_concurrency, told)
     arrivals = arrival_times(options.num_prompts, options.request_rate, options.burstiness, options.seed)
     return await open_loop(target, jobs, arrivals, told)
 
 
-def _target(options: LoadOptions, directory: Path, load_format: str) -> Target:
+def _target(options: LoadOptions, directory: Path, load_format: str, jobs: Sequence[Job]) -> Target:
     max_requests = options.max_concurrency or options.num_prompts
     if options.peer is not None and options.peer_python is not None:
         return PeerTarget(options.peer, options.peer_python, directory, max_requests)
-    if options.is_server:
-        return ServerTarget(options.target, options.served_model)
     if options.target == "remask":
         return EngineTarget(AsyncLLM(directory, dtype=options.dtype, load_format=load_format))
-    baseline, dtype = options.baseline or TWIN_DIRECTORY, getattr(torch, options.dtype)
-    if options.target in BATCHING:
-        return BATCHING[options.target](baseline, dtype, max_requests)
-    return ContinuousTarget(baseline, dtype, max_requests, MAX_LEN)
+    return open_rival(
+        options.target,
+        jobs,
+        max_requests,
+        baseline=options.baseline,
+        served_model=options.served_model,
+        dtype=options.dtype,
+    )
 
 
 def as_table(report: dict[str, Any]) -> Table:

@@ -110,8 +110,13 @@ class BatchingTarget(Target):
             except Exception as error:
                 outcomes = [error] * len(batch)
             for (_, future), outcome in zip(batch, outcomes, strict=True):
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                    future.get_loop().call_soon_threadsafe(_settle, future, outcome)
+                settle(future, outcome)
+
+
+def settle(future: asyncio.Future[Answer], outcome: Answer | Exception) -> None:
+    """Gives a future its outcome, from any thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        future.get_loop().call_soon_threadsafe(_settle, future, outcome)
 
 
 def _settle(future: asyncio.Future[Answer], outcome: Answer | Exception) -> None:

@@ -1,6 +1,6 @@
 """Evaluates a tiny checkpoint on held-out problems under each policy, its twin beside it, and writes JSON.
 
-    python -m remask.benchmarks.tiny.evaluate --count 400 --output benchmarks/tiny/evaluation.json
+    python -m remask.benchmarks.tiny.evaluate --count 400 --output benchmarks/results/evaluation.json
 
 Problems are the hardest that the trainer draws (half of the 6x6 cells blank, 9 of 16 in 4x4) or such as it
 never draws (addition, text), from a seed of their own. Puzzles count when the answer is right; of free text

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json as json_module
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +15,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from remask.scheduler.errors import InvalidRequest
+
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from remask.benchmarks.throughput import Keep
 
 bench = typer.Typer(help="Measure throughput, latency, and how the twin compares.", no_args_is_help=True)
 
 Model = Annotated[str, typer.Option(help="llada-124m (random weights), tiny, or a checkpoint directory.")]
 Workload = Annotated[str, typer.Option(help="mixed, fixed, tiny, or sharegpt:FILE.json.")]
+Baseline = Annotated[
+    Path | None, typer.Option(help="Autoregressive checkpoint.  [default: the embedded twin]")
+]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 
@@ -41,9 +50,13 @@ def throughput(
     """The engine against a plain loop and a static batch over the same weights, on one CPU thread."""
     from remask.benchmarks.throughput import as_table, measure
 
-    one_thread()
-    report = measure(model, workload, num_requests, repetitions, dtype or ["float32", "bfloat16"])  # type: ignore[arg-type]
-    show(report, as_table(report), output, json)
+    dtypes = dtype or ["float32", "bfloat16"]
+    measured(
+        lambda keep: measure(model, workload, num_requests, repetitions, dtypes, keep),  # type: ignore[arg-type]
+        as_table,
+        output,
+        json,
+    )
 
 
 @bench.command()
@@ -53,16 +66,19 @@ def latency(
     batch_size: Annotated[int, typer.Option(help="Requests that come at once.")] = 1,
     num_iters: Annotated[int, typer.Option(help="Batches that count.")] = 10,
     num_iters_warmup: Annotated[int, typer.Option(help="Batches before them.")] = 2,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     output: Output = None,
     json: AsJson = False,
 ) -> None:
     """One batch through the engine and through the published code's way of decoding, on one CPU thread."""
     from remask.benchmarks.latency import as_table, measure
 
-    one_thread()
-    report = measure(model, workload, batch_size, num_iters, num_iters_warmup, dtype)  # type: ignore[arg-type]
-    show(report, as_table(report), output, json)
+    measured(
+        lambda keep: measure(model, workload, batch_size, num_iters, num_iters_warmup, dtype, keep),  # type: ignore[arg-type]
+        as_table,
+        output,
+        json,
+    )
 
 
 @bench.command()
@@ -71,9 +87,7 @@ def serve_load(
         str, typer.Option(help="remask, generate or continuous (transformers), vllm, or a server's URL.")
     ] = "remask",
     model: Model = "tiny",
-    baseline: Annotated[
-        Path | None, typer.Option(help="Autoregressive checkpoint.  [default: the embedded twin]")
-    ] = None,
+    baseline: Baseline = None,
     peer: Annotated[
         str | None, typer.Option(help="Another engine for the same model: dlmserve, or an adapter's path.")
     ] = None,
@@ -84,7 +98,7 @@ def serve_load(
     max_concurrency: Annotated[int | None, typer.Option(help="Keep so many requests under way.")] = None,
     request_rate: Annotated[float, typer.Option(help="Arrivals a second; inf: all at once.")] = math.inf,
     burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less: in bursts.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     output: Output = None,
     json: AsJson = False,
@@ -92,7 +106,6 @@ def serve_load(
     """Requests in time on the engine, an autoregressive model or a server; vLLM's keys."""
     from remask.benchmarks.serving.serve_load import LoadOptions, as_table, measure
 
-    one_thread()
     options = LoadOptions(
         target=target,
         model=model,
@@ -109,15 +122,30 @@ def serve_load(
         seed=seed,
     )
     options.check()
-    with _progress(num_prompts) as bar:
-        report = measure(options, lambda: bar.advance(bar.task_ids[0]))
-    show(report, as_table(report), output, json)
+
+    def run(keep: Keep) -> dict[str, Any]:
+        with _progress(num_prompts) as bar:
+            return measure(options, lambda: bar.advance(bar.task_ids[0]), keep)
+
+    report = measured(run, as_table, output, json)
     if not report["completed"]:
         sys.exit(1)
 
 
 @bench.command()
 def compare(
+    model: Model = "tiny",
+    baseline: Baseline = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How that one is served: generate, continuous, vllm, or a server's URL; may be repeated.  "
+            "[default: generate, continuous]"
+        ),
+    ] = None,
+    workload: Annotated[
+        str, typer.Option(help="tiny (answers are checked), mixed, fixed, or sharegpt:FILE.json.")
+    ] = "tiny",
     policy: Annotated[
         list[str] | None,
         typer.Option(help="May be repeated.  [default: one token a step, threshold 0.9, WINO 0.7/0.9]"),
@@ -127,36 +155,37 @@ def compare(
     ] = None,
     repetitions: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 9,
     num_problems: Annotated[int, typer.Option(help="That quality is measured on.")] = 256,
+    dtype: Dtype = "float32",
     output: Output = None,
     json: AsJson = False,
 ) -> None:
-    """The embedded model against its autoregressive twin: quality, speed and latency over concurrencies."""
-    from remask.benchmarks.serving.compare import (
-        CONCURRENCIES,
-        as_table,
-        check_arguments,
-        measure,
-    )
-    from remask.benchmarks.throughput import write_report
+    """A model against an autoregressive one: quality, speed and latency over concurrencies."""
+    from remask.benchmarks.serving.compare import CONCURRENCIES, RIVALS, CompareOptions, as_table, measure
     from remask.benchmarks.tiny.policies import COMPARED
 
-    one_thread()
-    policies, concurrencies = policy or COMPARED, concurrency or CONCURRENCIES
-    check_arguments(policies, concurrencies, repetitions, num_problems)
-    with _progress(None) as bar:
+    options = CompareOptions(
+        model=model,
+        baseline=baseline,
+        rivals=rival or RIVALS,
+        dtype=dtype,
+        workload=workload,
+        policies=policy or COMPARED,
+        concurrencies=concurrency or CONCURRENCIES,
+        repetitions=repetitions,
+        num_problems=num_problems,
+    )
+    options.check()
 
-        def told(what: str, done: int, total: int) -> None:
-            bar.update(bar.task_ids[0], completed=done, total=total, description=what)
+    def run(keep: Keep) -> dict[str, Any]:
+        with _progress(None) as bar:
+            task = bar.task_ids[0]
+            return measure(
+                options,
+                lambda what, done, total: bar.update(task, completed=done, total=total, description=what),
+                keep,
+            )
 
-        report = measure(
-            policies=policies,
-            concurrencies=concurrencies,
-            repetitions=repetitions,
-            num_problems=num_problems,
-            progress=told,
-            keep=lambda so_far: write_report(so_far, output) if output is not None else None,
-        )
-    show(report, as_table(report), output, json)
+    measured(run, as_table, output, json)
 
 
 @bench.command()
@@ -173,25 +202,56 @@ def report(
         typer.echo(str(path))
 
 
-def one_thread() -> None:
-    """The same number of threads for everybody who is measured."""
+def measured(
+    measure: Callable[[Keep], dict[str, Any]],
+    as_table: Callable[[dict[str, Any]], Table],
+    output: Path | None,
+    json: bool,
+) -> dict[str, Any]:
+    """Measures on one thread, the same number for everybody who is measured; writes the report where asked
+    and prints it: as JSON, or the table and what is to be said of it.
+
+    A measurement that ends early writes and prints what it has kept until then, and ends as it would.
+
+    Raises:
+        InvalidRequest: the report could not be written.
+    """
     import torch
 
-    torch.set_num_threads(1)
-
-
-def show(report: dict[str, Any], table: Table, output: Path | None, json: bool) -> None:
-    """Writes a report where asked, and prints it: as JSON, or the table and what is to be said of it."""
     from remask.benchmarks.throughput import write_report
 
+    torch.set_num_threads(1)
     if output is not None:
-        write_report(report, output)
+        check_output(output)
+    kept: list[dict[str, Any]] = []
+
+    def keep(report: dict[str, Any]) -> None:
+        kept[:] = [report]
+        if output is not None:
+            write_report(report, output)
+
+    try:
+        keep(measure(keep))
+    finally:
+        for report in kept:
+            _print(report, as_table(report), json)
+    return kept[0]
+
+
+def check_output(path: Path) -> None:
+    """Raises InvalidRequest where a file cannot be written, before anything is measured for it."""
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if path.is_dir() or not (nearest == path or nearest.is_dir()) or not os.access(nearest, os.W_OK):
+        raise InvalidRequest("output", str(path), "cannot be written; name a file in a folder of yours")
+
+
+def _print(report: dict[str, Any], table: Table, json: bool) -> None:
     if json:
         sys.stdout.write(json_module.dumps(report) + "\n")
-    else:
-        Console().print(table)
-        for note in (*map(": ".join, report.get("crossovers", {}).items()), *report.get("notes", ())):
-            Console().print(note)
+        return
+    Console().print(table)
+    for note in (*map(": ".join, report.get("crossovers", {}).items()), *report.get("notes", ())):
+        Console().print(note)
 
 
 @contextmanager

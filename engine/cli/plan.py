@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from remask.cli.bench import one_thread, show
+from remask.cli.bench import measured
 from remask.scheduler.errors import InvalidRequest
 
 
@@ -38,7 +38,5 @@ def plan(
 
     from remask.benchmarks.planner import as_table, load_of, report
 
-    one_thread()
     load = load_of(workload, prompt_len, canvas_len, block_len, tokens_per_forward)
-    content = report(model, gpu, load, dtype, check or ())
-    show(content, as_table(content), output, json)
+    measured(lambda _: report(model, gpu, load, dtype, check or ()), as_table, output, json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,14 @@ def test_what_cannot_be_planned_is_refused_by_name(arguments: dict[str, Any], pa
         planner.load_of("mixt", 1, 1, 1, 1.0)
 
 
-def test_the_command_prints_and_writes_a_plan(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from remask.cli import main; main()", "plan", "--workload", "mixed"]
-    run = subprocess.run([*command, "--output", tmp_path / "plan.json"], capture_output=True, text=True)
+def test_the_command_prints_and_writes_a_plan(
+    remask: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    run = remask("plan", "--workload", "mixed", "--output", tmp_path / "plan.json")
     assert run.returncode == 0, run.stderr
     assert "knee: " in run.stdout
     assert "autoregressive engine of this shape is faster from" in run.stdout
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["load"]["prompt_len"] == 72
-    refused = subprocess.run([*command, "--check", "4"], capture_output=True, text=True)
+    refused = remask("plan", "--check", "4")
     assert (refused.returncode, "check: needs --gpu this" in refused.stderr) == (2, True)

@@ -19,7 +19,7 @@ import torch
 
 from remask import AsyncLLM, InvalidRequest, SamplingParams, Unavailable
 from remask.benchmarks import report, workloads
-from remask.benchmarks.serving import compare
+from remask.benchmarks.serving import compare, serve_load
 from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget, VllmTarget
 from remask.benchmarks.serving.load import Run, Served, arrival_times, closed_loop, figures, open_loop
 from remask.benchmarks.serving.peer import ADAPTERS, PeerTarget
@@ -68,9 +68,9 @@ class Counting(Target):
 
 def test_a_closed_loop_keeps_so_many_under_way_and_serves_all() -> None:
     target = Counting(0.01)
-    told: list[None] = []
-    run = asyncio.run(closed_loop(target, [JOB] * 10, 3, lambda: told.append(None)))
-    assert (target.most, target.started, len(run.served), len(told)) == (3, 10, 10, 10)
+    told: list[Served] = []
+    run = asyncio.run(closed_loop(target, [JOB] * 10, 3, told.append))
+    assert (target.most, target.started, run.served) == (3, 10, told)
 
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:
@@ -140,7 +140,7 @@ def test_the_twin_answers_alike_alone_in_padded_batches_and_continuously(jobs: l
         found = []
         async with GenerateTarget(TWIN_DIRECTORY, torch.float32, 4) as target:
             found += [await answers(target, jobs, 1), await answers(target, jobs, 9)]
-        async with ContinuousTarget(TWIN_DIRECTORY, torch.float32, 8, 128) as target:
+        async with ContinuousTarget(TWIN_DIRECTORY, torch.float32, 8, jobs) as target:
             found.append(await answers(target, jobs, 9))
         return found
 
@@ -218,28 +218,56 @@ def test_a_server_gets_as_many_requests_at_once_as_it_shall(server: tuple[str, l
     assert (found["completed"], found["failed"]) == (40, 0)
 
 
-def test_vllm_is_asked_for_greedy_tokens_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Offline:
-        """vLLM's `LLM` as far as it is used."""
+class OfflineVllm:
+    """vLLM's `LLM` as far as it is used: a step gives every request one token."""
 
-        def __init__(self, model: str, dtype: str) -> None:
-            assert (model, dtype) == ("twin", "bfloat16")
+    def __init__(self, model: str, dtype: str, gpu_memory_utilization: float, **options: bool) -> None:
+        assert (model, dtype, gpu_memory_utilization) == ("twin", "bfloat16", 0.5)
+        assert options == {"enable_prefix_caching": False}
+        self.llm_engine, self.asked, self.running, self.most = self, [], {}, 0  # type: ignore[var-annotated]
+        engines.append(self)
 
-        def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
-            assert [prompt["prompt_token_ids"] for prompt in prompts] == [[1, 2, 3]]
-            assert params == [{"temperature": 0, "max_tokens": 8}]
-            sample = SimpleNamespace(text="0579", token_ids=[5, 6, 7, 8, 1], finish_reason="stop")
-            return [SimpleNamespace(outputs=[sample])]
+    def add_request(self, request_id: str, prompt: dict[str, Any], params: dict[str, Any]) -> None:
+        if prompt.get("prompt_token_ids") == [0]:
+            raise ValueError("a zero")
+        self.asked.append((prompt, params))
+        self.running[request_id] = 5 - 2 * ("prompt" in prompt)
+        self.most = max(self.most, len(self.running))
 
-    async def ask() -> Run:
-        async with VllmTarget(Path("twin"), torch.bfloat16, 4) as target:
-            return await closed_loop(target, [JOB], 1)
+    def step(self) -> list[Any]:
+        self.running = {name: left - 1 for name, left in self.running.items()}
+        if any(prompt.get("prompt_token_ids") == [13] for prompt, _ in self.asked):
+            raise RuntimeError("the engine is dead")
+        ended = [name for name, left in self.running.items() if left == 0]
+        for name in ended:
+            del self.running[name]
+        sample = SimpleNamespace(text="0579", token_ids=[5, 6, 7, 8, 1], finish_reason="stop")
+        return [SimpleNamespace(request_id=name, finished=True, outputs=[sample]) for name in ended]
+
+
+engines: list[OfflineVllm] = []
+
+
+def test_vllm_is_asked_for_greedy_tokens_while_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(jobs: list[Job]) -> Run:
+        async with VllmTarget(Path("twin"), torch.bfloat16, 0.5) as target:
+            return await closed_loop(target, jobs, 2)
 
     with pytest.raises(InvalidRequest, match="pip install vllm"):
-        asyncio.run(ask())
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Offline, SamplingParams=dict))
-    (served,) = asyncio.run(ask()).served
-    assert served.answer == Answer("0579", 4, nfe=5)
+        asyncio.run(ask([JOB]))
+    final = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2))
+    module = SimpleNamespace(LLM=OfflineVllm, SamplingParams=dict, sampling_params=final)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    ids, bad, deadly = (Job([number], JOB.params) for number in (7, 0, 13))
+    served = asyncio.run(ask([ids, JOB, JOB, bad, JOB])).served
+    assert [one.error for one in served if one.answer is None] == ["ValueError: a zero"]
+    assert [one.answer for one in served if one.answer is not None] == 4 * [Answer("0579", 4, nfe=5)]
+    engine = engines[-1]
+    params = {"temperature": 0, "output_kind": 2, "max_tokens": 8}
+    assert engine.asked == [({"prompt_token_ids": [7]}, params)] + 3 * [({"prompt": "123+456="}, params)]
+    assert engine.most == 2, "one comes while another runs"
+    served = asyncio.run(ask([JOB, deadly])).served
+    assert {one.error for one in served} == {"RuntimeError: the engine is dead"}
 
 
 ADAPTER = """
@@ -339,6 +367,31 @@ def test_a_load_is_measured_on_each_target(tmp_path: Path) -> None:
     assert "transformers generate" in page
     assert "p99_e2el_ms" in page
     assert files[1].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_interrupted_load_keeps_what_has_come_back() -> None:
+    kept: list[dict[str, Any]] = []
+
+    async def interrupted() -> None:
+        told = 0
+
+        def count() -> None:
+            nonlocal told
+            told += 1
+            if told == 3:
+                task.cancel()
+
+        options = LoadOptions(num_prompts=40, max_concurrency=2)
+        task = asyncio.create_task(serve_load._measure(options, count, kept.append))
+        await task
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(interrupted())
+    (found,) = kept
+    assert 3 <= found["completed"] < 40
+    assert found["notes"][0] == f"Not finished: {found['completed']} of 40 requests."
+    assert found["gemm_utilization"] > 0
+    assert found["duration"] > 0
 
 
 def test_what_is_no_report_makes_no_page(tmp_path: Path) -> None:

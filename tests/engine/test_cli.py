@@ -1,22 +1,28 @@
-"""`remask generate` as a process: where prompts come from, what is printed, how errors look."""
+"""`remask generate`: where prompts come from, what is printed, how errors look."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 PUZZLE = "...543.....2341256..6.3..631.51.5...="
 
 
-def remask(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from remask.cli import main; main()", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
+def test_it_is_a_process(tmp_path: Path) -> None:
+    command = [Path(sys.executable).parent / "remask", "generate", "1234.=", "--json", "--max-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert len(texts(done)) == 1
+    refused = subprocess.run([*command, "--unmask", "treshold:0.9"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("remask: error: prompt 0: unmask: unknown policy")
 
 
 def texts(run: subprocess.CompletedProcess[str]) -> list[str]:
@@ -24,7 +30,7 @@ def texts(run: subprocess.CompletedProcess[str]) -> list[str]:
     return [json.loads(line)["outputs"][0]["text"] for line in run.stdout.splitlines()]
 
 
-def test_arguments_a_file_and_stdin_give_the_same(tmp_path: Path) -> None:
+def test_arguments_a_file_and_stdin_give_the_same(remask: Command, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PUZZLE}\n\n1234.=\n")
     common = ("generate", "--json", "--max-tokens", "40")
@@ -35,7 +41,7 @@ def test_arguments_a_file_and_stdin_give_the_same(tmp_path: Path) -> None:
     assert texts(remask(*common, stdin=file.read_text())) == from_arguments
 
 
-def test_the_table_shows_text_and_figures() -> None:
+def test_the_table_shows_text_and_figures(remask: Command) -> None:
     run = remask("generate", PUZZLE, "--max-tokens", "40", "--block-length", "40", "--unmask", "schedule")
     assert run.returncode == 0, run.stderr
     cells = [line.split("│") for line in run.stdout.splitlines() if line.startswith("│")]
@@ -46,7 +52,7 @@ def test_the_table_shows_text_and_figures() -> None:
         assert expected in run.stdout
 
 
-def test_stops_end_the_text() -> None:
+def test_stops_end_the_text(remask: Command) -> None:
     common = ("generate", "--json", "--max-tokens", "40", PUZZLE)
     (whole,) = texts(remask(*common))
     assert texts(remask(*common, "--stop", "nowhere", "--stop", whole[4:7])) == [
@@ -59,7 +65,7 @@ def test_stops_end_the_text() -> None:
     assert texts(by_id) == [whole[: whole.index(whole[2])]]
 
 
-def test_a_preset_gives_way_to_options() -> None:
+def test_a_preset_gives_way_to_options(remask: Command) -> None:
     run = remask("generate", PUZZLE, "--json", "--preset", "llada", "--max-tokens", "40", "--chat")
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["outputs"][0]["nfe"] == 40
@@ -83,7 +89,9 @@ def test_a_preset_gives_way_to_options() -> None:
         ((), "remask: error: prompts: give prompts"),
     ],
 )
-def test_a_users_error_is_one_line_and_status_2(arguments: tuple[str, ...], message: str) -> None:
+def test_a_users_error_is_one_line_and_status_2(
+    remask: Command, arguments: tuple[str, ...], message: str
+) -> None:
     run = remask("generate", *arguments)
     assert run.returncode == 2
     assert run.stdout == ""

@@ -41,7 +41,8 @@ from ray.cluster_utils import Cluster
 import remask.workers.ray_executor as module
 from remask import LLM, Unavailable
 module.STARVED_SECONDS = 2.0
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
 node = cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False)
 llm = LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=64, burst=1)
@@ -121,7 +122,7 @@ with LLM("tiny", distributed_executor_backend="ray", data_parallel_size=2, **opt
 @pytest.mark.slow
 def test_kills_and_removed_nodes_change_no_token(tmp_path: Path) -> None:
     """The chaos of `benchmarks/chaos.py`, shorter."""
-    command = ["-m", "remask.benchmarks.chaos", "--requests", "60", "--seconds", "20", "--pause", "4"]
+    command = ["-m", "remask.benchmarks.chaos", "--requests", "60", "--seconds", "12", "--pause", "3"]
     output = tmp_path / "chaos.json"
     done = subprocess.run([sys.executable, *command, "--output", output], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
