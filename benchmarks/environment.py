@@ -21,13 +21,14 @@ PACKAGES = ("remask", "torch", "triton", "transformers", "ray", "numpy")
 
 
 def environment_stamp() -> dict[str, Any]:
-    """CPU, GPU, versions, threads and commit (None outside a checkout)."""
+    """CPU and its vector units, GPU, versions, threads and commit (None outside a checkout)."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "cpu": device_name(torch.device("cpu")),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},

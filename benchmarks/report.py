@@ -117,6 +117,10 @@ def read(path: Path) -> dict[str, Any]:
         raise InvalidRequest("report", str(path), f"cannot be read: {error}") from None
     if not isinstance(report, dict) or report.get("benchmark") not in KINDS:
         raise InvalidRequest("report", str(path), f"is no output of remask bench {' | '.join(KINDS)}")
+    try:
+        KINDS[report["benchmark"]].as_table(report)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidRequest("report", str(path), f"lacks what this version writes: {error!r}") from None
     return report
 
 

@@ -35,7 +35,8 @@ class LLM:
         model: a local Hugging Face checkpoint directory, or "tiny" for the embedded one. Nothing is looked up
             online.
         tokenizer: a directory with the tokenizer; None: the model's. Without one, prompts are token ids.
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        dtype: "auto" (the checkpoint's; float32 on a CPU that cannot multiply it), "float32", "bfloat16" or
+            "float16".
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
         max_model_len: largest prompt and canvas together in tokens; None: the model's.
         seed: seeds requests that give none, with their ordinal.

@@ -252,7 +252,8 @@ def test_the_throughput_table_is_the_committed_measurement() -> None:
         "| times as fast (min to max) | GEMM rate used (min to max) |"
     )
     assert table(header) == [throughput.cells(name, result) for name, result in report["results"].items()]
-    assert report["repetitions"] == 5, "the default"
+    (arguments,) = re.findall(r"remask bench throughput (.*)", README)
+    assert f"--repetitions {report['repetitions']} " in f"{arguments} "
     assert (report["model"], report["workload"], report["num_requests"]) == ("llada-124m", "mixed", 16)
     engine = report["results"]["engine, float32"]
     assert engine["equal_requests"] == 16

@@ -53,6 +53,7 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
     if weights is not None:
         model = denoiser_of(
             model_of(weights, pick_device(setup.device)),
+            dtype=setup.dtype,
             attention_backend=setup.attention_backend,
             quantization=setup.quantization,
         )

@@ -53,8 +53,9 @@ def _host_seconds(function: Callable[[], object], least: float) -> list[float]:
 
 
 def gemm_flops_per_second(device: torch.device, size: int) -> float:
-    """Rate of a square product in bf16."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    """Rate of a square product: in bf16 on a GPU, in fp32 on a CPU, which may have no units for bf16."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / seconds(lambda: torch.mm(a, b), device)
 
 

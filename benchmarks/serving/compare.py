@@ -29,7 +29,7 @@ from remask.benchmarks.serving.rivals import check_rival, open_rival
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
 from remask.benchmarks.throughput import Dtype, Keep, find_model, spread
 from remask.benchmarks.tiny.policies import COMPARED, POLICIES
-from remask.benchmarks.utilization import Work, gemm_rate
+from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import SEED, Job, answers, workload
 from remask.llm import load_tokenizer
 from remask.scheduler.errors import did_you_mean
@@ -177,9 +177,12 @@ class _Comparison:
             steadiness.look()
             results = self._results(rivals)
             notes = [*unfinished(done, repetitions, "repetitions"), *steadiness.notes()]
-            used = [r["gemm_utilization"]["median"] for r in results if "gemm_utilization" in r]
-            if used:  # it is a CPU: on GPUs it is not counted
-                notes.append(ON_A_CPU.format(*(f"{100 * share:.0f}" for share in (min(used), max(used)))))
+            used = [
+                round(100 * result["gemm_utilization"]["median"])
+                for result in results
+                if "gemm_utilization" in result
+            ]
+            notes.append(ON_A_CPU.format(min(used), max(used)) if used else NOT_COUNTED)
             content = {
                 "benchmark": "compare",
                 "environment": self._environment,

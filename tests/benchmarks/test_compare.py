@@ -27,7 +27,7 @@ def test_the_comparison_measures_quality_and_speed_of_both(
     assert told[-1][2] == 9
     assert [content["repetitions"] for content in kept] == [1, 2], "an interrupted run keeps the first"
     assert kept[0]["notes"][0] == "Not finished: 1 of 2 repetitions."
-    (on_a_cpu,) = found["notes"][-1:]
+    on_a_cpu = found["notes"][-1]
     used = [100 * r["gemm_utilization"]["median"] for r in found["results"] if "gemm_utilization" in r]
     assert f"{min(used):.0f} to {max(used):.0f} % of the matrix rate" in on_a_cpu
     assert list(found["quality"]) == [
@@ -67,7 +67,7 @@ def test_models_and_workloads_without_answers_are_compared_by_speed(
     page, chart = report.write([tmp_path / "compare.json"], tmp_path / "page.html")
     assert "transformers generate" in page.read_text()
     assert chart.stat().st_size > 1000
-    with pytest.raises(InvalidRequest, match="give a model with a tokenizer"):
+    with pytest.raises(InvalidRequest, match="holds no tokenizer"):
         compare.measure(CompareOptions(model=str(golden_checkpoint)))
 
 

@@ -396,7 +396,13 @@ def test_an_interrupted_load_keeps_what_has_come_back() -> None:
 
 def test_what_is_no_report_makes_no_page(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
-    for source, problem in (("other.json", "is no output"), ("none.json", "cannot be read")):
+    (tmp_path / "old.json").write_text('{"benchmark": "serve-load"}')
+    problems = {
+        "other.json": "is no output",
+        "none.json": "cannot be read",
+        "old.json": "lacks what this version writes: KeyError",
+    }
+    for source, problem in problems.items():
         with pytest.raises(InvalidRequest, match=problem):
             report.write([tmp_path / source], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()

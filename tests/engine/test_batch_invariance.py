@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from remask import LLM, CompletionOutput
 from remask.outputs import request_output
+from remask.workers.models.denoiser import multiplies
 
 POLICIES: tuple[dict[str, Any], ...] = (
     {"unmask": "schedule:score=margin"},
@@ -66,7 +68,11 @@ def generate(llm: LLM, requests: list[Ask]) -> list[tuple[Any, ...]]:
     return [told(output.outputs[0]) for output in outputs]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+has_bfloat16 = multiplies(torch.empty(1, dtype=torch.bfloat16))
+no_bfloat16 = pytest.mark.skipif(not has_bfloat16, reason="this CPU cannot multiply bf16")
+
+
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=no_bfloat16)])
 def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from remask.workers.models.denoiser import load_denoiser, multiplies
 
 CODE = """
 import os
@@ -28,6 +35,10 @@ print(resident_mb() - before)
 """
 
 
+HAS_BFLOAT16 = multiplies(torch.empty(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="a CPU that cannot multiply bf16 has no such kernels")
 def test_products_of_ever_new_shapes_take_no_more_memory() -> None:
     unset = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
     run = subprocess.run(
@@ -38,3 +49,21 @@ def test_products_of_ever_new_shapes_take_no_more_memory() -> None:
         check=True,
     )
     assert float(run.stdout) < 100, "560 where the caches are not bounded"
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_dtype_that_the_cpu_cannot_multiply_is_computed_in_float32_unless_asked_for(
+    golden_checkpoint: Path,
+    supported: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: supported)
+    caplog.set_level(logging.INFO)
+    automatic = load_denoiser(golden_checkpoint, device="cpu").model
+    assert automatic.embedding.dtype == (torch.bfloat16 if supported else torch.float32)
+    assert ("this CPU cannot multiply torch.bfloat16" in caplog.text) == (not supported)
+    asked = load_denoiser(golden_checkpoint, dtype="bfloat16", device="cpu").model
+    assert asked.embedding.dtype == torch.bfloat16
+    for ours, theirs in zip(automatic.parameters(), asked.parameters(), strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype)), "the same numbers"

@@ -128,7 +128,8 @@ def load_denoiser(
 
     Args:
         directory: see `load_checkpoint` and `dummy_model`.
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        dtype: "auto" (the checkpoint's; float32 on a CPU that cannot multiply it), "float32", "bfloat16" or
+            "float16".
         device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
         load_format: "auto" reads the checkpoint's weights, "dummy" makes random ones.
         attention_backend, quantization: see `denoiser_of`.
@@ -138,22 +139,26 @@ def load_denoiser(
     """
     load = dummy_model if load_format == "dummy" else load_checkpoint
     model = load(directory, dtype=dtype, device=pick_device(device))
-    return denoiser_of(model, attention_backend=attention_backend, quantization=quantization)
+    return denoiser_of(model, dtype=dtype, attention_backend=attention_backend, quantization=quantization)
 
 
 def denoiser_of(
-    model: Transformer, *, attention_backend: str = "auto", quantization: str | None = None
+    model: Transformer, *, dtype: str, attention_backend: str = "auto", quantization: str | None = None
 ) -> TransformerDenoiser:
     """A loaded model, ready to denoise.
 
     Args:
         model: its weights are replaced where they are quantized.
+        dtype: that was asked for; where it is "auto" a CPU may compute in another one than the weights'.
         attention_backend: see `pick_attention`.
         quantization: None, or "fp8" (`remask.workers.models.fp8`).
 
     Raises:
         InvalidRequest: backend or quantization do not serve the model where it is.
     """
+    if dtype == "auto" and quantization is None and not multiplies(model.embedding):
+        logger.info("this CPU cannot multiply %s: computing in float32", model.embedding.dtype)
+        model = model.float()
     weight, head_dim = model.embedding, model.config.head_dim
     attention = pick_attention(attention_backend, device=weight.device, dtype=weight.dtype, head_dim=head_dim)
     if quantization == "fp8":
@@ -173,6 +178,16 @@ def denoiser_of(
         fixed_shapes=not on_cpu,
         kernels=kernels,
     )
+
+
+def multiplies(weight: Tensor) -> bool:
+    """Whether its dtype has kernels where it is; without them a CPU takes some hundred times as long."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return True
+    return {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }.get(weight.dtype, lambda: True)()
 
 
 def keep_freed_memory() -> None:
