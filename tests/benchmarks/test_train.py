@@ -18,6 +18,11 @@ from remask.benchmarks.tiny.tasks import ADDITION, SUDOKU_4X4
 from remask.benchmarks.tiny.text import TEXT
 from remask.benchmarks.tiny.tokenizer import EOS_ID, MASK_ID
 from remask.benchmarks.tiny.train import Trainer
+from remask.workers.models.denoiser import multiplies
+
+trains_here = pytest.mark.skipif(
+    not multiplies(torch.bfloat16, torch.device("cpu")), reason="training multiplies bf16, and this CPU cannot"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +38,7 @@ def trainer(objective: str = "masked", **changes: object) -> Trainer:
     return Trainer(argparse.Namespace(**args))
 
 
+@trains_here
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(objective: str, tmp_path: Path) -> None:
     whole, first = trainer(objective), trainer(objective)
@@ -50,6 +56,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(objective: str, tmp_pa
         assert torch.equal(master, resumed.masters[name]), name
 
 
+@trains_here
 def test_training_lowers_the_loss_and_the_export_loads(tmp_path: Path) -> None:
     run = trainer()
     losses = [float(str(run.step()["loss"])) for _ in range(30)]
@@ -60,6 +67,7 @@ def test_training_lowers_the_loss_and_the_export_loads(tmp_path: Path) -> None:
     assert output.outputs[0].nfe >= 1
 
 
+@trains_here
 def test_a_checkpoint_goes_on_where_it_was_left(tmp_path: Path) -> None:
     first = trainer()
     first.step()
@@ -71,6 +79,7 @@ def test_a_checkpoint_goes_on_where_it_was_left(tmp_path: Path) -> None:
     assert going_on.step()["step"] == 2
 
 
+@trains_here
 def test_the_twin_is_what_transformers_loads(tmp_path: Path) -> None:
     run = trainer("causal")
     run.step()

@@ -68,7 +68,7 @@ def generate(llm: LLM, requests: list[Ask]) -> list[tuple[Any, ...]]:
     return [told(output.outputs[0]) for output in outputs]
 
 
-has_bfloat16 = multiplies(torch.empty(1, dtype=torch.bfloat16))
+has_bfloat16 = multiplies(torch.bfloat16, torch.device("cpu"))
 no_bfloat16 = pytest.mark.skipif(not has_bfloat16, reason="this CPU cannot multiply bf16")
 
 

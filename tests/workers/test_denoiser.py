@@ -35,7 +35,7 @@ print(resident_mb() - before)
 """
 
 
-HAS_BFLOAT16 = multiplies(torch.empty(1, dtype=torch.bfloat16))
+HAS_BFLOAT16 = multiplies(torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="a CPU that cannot multiply bf16 has no such kernels")

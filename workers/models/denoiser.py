@@ -156,7 +156,11 @@ def denoiser_of(
     Raises:
         InvalidRequest: backend or quantization do not serve the model where it is.
     """
-    if dtype == "auto" and quantization is None and not multiplies(model.embedding):
+    if (
+        dtype == "auto"
+        and quantization is None
+        and not multiplies(model.embedding.dtype, model.embedding.device)
+    ):
         logger.info("this CPU cannot multiply %s: computing in float32", model.embedding.dtype)
         model = model.float()
     weight, head_dim = model.embedding, model.config.head_dim
@@ -180,14 +184,14 @@ def denoiser_of(
     )
 
 
-def multiplies(weight: Tensor) -> bool:
-    """Whether its dtype has kernels where it is; without them a CPU takes some hundred times as long."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has kernels for a dtype; without them a CPU takes some hundred times as long."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return True
     return {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }.get(weight.dtype, lambda: True)()
+    }.get(dtype, lambda: True)()
 
 
 def keep_freed_memory() -> None:
