@@ -20,9 +20,8 @@ from remask.benchmarks.tiny.tokenizer import EOS_ID, MASK_ID
 from remask.benchmarks.tiny.train import Trainer
 from remask.workers.models.denoiser import multiplies
 
-trains_here = pytest.mark.skipif(
-    not multiplies(torch.bfloat16, torch.device("cpu")), reason="training multiplies bf16, and this CPU cannot"
-)
+has_bfloat16 = multiplies(torch.bfloat16, torch.device("cpu"))
+trains_here = pytest.mark.skipif(not has_bfloat16, reason="training multiplies bf16, and this CPU cannot")
 
 
 @pytest.fixture(autouse=True)
