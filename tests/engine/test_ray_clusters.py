@@ -119,7 +119,7 @@ with LLM("tiny", distributed_executor_backend="ray", data_parallel_size=2, **opt
     assert "OutOfMemoryError" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kills_and_removed_nodes_change_no_token(tmp_path: Path) -> None:
     """The chaos of `benchmarks/chaos.py`, shorter."""
     command = ["-m", "remask.benchmarks.chaos", "--requests", "60", "--seconds", "12", "--pause", "3"]
