@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from remask.benchmarks.gpu import run, timing
 from remask.benchmarks.utilization import linear_flops
-from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.denoiser import TransformerDenoiser, multiplies
 from remask.workers.worker import Worker
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.py"
@@ -26,7 +27,11 @@ print(script["PATH"], module.__file__)
 """
 
 
+has_bfloat16 = multiplies(torch.bfloat16, torch.device("cpu"))
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not has_bfloat16, reason="it multiplies bf16, and this CPU cannot")
 def test_the_small_mode_measures_everything(tmp_path: Path) -> None:
     output = tmp_path / "small.json"
     command = [sys.executable, str(SCRIPT), "--small", "--device", "cpu", "--output", str(output)]

@@ -93,6 +93,7 @@ def test_the_twin_is_what_transformers_loads(tmp_path: Path) -> None:
         torch.testing.assert_close(twin(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@trains_here
 def test_both_objectives_see_the_same_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list] = {}
     for name, objective in OBJECTIVES.items():

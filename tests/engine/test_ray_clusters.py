@@ -67,6 +67,7 @@ llm.close()
     assert "still" in done.stdout
 
 
+@pytest.mark.long
 def test_a_worker_that_ray_kills_for_its_memory_costs_no_request(tmp_path: Path) -> None:
     """The first burst takes more memory than the node may use, and Ray's memory monitor ends its worker."""
     code = """
