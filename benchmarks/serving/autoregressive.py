@@ -67,7 +67,7 @@ class VllmTarget(Target):
 
     Args:
         directory, dtype: as for `GenerateTarget`.
-        memory_share: of a GPU's memory.
+        memory_share: of a GPU's memory, or twice that of a CPU's, which others use too.
 
     Raises:
         InvalidRequest: it is not.
@@ -83,7 +83,7 @@ class VllmTarget(Target):
         self._engine = vllm.LLM(
             str(directory),
             dtype=str(dtype).removeprefix("torch."),
-            gpu_memory_utilization=memory_share,
+            gpu_memory_utilization=memory_share if torch.cuda.is_available() else memory_share / 2,
             enable_prefix_caching=False,
         ).llm_engine
         final = vllm.sampling_params.RequestOutputKind.FINAL_ONLY

@@ -222,7 +222,8 @@ class OfflineVllm:
     """vLLM's `LLM` as far as it is used: a step gives every request one token."""
 
     def __init__(self, model: str, dtype: str, gpu_memory_utilization: float, **options: bool) -> None:
-        assert (model, dtype, gpu_memory_utilization) == ("twin", "bfloat16", 0.5)
+        share = 0.5 if torch.cuda.is_available() else 0.25
+        assert (model, dtype, gpu_memory_utilization) == ("twin", "bfloat16", share)
         assert options == {"enable_prefix_caching": False}
         self.llm_engine, self.asked, self.running, self.most = self, [], {}, 0  # type: ignore[var-annotated]
         engines.append(self)
