@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import queue
-import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from remask import InvalidRequest, Unavailable
-from remask.benchmarks.serving.targets import Answer, BatchingTarget, Target, settle
+from remask.benchmarks.serving.targets import Answer, BatchingTarget, Target, ThreadedTarget, settle
 from remask.benchmarks.workloads import Job
 
 
@@ -60,7 +58,7 @@ class GenerateTarget(BatchingTarget):
         ]
 
 
-class VllmTarget(Target):
+class VllmTarget(ThreadedTarget):
     """vLLM's offline API, where it is installed: requests come and go between steps, as in its server.
 
     Prompts are not looked up in those before (the same ones come in every repetition).
@@ -88,25 +86,17 @@ class VllmTarget(Target):
         ).llm_engine
         final = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self._params = partial(vllm.SamplingParams, temperature=0, output_kind=final)
-        self._asked: queue.SimpleQueue[tuple[Job, asyncio.Future[Answer]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    async def answer(self, job: Job) -> Answer:
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._asked.put((job, future))
-        return await future
+        super().__init__()
 
     async def __aexit__(self, *_: object) -> None:
-        self._asked.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await super().__aexit__()
         del self._engine  # ends its processes
 
     def _work(self) -> None:
         running: dict[str, asyncio.Future[Answer]] = {}
         for number in itertools.count():
-            while not (running and self._asked.empty()):
-                asked = self._asked.get()
+            while not (running and self._waiting.empty()):
+                asked = self._waiting.get()
                 if asked is None:
                     return
                 job, future = asked
@@ -175,12 +165,12 @@ class ContinuousTarget(Target):
     async def answer(self, job: Job) -> Answer:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
-        def settle(output: Any) -> None:
+        def came_back(output: Any) -> None:
             if output.is_finished() and not future.done():
                 future.set_result(output)
 
         request_id = f"job-{next(self._numbers)}"
-        self._manager.register_result_handler(request_id, settle)
+        self._manager.register_result_handler(request_id, came_back)
         added = self._manager.add_request(
             _prompt(job, self._tokenizer), request_id=request_id, max_new_tokens=job.params.max_tokens
         )

@@ -68,14 +68,8 @@ class EngineTarget(Target):
         await asyncio.to_thread(self._engine.close)
 
 
-class BatchingTarget(Target):
-    """A target with a thread of its own, which serves all that wait, up to a number, as one batch to its end.
-
-    Attributes:
-        max_batch: that number.
-    """
-
-    max_batch: int
+class ThreadedTarget(Target):
+    """A target with a thread of its own, which takes what is asked from a queue; None ends it."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[tuple[Job, asyncio.Future[Answer]] | None] = queue.SimpleQueue()
@@ -83,8 +77,8 @@ class BatchingTarget(Target):
         self._thread.start()
 
     @abstractmethod
-    def generate(self, jobs: Sequence[Job]) -> list[Answer]:
-        """Answers of one batch."""
+    def _work(self) -> None:
+        """Serves the queue until it is ended, in the thread."""
 
     async def answer(self, job: Job) -> Answer:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -94,6 +88,20 @@ class BatchingTarget(Target):
     async def __aexit__(self, *_: object) -> None:
         self._waiting.put(None)
         await asyncio.to_thread(self._thread.join)
+
+
+class BatchingTarget(ThreadedTarget):
+    """Serves all that wait, up to a number, as one batch to its end.
+
+    Attributes:
+        max_batch: that number.
+    """
+
+    max_batch: int
+
+    @abstractmethod
+    def generate(self, jobs: Sequence[Job]) -> list[Answer]:
+        """Answers of one batch."""
 
     def _work(self) -> None:
         ends = False

@@ -123,7 +123,7 @@ with LLM("tiny", distributed_executor_backend="ray", data_parallel_size=2, **opt
 @pytest.mark.long
 def test_kills_and_removed_nodes_change_no_token(tmp_path: Path) -> None:
     """The chaos of `benchmarks/chaos.py`, shorter."""
-    command = ["-m", "remask.benchmarks.chaos", "--requests", "60", "--seconds", "12", "--pause", "3"]
+    command = ["-m", "remask.benchmarks.chaos", "--requests", "60", "--seconds", "20", "--pause", "4"]
     output = tmp_path / "chaos.json"
     done = subprocess.run([sys.executable, *command, "--output", output], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
