@@ -130,6 +130,7 @@ class _Comparison:
     async def report(self) -> dict[str, Any]:
         options, most = self._options, self._concurrencies[-1]
         jobs = self._jobs(most, POLICIES["one token a step"])
+        self._look_at_the_model()
         memory_share = 0.9 / (1 + len(options.rivals))
         async with AsyncExitStack() as stack:
             rivals = [
@@ -155,14 +156,18 @@ class _Comparison:
             }
             return await self._measure(systems, [rival.name for rival in rivals])
 
+    def _look_at_the_model(self) -> None:
+        """Its matrix rate and attention; before others need the memory."""
+        denoiser = load_denoiser(self._directory, **self._loading)
+        self._rate = max(gemm_rate(denoiser.model, RATE_PACKS) for _ in range(2))
+        self._attention_backend = denoiser.attention.name
+
     async def _measure(
         self, systems: dict[str, tuple[Target, dict[str, Any]]], rivals: Sequence[str]
     ) -> dict[str, Any]:
         repetitions = self._options.repetitions
         self._num_parts = (repetitions * len(self._concurrencies) + 1) * len(systems)
         quality = {name: await self._quality(name, *system) for name, system in systems.items()}
-        model = load_denoiser(self._directory, **self._loading)
-        rate = max(gemm_rate(model.model, RATE_PACKS) for _ in range(2))
         steadiness = Steadiness()
         for done in range(1, repetitions + 1):
             for concurrency in self._concurrencies:
@@ -172,7 +177,7 @@ class _Comparison:
                     jobs = self._jobs(max(least, each * concurrency), policy)
                     with Work() as work:
                         run = await closed_loop(target, jobs, concurrency)
-                    found = _answered(name, figures(run)) | work.figures(run.duration, rate)
+                    found = _answered(name, figures(run)) | work.figures(run.duration, self._rate)
                     self._runs.setdefault((name, concurrency), []).append(found)
             steadiness.look()
             results = self._results(rivals)
@@ -189,7 +194,7 @@ class _Comparison:
                 "model": self._options.model,
                 "baseline": str(self._options.baseline or "tiny/twin"),
                 "dtype": self._options.dtype,
-                "attention_backend": model.attention.name,
+                "attention_backend": self._attention_backend,
                 "workload": self._options.workload,
                 "repetitions": done,
                 "quality": quality,
