@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from remask import LLM
-from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.environment import Steadiness, environment_stamp
 from remask.benchmarks.throughput import find_model, spread, write_report
 from remask.benchmarks.workloads import Job, workload
 from remask.workers.models.denoiser import load_denoiser
@@ -35,7 +35,9 @@ def seconds_of(llm: LLM, jobs: Sequence[Job]) -> float:
     return time.perf_counter() - started
 
 
-def measure(model: str, workload_name: str, count: int, repetitions: int) -> dict[str, Any]:
+def measure(
+    model: str, workload_name: str, count: int, repetitions: int, steadiness: Steadiness
+) -> dict[str, Any]:
     """Seconds of both modes and their ratio."""
     directory, load_format = find_model(model)
     config = load_denoiser(directory, dtype="float32", load_format=load_format).config
@@ -46,7 +48,10 @@ def measure(model: str, workload_name: str, count: int, repetitions: int) -> dic
     jobs = workload(workload_name, modes[0].tokenizer, config, count)
     for llm in modes:
         seconds_of(llm, jobs[:2])  # warms up
-    pairs = [[seconds_of(llm, jobs) for llm in modes] for _ in range(repetitions)]
+    pairs = []
+    for _ in range(repetitions):
+        pairs.append([seconds_of(llm, jobs) for llm in modes])
+        steadiness.look()
     return {
         "model": model,
         "workload": workload_name,
@@ -73,22 +78,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if args.repetitions < 1:
         parser.error("--repetitions must be at least 1")
     torch.set_num_threads(1)
-    results = [measure(*case, args.repetitions) for case in CASES]
+    environment, steadiness = environment_stamp(), Steadiness()
+    report = {
+        "environment": environment,
+        "repetitions": args.repetitions,
+        "results": [measure(*case, args.repetitions, steadiness) for case in CASES],
+        "notes": steadiness.notes(),
+    }
     table = Table("model", "requests", "seconds", "batch_invariant", "ratio (min to max)")
-    for result in results:
+    for result in report["results"]:
         table.add_row(*cells(result))
-    Console().print(table)
+    Console().print(table, *report["notes"])
     if args.output is not None:
-        environment = environment_stamp()
-        write_report(
-            {"environment": environment, "repetitions": args.repetitions, "results": results}, args.output
-        )
+        write_report(report, args.output)
 
 
 if __name__ == "__main__":

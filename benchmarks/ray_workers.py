@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from remask import LLM, SamplingParams
-from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.environment import Steadiness, environment_stamp
 from remask.benchmarks.simulation import Requests
 from remask.benchmarks.throughput import find_model, spread, write_report
 from remask.benchmarks.workloads import Job, workload
@@ -83,14 +83,17 @@ class SideBySide:
             process.join()
 
 
-def compare(num_workers: int, num_requests: int, repetitions: int) -> dict[str, Any]:
+def compare(num_workers: int, num_requests: int, repetitions: int, steadiness: Steadiness) -> dict[str, Any]:
     """Seconds of workers on Ray and of as many independent engines, and how many times as fast Ray is."""
     sides = SideBySide(num_workers)
     with make_llm(num_workers) as llm:
         jobs = workload("mixed", llm.tokenizer, llm._executor.facts.config, num_requests)
         for warm_up in (llm, sides):
             warm_up.serve(jobs[:2]) if isinstance(warm_up, SideBySide) else serve(warm_up, jobs[:2])
-        pairs = [(serve(llm, jobs), sides.serve(jobs)) for _ in range(repetitions)]
+        pairs = []
+        for _ in range(repetitions):
+            pairs.append((serve(llm, jobs), sides.serve(jobs)))
+            steadiness.look()
     sides.close()
     return {
         "workers": num_workers,
@@ -132,23 +135,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-requests", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if args.num_requests < 2 or args.repetitions < 1:
         parser.error("--num-requests must be at least 2, and --repetitions at least 1")
     torch.set_num_threads(1)
+    environment, steadiness = environment_stamp(), Steadiness()
     report = {
-        "environment": environment_stamp(),
+        "environment": environment,
         "repetitions": args.repetitions,
         "round_trip_ms": round_trip(),
-        "results": [compare(count, args.num_requests, args.repetitions) for count in (1, 2)],
+        "results": [compare(count, args.num_requests, args.repetitions, steadiness) for count in (1, 2)],
+        "notes": steadiness.notes(),
     }
     table = Table("workers", "seconds on Ray", "in process", "Ray times as fast (min to max)")
     for result in report["results"]:
         table.add_row(*cells(result))
     Console().print(table)
-    Console().print(f"round trip beyond compute: {report['round_trip_ms']} ms")
+    Console().print(f"round trip beyond compute: {report['round_trip_ms']} ms", *report["notes"], sep="\n")
     if args.output is not None:
         write_report(report, args.output)
 
