@@ -36,13 +36,15 @@ assert ray.is_initialized(), "it is the caller's"
 
 def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
     code = """
-import threading, time, ray
+import atexit, threading, time, ray
 from ray.cluster_utils import Cluster
 import remask.workers.ray_executor as module
 from remask import LLM, Unavailable
 module.STARVED_SECONDS = 2.0
 health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
+atexit.register(cluster.shutdown)  # or its address stays where the next `ray.init` looks first
+atexit.register(ray.shutdown)  # before that
 node = cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False)
 llm = LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=64, burst=1)
