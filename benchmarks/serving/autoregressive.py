@@ -68,7 +68,7 @@ class VllmTarget(ThreadedTarget):
         memory_share: of a GPU's memory, or twice that of a CPU's, which others use too.
 
     Raises:
-        InvalidRequest: it is not.
+        Unavailable: it is not.
     """
 
     name = "vllm"
@@ -77,7 +77,7 @@ class VllmTarget(ThreadedTarget):
         try:
             import vllm  # type: ignore[import-not-found]
         except ImportError as error:
-            raise InvalidRequest("target", "vllm", f"is not installed ({error}); pip install vllm") from None
+            raise Unavailable(f"vllm is not installed ({error}); pip install vllm") from None
         self._engine = vllm.LLM(
             str(directory),
             dtype=str(dtype).removeprefix("torch."),

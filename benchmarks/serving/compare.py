@@ -109,7 +109,7 @@ def measure(
 
     Raises:
         InvalidRequest: an option, a model or the workload is at fault.
-        Unavailable: a server does not answer, or a rival answers nothing.
+        Unavailable: a rival is not installed, its server does not answer, or somebody answers nothing.
     """
     options.check()
     return asyncio.run(_Comparison(options, progress, keep).report())
@@ -350,8 +350,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
         style = {"marker": "o", "linestyle": "-" if system in POLICIES else "--", "label": system}
         left.plot(speeds, heights, **style)
         if is_judged:
-            for concurrency, place in zip(at_a_time, zip(speeds, heights, strict=True), strict=True):
-                left.annotate(str(concurrency), place, textcoords="offset points", xytext=(0, 6), fontsize=8)
+            places = zip(speeds, heights, strict=True)
+            for i, (concurrency, place) in enumerate(zip(at_a_time, places, strict=True)):
+                offset = (0, -14 if i % 2 else 6)  # above and below in turn: the last are near to each other
+                left.annotate(str(concurrency), place, textcoords="offset points", xytext=offset, fontsize=8)
         right.plot(at_a_time, latencies, **style)
     left.set(xscale="log", xlabel="visible tokens a second" + is_judged * " (labels: requests at a time)")
     left.set_ylabel("problems solved, %" if is_judged else "requests at a time")

@@ -50,8 +50,8 @@ def open_rival(
         memory_share: of a GPU's memory, for those that take it all.
 
     Raises:
-        InvalidRequest: it is not installed, or the checkpoint is at fault.
-        Unavailable: the server does not answer.
+        InvalidRequest: the checkpoint is at fault.
+        Unavailable: it is not installed, or the server does not answer.
     """
     directory, torch_dtype = baseline or TWIN_DIRECTORY, getattr(torch, dtype)
     if is_server(name):

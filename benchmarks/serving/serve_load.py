@@ -93,7 +93,7 @@ def measure(
 
     Raises:
         InvalidRequest: an option, the model or the workload is at fault.
-        Unavailable: the server does not answer.
+        Unavailable: the target is not installed, or the server does not answer.
     """
     options.check()
     return asyncio.run(_measure(options, told, keep))

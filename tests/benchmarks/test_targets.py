@@ -168,7 +168,7 @@ def test_vllm_is_asked_for_greedy_tokens_while_others_run(monkeypatch: pytest.Mo
         async with VllmTarget(Path("twin"), torch.bfloat16, 0.5) as target:
             return await closed_loop(target, jobs, 2)
 
-    with pytest.raises(InvalidRequest, match="pip install vllm"):
+    with pytest.raises(Unavailable, match=r"vllm is not installed .*pip install vllm"):
         asyncio.run(ask([JOB]))
     final = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2))
     module = SimpleNamespace(LLM=OfflineVllm, SamplingParams=dict, sampling_params=final)
