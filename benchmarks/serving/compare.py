@@ -357,6 +357,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         right.plot(at_a_time, latencies, **style)
     left.set(xscale="log", xlabel="visible tokens a second" + is_judged * " (labels: requests at a time)")
     left.set_ylabel("problems solved, %" if is_judged else "requests at a time")
+    left.margins(y=0.12)  # labels stay inside
     right.set(xscale="log", yscale="log", xlabel="requests at a time", ylabel="median latency, ms")
     for axes in (left, right):
         axes.grid(alpha=0.3)
