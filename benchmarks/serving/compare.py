@@ -130,7 +130,6 @@ class _Comparison:
     async def report(self) -> dict[str, Any]:
         options, most = self._options, self._concurrencies[-1]
         jobs = self._jobs(most, POLICIES["one token a step"])
-        self._look_at_the_model()
         memory_share = 0.9 / (1 + len(options.rivals))
         async with AsyncExitStack() as stack:
             rivals = [
@@ -146,6 +145,7 @@ class _Comparison:
                 )
                 for name in options.rivals
             ]
+            self._look_at_the_model()
             engine = await AsyncLLM.start(
                 self._directory, gpu_memory_utilization=memory_share, **self._loading
             )
@@ -157,7 +157,7 @@ class _Comparison:
             return await self._measure(systems, [rival.name for rival in rivals])
 
     def _look_at_the_model(self) -> None:
-        """Its matrix rate and attention; before others need the memory."""
+        """Its matrix rate and attention; before the engine needs the memory."""
         denoiser = load_denoiser(self._directory, **self._loading)
         self._rate = max(gemm_rate(denoiser.model, RATE_PACKS) for _ in range(2))
         self._attention_backend = denoiser.attention.name
