@@ -21,7 +21,10 @@ PACKAGES = ("remask", "torch", "triton", "transformers", "ray", "numpy")
 
 
 def environment_stamp() -> dict[str, Any]:
-    """CPU and its vector units, GPU, versions, threads and commit (None outside a checkout)."""
+    """CPU and its vector units, GPU, versions, threads and commit.
+
+    In a copy that is no checkout, the commit is `REMASK_COMMIT` from the environment, else None.
+    """
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
@@ -56,7 +59,7 @@ def _commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("REMASK_COMMIT")
 
 
 def unfinished(done: int, asked: int, what: str) -> list[str]:

@@ -142,7 +142,11 @@ def plan_fixed(
     lens = [cu_tokens[c + 1] - cu_tokens[c] for c in sequences]
     cu_keys = (0, *itertools.accumulate(lens))
     num_blocks = len(canvases) + len(guided)
-    block_lens = [specs[c].block_length for c in sequences[:num_blocks]]
+    # A canvas without rows, with which bursts are padded, has no candidates either.
+    block_lens = [
+        specs[c].block_length if length else 0
+        for c, length in zip(sequences[:num_blocks], lens, strict=False)
+    ]
     filling = (len(specs) * width - width, -cu_tokens[-2], cu_tokens[-2])  # the last canvas's, at row 0
 
     def slots_of(entries: Iterable[tuple[int, int]], least: int = 0) -> Slots:

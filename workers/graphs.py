@@ -21,7 +21,7 @@ from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.scheduler.sampling import Sampling
 from remask.workers.burst import BurstState
 from remask.workers.fixed_rows import FixedPlan, plan_fixed
-from remask.workers.memory import GRAPH_BYTES, is_out_of_memory
+from remask.workers.memory import GRAPH_BYTES
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
 from remask.workers.room import Room
 from remask.workers.staging import Buffer, load, new_buffer, signature, tensors_of, to_device
@@ -32,7 +32,8 @@ MAX_ROWS = 4096  # beyond, steps are so long that launches hide behind them
 SLOT_STEP = 64
 MAX_SHAPES = 64  # that are kept, captured or not
 
-# Ended canvases that bursts are filled up with; each is a row of its own.
+# Ended canvases that bursts are padded with. They have no rows, so that a burst whose rows need no padding
+# computes none: a single row more can cost the matrix products another tile of 128.
 FILLING_SPEC = CanvasSpec(
     slots=bytes(TOKEN.itemsize),
     block_length=1,
@@ -45,7 +46,7 @@ FILLING_SPEC = CanvasSpec(
     pause_at_blocks=False,
 )
 FILLING_STATE = CanvasState(
-    tokens=bytes(TOKEN.itemsize),
+    tokens=b"",
     confidences=bytes(REAL.itemsize),
     logprobs=bytes(REAL.itemsize),
     commit_steps=bytes(TOKEN.itemsize),
@@ -148,10 +149,14 @@ class StepGraphs:
         try:
             shape.graph, shape.num_rows, num_bytes = self._capture(step)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+            # The step itself has just run, so nothing is wrong with the burst. A later burst of this shape would
+            # fail to capture again.
             shape.is_plain = True
-            logger.warning("no memory for the graph of a step: %s", error)
+            logger.warning(
+                "cannot capture a step; bursts of this shape run without a graph: %s: %s",
+                type(error).__name__,
+                error,
+            )
             return
         shape.num_bytes += num_bytes
         logger.info("captured a step of %d rows in %d bytes", shape.num_rows, shape.num_bytes)
@@ -194,15 +199,14 @@ def room_for(specs: Sequence[CanvasSpec], lens: Sequence[int]) -> Room | None:
     """
     plain = any(s.is_guided or s.num_copies or s.needs_logits or s.trace for s in specs)
     num_canvases = _power(len(specs) + 1)
-    num_fillings = num_canvases - len(specs)
-    num_rows = sum(lens) + num_fillings
+    num_rows = sum(lens)
     if plain or num_rows > MAX_ROWS:
         return None
     row_step = max(SLOT_STEP, _power(num_rows) // 16)
     widest = _power(max(spec.block_length for spec in specs))
     return Room(
         main_rows=_multiple(num_rows, row_step),
-        slots=_multiple(sum(spec.block_length for spec in specs) + num_fillings, SLOT_STEP),
+        slots=_multiple(sum(spec.block_length for spec in specs), SLOT_STEP),
         shadow_rows=_multiple(sum(spec.num_shadow_rows for spec in specs), SLOT_STEP),
         max_keys=max(_power(max(lens)), row_step),
         max_queries=max(widest, SLOT_STEP),

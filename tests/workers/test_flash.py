@@ -150,6 +150,25 @@ def test_auto_is_the_fastest_that_is_here_and_fits(
     assert pick_attention("auto", device=GPU, dtype=dtype, head_dim=head_dim).name == name
 
 
+@pytest.mark.parametrize("error", [AttributeError("cute"), RuntimeError("no nvvm"), OSError("libcuda")], ids=repr)
+def test_a_backend_that_fails_to_import_in_any_way_is_skipped(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    gpu((9, 0), "torch", "flash4")
+    working = flash.importlib.import_module
+
+    def import_module(name: str) -> Any:
+        if name == MODULES["flash4"]:
+            raise error
+        return working(name)
+
+    monkeypatch.setattr(flash.importlib, "import_module", import_module)
+    assert pick_attention("auto", device=GPU, dtype=torch.bfloat16, head_dim=128).name == "torch"
+    assert "skipping attention backend flash4" in caplog.text
+    with pytest.raises(InvalidRequest, match="cannot be loaded"):
+        pick_attention("flash4", device=GPU, dtype=torch.bfloat16, head_dim=128)
+
+
 def test_auto_on_a_cpu_is_sdpa() -> None:
     picked = pick_attention("auto", device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=128)
     assert (picked.name, picked.reads_device) == ("sdpa", False)

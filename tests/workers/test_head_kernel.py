@@ -179,6 +179,17 @@ def test_ids_that_are_impossible_have_no_weight(heat: float) -> None:
     assert found.reals[:, 0].tolist() == [0, 0, 1, 0, 0, -torch.inf, -torch.inf]
 
 
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+@pytest.mark.parametrize("mask_id", [0, MASK, VOCAB - 1])
+def test_a_row_of_nan_proposes_a_token_of_the_vocabulary(mask_id: int, heat: float) -> None:
+    normed, head = rows(5)
+    normed[2] = torch.nan
+    found = fused(normed, head, query(5, heat=heat), mask_id=mask_id)
+    assert ((found.ids >= 0) & (found.ids < VOCAB) & (found.ids != mask_id)).all()
+    assert found.reals[:3, 2].isnan().all()
+    assert found.reals[:, [0, 1, 3, 4]].isfinite().all()
+
+
 def test_with_one_token_beside_the_mask_the_second_probability_is_0() -> None:
     normed, head = rows(5, vocab=2)
     asked = query(5, vocab=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 
 import torch
@@ -10,6 +11,8 @@ from remask.scheduler.errors import InvalidRequest
 from remask.workers.attention.flash import FlashAttention
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("sdpa", "torch", "flash2", "flash3", "flash4")
 # The first major version of GPUs' compute capability that each kernel runs on, and the first that it does
@@ -47,7 +50,7 @@ def pick_attention(
         if problem is None:
             try:
                 return FlashAttention(requested)
-            except ImportError as error:
+            except Exception as error:  # libraries of kernels fail to import in their own ways
                 problem = f"cannot be loaded ({error}); {_INSTALL[requested]}, or use auto"
         raise InvalidRequest("attention_backend", requested, problem)
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
@@ -55,8 +58,10 @@ def pick_attention(
         if _obstacle(name, device, dtype, head_dim) is None:
             try:
                 return FlashAttention(name)
-            except ImportError:
+            except ModuleNotFoundError:
                 continue
+            except Exception as error:
+                logger.warning("skipping attention backend %s: %s: %s", name, type(error).__name__, error)
     return SdpaAttention()
 
 

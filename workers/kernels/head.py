@@ -116,6 +116,8 @@ def fused_statistics(
         out.ids.stride(0),
         num_rows,
         num_splits,
+        vocab_size,
+        mask_id,
         **needed,
         SPLITS=triton.next_power_of_2(num_splits),
         ROWS=MERGED_ROWS,
@@ -306,6 +308,8 @@ def _merge(
     out_ids_stride,
     num_rows,
     num_splits,
+    vocab_size,
+    mask_id,
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -361,6 +365,12 @@ def _merge(
 
     rows = tl.load(live_ptr + places, mask=is_live, other=0)
     is_hot = tl.load(temperature_ptr + rows, mask=is_live, other=0.0) > 0
+    # A row of NaN has no largest logit and so no id. Its statistics are NaN and its proposal is a token of the
+    # vocabulary: the next step looks it up in the embedding, where any other id would end the CUDA context.
+    is_nan = top_id >= vocab_size
+    some_id = tl.where(mask_id == 0, 1, 0)
+    top_id = tl.where(is_nan, some_id, top_id)
+    drawn_id = tl.where(drawn_id >= vocab_size, some_id, drawn_id)
     proposal, proposal_id = tl.where(is_hot, drawn, top), tl.where(is_hot, drawn_id, top_id)
     tl.store(out_ids_ptr + rows, proposal_id.to(tl.int64), mask=is_live)
     tl.store(out_ids_ptr + out_ids_stride + rows, top_id.to(tl.int64), mask=is_live)
@@ -374,4 +384,5 @@ def _merge(
         top - base - log_norm,
     )
     for field in tl.static_range(7):
-        tl.store(out_reals_ptr + field * out_reals_stride + rows, found[field], mask=is_live)
+        values = tl.where(is_nan, float("nan"), found[field])
+        tl.store(out_reals_ptr + field * out_reals_stride + rows, values, mask=is_live)
