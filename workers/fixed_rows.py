@@ -12,8 +12,7 @@ graph that was captured on it.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,62 +135,67 @@ def plan_fixed(
     """
     width = max(room.widest, max(spec.block_length for spec in specs))
     guided = [c for c in canvases if specs[c].is_guided]
-    copied = [(c, i) for c in canvases for i in range(specs[c].num_copies)]
-    assert room == NO_ROOM or not (guided or copied), "they have no room"
-    sequences = [*canvases, *guided, *(c for c, _ in copied)]
-    lens = [cu_tokens[c + 1] - cu_tokens[c] for c in sequences]
-    cu_keys = (0, *itertools.accumulate(lens))
-    num_blocks = len(canvases) + len(guided)
+    copies_of = [c for c in canvases for _ in range(specs[c].num_copies)]
+    assert room == NO_ROOM or not (guided or copies_of), "they have no room"
+    sequences = np.array([*canvases, *guided, *copies_of])
+    bounds = np.array(cu_tokens)
+    starts, lens = bounds[sequences], bounds[sequences + 1] - bounds[sequences]
+    cu_keys = _bounds(lens)
+    num_blocks, num_copies = len(canvases) + len(guided), len(copies_of)
     # A canvas without rows, with which bursts are padded, has no candidates either.
-    block_lens = [
-        specs[c].block_length if length else 0
-        for c, length in zip(sequences[:num_blocks], lens, strict=False)
-    ]
-    filling = (len(specs) * width - width, -cu_tokens[-2], cu_tokens[-2])  # the last canvas's, at row 0
+    block_lens = np.array([specs[c].block_length for c in sequences[:num_blocks]]) * (lens[:num_blocks] > 0)
+    num_shadows = np.array([specs[c].num_shadow_rows for c in canvases])
+    cu_shadows = _bounds(num_shadows)
 
-    def slots_of(entries: Iterable[tuple[int, int]], least: int = 0) -> Slots:
-        """Slots given by the place of their sequence in the pack and their number in the block."""
-        which = []
-        for place, i in entries:
-            start = cu_tokens[sequences[place]]
-            which.append((sequences[place] * width + i, cu_keys[place] - start, start))
-        which += [filling] * (least - len(which))
-        return Slots(*torch.tensor(which, dtype=torch.int64).view(-1, 3).T.contiguous().unbind())
+    def slots_of(places: np.ndarray, numbers: np.ndarray, least: int = 0) -> Slots:
+        """Slots given by the place of their sequence in the pack and their number in the block, padded with
+        the first slot of the last canvas, at row 0."""
+        table = np.empty((3, max(least, len(places))), dtype=np.int64)
+        own, table[:, len(places) :] = (
+            table[:, : len(places)],
+            [[len(specs) * width - width], [-bounds[-2]], [bounds[-2]]],
+        )
+        own[0] = sequences[places] * width + numbers
+        own[1] = cu_keys[places] - starts[places]
+        own[2] = starts[places]
+        return Slots(*torch.from_numpy(table).unbind())
 
-    num_shadows = [specs[c].num_shadow_rows for c in canvases]
-    main = slots_of(((place, i) for place, count in enumerate(block_lens) for i in range(count)), room.slots)
-    copies = slots_of((place, i) for place, (_, i) in enumerate(copied, start=num_blocks))
-    shadows = slots_of(
-        ((place, i) for place, count in enumerate(num_shadows) for i in range(count)), room.shadow_rows
+    main = slots_of(*_counted(block_lens), room.slots)
+    copy_numbers = [i for c in canvases for i in range(specs[c].num_copies)]
+    copies = slots_of(np.arange(num_copies) + num_blocks, np.array(copy_numbers, dtype=np.int64))
+    shadows = slots_of(*_counted(num_shadows), room.shadow_rows)
+    spans = tuple(
+        (
+            place,
+            int(cu_keys[place]),
+            int(cu_keys[place + 1]),
+            int(cu_shadows[place]),
+            int(cu_shadows[place + 1]),
+        )
+        for place in num_shadows.nonzero()[0].tolist()
     )
-    spans, end = [], 0
-    for place, count in enumerate(num_shadows):
-        first, end = end, end + count
-        if count:
-            spans.append((place, cu_keys[place], cu_keys[place + 1], first, end))
-    sees_block = torch.zeros(len(shadows.slots), dtype=torch.bool)
-    for place, _, _, first, end in spans:
-        sees_block[first:end] = specs[canvases[place]].shadows_see_each_other
-    num_first = sum(block_lens[: len(canvases)]) if guided else len(main.slots)
+    sees_block = np.zeros(len(shadows.slots), dtype=bool)
+    sees_block[: cu_shadows[-1]] = np.repeat([specs[c].shadows_see_each_other for c in canvases], num_shadows)
+    num_first = int(block_lens[: len(canvases)].sum()) if guided else len(main.slots)
     slots_N = torch.cat([main.slots[:num_first], copies.slots, shadows.slots])
-    is_special = torch.isin(slots_N // width, torch.tensor([c for c in canvases if specs[c].needs_logits]))
-    ranges = (range(cu_tokens[c], cu_tokens[c + 1]) for c in sequences)
-    second = range(len(canvases), num_blocks)
-    num_more = max(0, room.main_rows - cu_keys[-1])
-    places = [*itertools.chain(*ranges), *[cu_tokens[-1]] * num_more]
-    positions = [*itertools.chain(*map(range, lens)), *[0] * num_more]
-    cu_queries = (0, *itertools.accumulate([*block_lens, *[1] * len(copied)]))
+    is_special = np.isin(slots_N.numpy() // width, [c for c in canvases if specs[c].needs_logits])
+    owners, numbers = _counted(lens)
+    num_more = max(0, room.main_rows - len(owners))
+    token_index = np.concatenate([starts[owners] + numbers, np.full(num_more, bounds[-1])])
+    positions = np.concatenate([numbers, np.zeros(num_more, dtype=np.int64)])
+    cu_queries = _bounds(np.concatenate([block_lens, np.ones(num_copies, dtype=np.int64)]))
     if room != NO_ROOM:  # what fills up belongs to the last canvas, so that its numbers are defined
-        cu_keys = (*cu_keys[:-1], len(places))
-        cu_queries = (*cu_queries[:-1], len(main.slots))
-    cu_queries_T, cu_keys_T = (torch.tensor(bounds, dtype=torch.int32) for bounds in (cu_queries, cu_keys))
-    max_keys, max_queries = max(*lens, room.max_keys), max(*block_lens, room.max_queries)
+        cu_keys[-1], cu_queries[-1] = len(token_index), len(main.slots)
+    cu_queries_T, cu_keys_T = (torch.from_numpy(bounds.astype(np.int32)) for bounds in (cu_queries, cu_keys))
+    max_keys, max_queries = max(int(lens.max()), room.max_keys), max(int(block_lens.max()), room.max_queries)
     return FixedPlan(
-        token_index=torch.tensor(places, dtype=torch.int64),
-        positions=torch.tensor(positions, dtype=torch.int64),
-        is_hidden=hidden_tokens(specs, sequences, lens, second) if guided else None,
-        cu_queries=cu_queries,
-        cu_keys=cu_keys,
+        token_index=torch.from_numpy(token_index),
+        positions=torch.from_numpy(positions),
+        is_hidden=hidden_tokens(specs, sequences.tolist(), lens.tolist(), range(len(canvases), num_blocks))
+        if guided
+        else None,
+        cu_queries=tuple(cu_queries.tolist()),
+        cu_keys=tuple(cu_keys.tolist()),
         rows=DeviceLayout(cu_keys_T, cu_keys_T, max_keys, max_keys, None),
         candidates=DeviceLayout(cu_queries_T, cu_keys_T, max_queries, max_keys, None),
         num_main_slots=num_first,
@@ -201,12 +205,25 @@ def plan_fixed(
         tiles=_tiles(
             spans, num_tiles=room.shadow_rows // SHADOW_TILE + len(canvases) if room.shadow_rows else 0
         ),
-        sees_block=sees_block,
-        spans=tuple(spans),
-        guidance=_guidance(specs, canvases, block_lens, len(main.slots), len(slots_N)) if guided else None,
-        special=is_special.nonzero().squeeze(1) if bool(is_special.any()) else None,
+        sees_block=torch.from_numpy(sees_block),
+        spans=spans,
+        guidance=_guidance(specs, canvases, block_lens.tolist(), len(main.slots), len(slots_N))
+        if guided
+        else None,
+        special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
         slots_N=slots_N,
     )
+
+
+def _bounds(counts: np.ndarray) -> np.ndarray:
+    """Where each of several runs begins, and where the last ends, int64 [runs + 1]."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each member of several runs the number of its run and its number in the run, int64."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return owners, np.arange(len(owners)) - _bounds(counts)[owners]
 
 
 def _tiles(spans: Sequence[tuple[int, int, int, int, int]], num_tiles: int) -> Tensor:

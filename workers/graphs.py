@@ -130,27 +130,21 @@ class StepGraphs:
             shape.num_bytes = shape.buffer.words.nbytes
         return Placed(*load(tree, shape.buffer), shape=shape)
 
-    def run(self, shape: Shape, step: Callable[[], int], num_steps: int) -> int:
-        """Takes steps of a burst that stands in a shape's memory; returns the rows forwarded."""
-        num_taken = num_rows = 0
-        if shape.graph is None and not shape.is_plain:
-            num_rows += step()  # and what kernels set up when they first run stays out of the graph
-            num_taken = 1
+    def step(self, shape: Shape, step: Callable[[], int]) -> int:
+        """Takes a step of a burst that stands in a shape's memory; returns the rows forwarded."""
+        if shape.graph is not None:
+            shape.graph.replay()
+            return shape.num_rows
+        num_rows = step()  # what kernels set up when they first run stays out of the graph
+        if not shape.is_plain:
             self._make(shape, step)
-        for _ in range(num_taken, num_steps):
-            if shape.graph is None:
-                num_rows += step()
-            else:
-                shape.graph.replay()
-                num_rows += shape.num_rows
         return num_rows
 
     def _make(self, shape: Shape, step: Callable[[], int]) -> None:
         try:
             shape.graph, shape.num_rows, num_bytes = self._capture(step)
         except Exception as error:
-            # The step itself has just run, so nothing is wrong with the burst. A later burst of this shape would
-            # fail to capture again.
+            # The step itself has just run, so nothing is wrong with the burst.
             shape.is_plain = True
             logger.warning(
                 "cannot capture a step; bursts of this shape run without a graph: %s: %s",
@@ -235,6 +229,7 @@ def _constants(state: BurstState, plans: list[FixedPlan]) -> Hashable:
         state.needs,
         state.random_streams,
         state.sampling.any_hot,
+        state.max_block_len,
         plan.num_main_slots,
         *((layout.max_queries, layout.max_keys) for layout in (plan.rows, plan.candidates)),
     )

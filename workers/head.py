@@ -15,7 +15,9 @@ from torch import Tensor
 from remask.workers.keyed_random import gumbel
 from remask.workers.rows import HeadQuery
 
-CHUNK_BYTES = 32 << 20  # fp32 logits of one chunk; about five times as much is in use at the peak
+# fp32 logits of one chunk; about five times as much is in use at the peak. A CPU wants a chunk to stay in its
+# cache, a GPU wants few launches.
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 # Rows that draw tokens, or rank again, are done in chunks this many times smaller: 64-bit words are large.
 GUMBEL_SHARE = 8
 
@@ -101,7 +103,7 @@ def head_statistics(
     """
     count = len(query.given)
     out = Statistics.blank(count, hidden_HD.device)
-    chunk_len = max(1, CHUNK_BYTES // (4 * vocab_size))
+    chunk_len = _chunk_len(hidden_HD.device, vocab_size)
     for start in range(0, count, chunk_len):
         part = slice(start, start + chunk_len)
         logits_NV = _guided_logits(hidden_HD, logits_of, query, part)
@@ -149,7 +151,7 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
         found.proposal_logprob[hot] = logit - norm_N[hot].log()
     if sampling.any_reranked:
         again = _those(sampling.reranked[owners], query)
-        for part in again.split(_small_chunk(logits_NV.shape[1])):
+        for part in again.split(_chunk_len(logits_NV.device, logits_NV.shape[1], GUMBEL_SHARE)):
             own, ids_NK, part_NV = owners[part], excluded_NK[part], logits_NV[part]
             impossible_NV = sampling.improbable(part_NV, own) if sampling.any_narrowed else None
             part_NV.scatter_(1, ids_NK, held_NK[part])
@@ -169,9 +171,10 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
     return found
 
 
-def _small_chunk(vocab_size: int) -> int:
-    """Rows of a chunk for work that needs many times the memory of the logits."""
-    return max(1, CHUNK_BYTES // (4 * GUMBEL_SHARE * vocab_size))
+def _chunk_len(device: torch.device, vocab_size: int, share: int = 1) -> int:
+    """Rows of a chunk; with a share, for work that needs `share` times the memory of the logits."""
+    num_bytes = CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"]
+    return max(1, num_bytes // (4 * share * vocab_size))
 
 
 def _excluded(query: HeadQuery, rows: slice, mask_id: int) -> Tensor:
@@ -248,7 +251,7 @@ def _draw(logits_NV: Tensor, query: HeadQuery, rows: slice, hot: Tensor) -> Tens
     """Tokens drawn for the rows `hot` of a chunk: the Gumbel maximum of the tempered and filtered logits."""
     sampling, vocab = query.sampling, torch.arange(logits_NV.shape[1], device=logits_NV.device)
     drawn = []
-    for part in hot.split(_small_chunk(len(vocab))):
+    for part in hot.split(_chunk_len(vocab.device, len(vocab), GUMBEL_SHARE)):
         owners = query.owners[rows][part]
         heat = query.temperature[rows][part].unsqueeze(1)
         scores_NV = gumbel(query.keys[rows][part], vocab).mul_(heat).add_(logits_NV[part])

@@ -17,6 +17,7 @@ import torch
 from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.burst import BurstState, Results
+from remask.workers.enqueue import StepQueue
 from remask.workers.graphs import Shape, StepGraphs
 from remask.workers.memory import is_out_of_memory
 from remask.workers.models.denoiser import Denoiser
@@ -54,32 +55,59 @@ class Launched:
     Attributes:
         burst_id: its number.
         started: monotonic seconds.
-        num_rows: rows forwarded.
-        num_canvases: how many of the state's canvases are the burst's; the others fill it up.
+        num_canvases: how many of the state's canvases are the burst's; the others pad it.
         state: the canvases.
-        results: what it leaves behind.
-        before: the burst before it, until somebody has waited for it.
-        states: the canvases as the scheduler gets them, once somebody has waited for them.
+        steps: its steps.
+        before: the burst before it, until that has been waited for.
+        results: what the burst leaves behind, once all its steps are enqueued.
+        error: what ended it before that.
+        states: the canvases as the scheduler gets them, once they have been waited for.
+        ended: monotonic seconds; 0: not known yet.
     """
 
     burst_id: int
     started: float
-    num_rows: int
     num_canvases: int
     state: BurstState
-    results: Fetched[Results]
+    steps: StepQueue
     before: Launched | None
+    results: Fetched[Results] | None = None
+    error: BaseException | None = None
     states: list[CanvasState] | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    ended: float = 0.0
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @torch.inference_mode()
+    def enqueue_rest(self) -> None:
+        """Enqueues the steps that are left and the copy of the results; from any thread. A failure is kept as
+        `error`."""
+        with self.lock:
+            if self.results is not None or self.error is not None:
+                return
+            try:
+                self.steps.enqueue_rest()
+                self.results = Fetched(self.state.results())
+            except BaseException as error:
+                # A traceback would hold the tensors of a step that did not fit.
+                self.error = error.with_traceback(None) if is_out_of_memory(error) else error
+                if not isinstance(error, Exception):
+                    raise
 
     def wait(self) -> list[CanvasState]:
         """The canvases, when the burst is over; from any thread, also while the next burst is launched."""
         with self.lock:
+            self.enqueue_rest()
             if self.before is not None:  # a trace goes on where the last one ended
-                self.before.wait()
+                if self.before.error is None:
+                    self.before.wait()
+                    self.started = max(self.started, self.before.ended)  # until then it waited for the device
                 self.before = None
+            if self.error is not None:
+                raise self.error
             if self.states is None:
+                assert self.results is not None, "all steps are enqueued"
                 self.states = self.state.to_states(self.results.wait())[: self.num_canvases]
+                self.ended = time.perf_counter()
             return self.states
 
 
@@ -107,6 +135,10 @@ class Worker:
 
     def launch(self, batch: StepBatch) -> Launched | NotRun:
         """Starts a burst. It may follow the one that was launched before it, collected or not."""
+        if self._last is not None:
+            self._last.enqueue_rest()
+            if self._last.error is not None:
+                self._forget(self._last.burst_id)
         if batch.follows is not None and batch.follows == self._failed:
             self._failed = batch.burst_id
             return NotRun(batch.burst_id, "skipped", 0.0)
@@ -118,41 +150,63 @@ class Worker:
             if not is_out_of_memory(error):
                 raise
         # Only now does nothing hold the tensors of the failed step any more.
-        self._last = self._tensors = None
-        self._failed = batch.burst_id
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._forget(batch.burst_id)
         return NotRun(batch.burst_id, "memory", time.perf_counter() - started)
 
     def collect(self, launched: Launched | NotRun) -> StepResult:
         """Waits for a burst; from any thread, while others are launched from one."""
-        if isinstance(launched, NotRun):
-            burst_id, failure, seconds = launched
-            return StepResult(burst_id=burst_id, states=[], num_rows=0, seconds=seconds, failure=failure)
-        return StepResult(
-            burst_id=launched.burst_id,
-            states=launched.wait(),
-            num_rows=launched.num_rows,
-            seconds=time.perf_counter() - launched.started,
-        )
+        if not isinstance(launched, NotRun):
+            try:
+                states = launched.wait()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                launched = NotRun(launched.burst_id, "memory", time.perf_counter() - launched.started)
+            else:
+                return StepResult(
+                    burst_id=launched.burst_id,
+                    states=states,
+                    num_rows=launched.steps.num_rows,
+                    seconds=launched.ended - launched.started,
+                )
+        burst_id, failure, seconds = launched
+        return StepResult(burst_id=burst_id, states=[], num_rows=0, seconds=seconds, failure=failure)
+
+    def _forget(self, failed: int) -> None:
+        """Frees what a burst that failed has left where the model is."""
+        self._last = self._tensors = None
+        self._failed = failed
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _launch(self, batch: StepBatch) -> Launched:
-        started = time.perf_counter()
+        started, last, tensors = time.perf_counter(), self._last, self._tensors
         unpacked = self._unpack(batch)
-        state, plans, shape = unpacked
-        if shape is not None and self._graphs is not None:
-            num_rows = self._graphs.run(shape, lambda: denoise(state, plans, self._model), batch.num_steps)
-        elif self._model.fixed_shapes:
-            num_rows = advance_blindly(state, plans, batch.num_steps, self._model)
-        else:
-            num_rows = advance(state, batch.num_steps, self._model)
-        results = Fetched(state.results())
-        launched = Launched(batch.burst_id, started, num_rows, len(batch.specs), state, results, self._last)
+        # A burst that goes on with canvases that have all ended takes no step.
+        pauses = any(spec.pause_at_blocks for spec in batch.specs)
+        is_over = unpacked is tensors and last is not None and last.steps.all_paused and not pauses
+        steps = self._steps(unpacked, 0 if is_over else batch.num_steps)
+        launched = Launched(batch.burst_id, started, len(batch.specs), unpacked.state, steps, last)
+        steps.enqueue_first()
         if self._model.device.type == "cpu":
             launched.wait()  # the next burst writes into the same tensors
         self._last, self._tensors = launched, unpacked
         return launched
+
+    def _steps(self, unpacked: Unpacked, num_steps: int) -> StepQueue:
+        """The steps of a burst."""
+        state, plans, shape = unpacked
+        if not self._model.fixed_shapes:  # the host looks at the canvases between steps
+            return StepQueue(lambda: advance(state, num_steps, self._model), 1, state.paused)
+
+        def step() -> int:
+            return denoise(state, plans, self._model)
+
+        if shape is None or self._graphs is None:
+            return StepQueue(step, num_steps, state.paused)
+        graphs = self._graphs
+        return StepQueue(lambda: graphs.step(shape, step), num_steps, state.paused)
 
     def _unpack(self, batch: StepBatch) -> Unpacked:
         """The canvases of a burst where the model is, and where shapes are fixed the plans for them."""
@@ -178,12 +232,6 @@ class Worker:
             return Unpacked(state, [], None)
         state.make_room(batch.num_steps)
         return Unpacked(*to_device((state, plan_packs(state, self._model)), self._model.device), None)
-
-
-def advance_blindly(state: BurstState, plans: Plans, num_steps: int, model: Denoiser) -> int:
-    """Takes `num_steps` denoising steps in place without ever waiting for the device; returns the rows
-    forwarded. Canvases that pause on the way are computed to the end and not changed."""
-    return sum(denoise(state, plans, model) for _ in range(num_steps))
 
 
 def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,7 +16,7 @@ def kernels_by_time(run: Callable[[], object], num_steps: int) -> dict[str, Any]
     """Device time of each kernel, in milliseconds a step.
 
     Args:
-        run: takes `num_steps` steps and waits for the device; what it sets up when it first runs is not counted.
+        run: takes `num_steps` steps and waits for the device. Its first call is not counted.
         num_steps: steps of a call.
     """
     run()

@@ -2,10 +2,10 @@
 
     python3 benchmarks/gpu/run.py --output benchmarks/results/h200.json
 
-The script runs from a checkout, without an installation, in an environment with torch (2.11 or newer), Triton,
-transformers, safetensors, numpy, msgspec, typer and rich; nothing is downloaded. Weights are random, in the
-shape of LLaDA-8B. `--small` runs the same on the embedded model, also on a CPU: a test of this script, whose
-figures mean nothing.
+The script runs from a checkout, without an installation, in an environment with torch (2.11 or newer),
+Triton, transformers, safetensors, numpy, msgspec, typer and rich; nothing is downloaded. Weights are random,
+in the shape of LLaDA-8B. `--small` runs the same on the embedded model, also on a CPU: a test of this script,
+whose figures mean nothing.
 
 Three stages run one after another, each in a process of its own with a limit of its own (`--stage-seconds`):
 
@@ -59,8 +59,8 @@ KEYS = (
 
 
 def make_importable() -> None:
-    """If `remask` is not installed, makes the checkout's packages importable, here and in subprocesses, through
-    a folder of links."""
+    """If `remask` is not installed, makes the checkout's packages importable through a folder of links, here
+    and in subprocesses."""
     if importlib.util.find_spec("remask") is not None:
         return
     folder = Path(tempfile.mkdtemp(prefix="remask-path-"))
@@ -164,7 +164,9 @@ def main() -> None:
         draw(report["stages"]["b"]["parts"]["grid"], args.output.with_suffix(".png"))
     for stage, content in contents.items():
         problems = {name: content[name] for name in ("errors", "unfinished") if content.get(name)}
-        sys.stdout.write(f"stage {stage}: {content['seconds']:.0f} s, status {content['status']} {problems}\n")
+        sys.stdout.write(
+            f"stage {stage}: {content['seconds']:.0f} s, status {content['status']} {problems}\n"
+        )
     sys.stdout.write(f"{args.output}: {json.dumps(report['figures'])}\n")
     if report["missing"]:
         sys.exit(f"not measured: {', '.join(report['missing'])}")

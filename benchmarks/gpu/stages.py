@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,24 @@ from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.fp8 import quantize_layers
 from remask.workers.worker import Worker
 
-GRID_RESERVE_SECONDS = 30  # of a stage's time, left for the parts behind the grid
+GRID_RESERVE_SECONDS = 5  # of a stage's time, left when the last point of the grid begins
+MAX_NUM_ROWS = 8192  # of the engines
+# Kinds of requests whose steps differ beside the model: statistics, draws, filters, copies and shadow rows.
+KINDS: dict[str, dict[str, Any]] = {
+    "threshold": {"unmask": "threshold:0.9"},
+    "schedule": {"unmask": "schedule"},
+    "margin": {"unmask": "schedule:score=margin"},
+    "temperature": {"unmask": "threshold:0.9", "temperature": 1.0},
+    "top_p": {"unmask": "threshold:0.9", "temperature": 1.0, "top_p": 0.95},
+    "logit_bias": {"unmask": "threshold:0.9", "logit_bias": {5: 1.0}},
+    "guidance": {"unmask": "threshold:0.9", "cfg_scale": 1.0},
+    "wino": {"unmask": "capped_threshold:0.6", "remask": "wino:0.9"},
+    "low_prob": {"unmask": "threshold:0.9", "remask": "low_prob"},
+    "rcr": {"unmask": "schedule", "remask": "rcr"},
+    "saber": {"remask": "saber"},
+    "remdm": {"remask": "remdm"},
+    "trace": {"unmask": "threshold:0.9", "trace": True},
+}
 
 Part: TypeAlias = Callable[[], dict[str, Any]]
 
@@ -50,6 +68,7 @@ class Sizes:
         self.sequence = (32, 32) if small else (128, 128)  # prompt and canvas of packed steps
         self.single = (32, 32) if small else (128, 256)
         self.single_steps = 8 if small else 64
+        self.num_kinds = 2 if small else 8  # requests of each kind that share a step
         self.num_mixed = 3 if small else 64
         self.num_equal = 3 if small else 6
         self.num_golden = 3 if small else None
@@ -127,16 +146,16 @@ def stage_a(device: torch.device, sizes: Sizes, report: Report) -> None:
 
 def stage_b(device: torch.device, sizes: Sizes, report: Report) -> None:
     """Figures of single steps and single requests."""
-    report.plan("machine", "load", "packed steps", "one request", "plain loop", "grid", "fp8")
+    report.plan("machine", "load", "packed steps", "engine start", "one request", "plain loop", "grid")
     report.part("machine", lambda: machine(device, sizes))
-    rates = report.content["parts"].get("machine", {"gemm_tflops": torch.nan, "gigabytes_per_second": torch.nan})
+    rates = report.content["parts"].get(
+        "machine", {"gemm_tflops": torch.nan, "gigabytes_per_second": torch.nan}
+    )
     directory, load_format = find_model(sizes.model)
     models: list[TransformerDenoiser] = []
 
     def load() -> dict[str, Any]:
-        models.append(
-            load_denoiser(directory, dtype="bfloat16", device=str(device), load_format=load_format)
-        )
+        models.append(load_denoiser(directory, dtype="bfloat16", device=str(device), load_format=load_format))
         timing.wait(device)
         return {
             "model": sizes.model,
@@ -148,25 +167,39 @@ def stage_b(device: torch.device, sizes: Sizes, report: Report) -> None:
     report.part("load", load)
     (model,) = models
     report.part("packed steps", lambda: packed_steps(model, sizes, rates["gemm_tflops"]))
-    with LLM(
-        directory, dtype="bfloat16", device=str(device), load_format=load_format, max_num_rows=8192
-    ) as llm:
+    engines: list[LLM] = []
+
+    def start() -> dict[str, Any]:
+        engines.append(
+            LLM(
+                directory,
+                dtype="bfloat16",
+                device=str(device),
+                load_format=load_format,
+                max_num_rows=MAX_NUM_ROWS,
+            )
+        )
+        return {}
+
+    report.part("engine start", start)
+    with engines.pop() as llm:
         report.part("one request", lambda: batch1(model, llm, sizes, rates["gigabytes_per_second"]))
         report.part("plain loop", lambda: plain_batch1(model, llm, sizes))
     report.part("grid", lambda: grid(model, sizes, report))
-    report.part("fp8", lambda: in_fp8(model, sizes))
 
 
 def stage_c(device: torch.device, sizes: Sizes, report: Report) -> None:
-    """Kernels of single steps, and the mixed workload."""
-    report.plan("profile", "mixed workload")
+    """Kernels of single steps, steps of each kind of request, the mixed workload, and fp8."""
+    report.plan("profile", "kinds of requests", "fp8", "mixed workload")
     directory, load_format = find_model(sizes.model)
     model = load_denoiser(directory, dtype="bfloat16", device=str(device), load_format=load_format)
     report.part("profile", lambda: profile_steps(model, sizes))
+    report.part("kinds of requests", lambda: kinds_of_requests(model, sizes))
+    report.part("fp8", lambda: in_fp8(directory, load_format, device, sizes))
     with LLM(
-        directory, dtype="bfloat16", device=str(device), load_format=load_format, max_num_rows=8192
+        directory, dtype="bfloat16", device=str(device), load_format=load_format, max_num_rows=MAX_NUM_ROWS
     ) as llm:
-        report.part("mixed workload", lambda: mixed_workload(model, llm, sizes))
+        report.part("mixed workload", lambda: mixed_workload(model, llm, sizes, report))
 
 
 STAGES = {"a": stage_a, "b": stage_b, "c": stage_c}
@@ -190,7 +223,7 @@ def gpu_tests(device: torch.device, log: Path, seconds: float) -> dict[str, Any]
 
 
 def golden_cases(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """How many of the golden cases of Fast-dLLM are reproduced in fp32, token by token and forward by forward."""
+    """How many of Fast-dLLM's golden cases are reproduced in fp32, token by token and forward by forward."""
     directory = ROOT / "tests" / "data" / "golden"
     cases = read_cases(directory, "fastdllm")[: sizes.num_golden]
     with LLM(directory / "llada-tiny", dtype="float32", device=str(device), max_num_rows=4096) as llm:
@@ -246,7 +279,7 @@ def packed_canvases(model: TransformerDenoiser, sizes: Sizes, num_rows: int) -> 
 
 def packed_step(model: TransformerDenoiser, sizes: Sizes, num_rows: int) -> tuple[float, float]:
     """Median seconds of a step of `num_rows` rows, and the arithmetic that it needs."""
-    num_steps, num_bursts = (4, 1) if sizes.repetitions == 1 else (8, 2)
+    num_steps, num_bursts = 4, min(2, sizes.repetitions)
     asked = packed_canvases(model, sizes, num_rows)
     worker = Worker(model, graphs_for(model))
     times = [
@@ -268,7 +301,7 @@ def batch1(model: TransformerDenoiser, llm: LLM, sizes: Sizes, gigabytes_per_sec
     prompt_len, canvas_len = sizes.single
     asked = single_canvas(model, sizes)
     worker = Worker(model, graphs_for(model))
-    num_steps = min(canvas_len // 2, 64)
+    num_steps = min(canvas_len // 2, 32)
     taken = statistics.median(
         timing.step_seconds(worker, [asked], model.device, num_steps=num_steps, num_bursts=1)
         for _ in range(sizes.repetitions)
@@ -279,11 +312,11 @@ def batch1(model: TransformerDenoiser, llm: LLM, sizes: Sizes, gigabytes_per_sec
     params = SamplingParams(max_tokens=canvas_len, block_length=timing.BLOCK_LEN, unmask="schedule", seed=0)
     prompt = asked.state.token_array()[:prompt_len].tolist()
     walls = []
-    for _ in range(sizes.repetitions + 1):
+    for _ in range(sizes.repetitions):
         started = time.perf_counter()
         (output,) = llm.generate([prompt], params, use_tqdm=False)
         walls.append((time.perf_counter() - started) / output.outputs[0].nfe)
-    wall = statistics.median(walls[1:])
+    wall = statistics.median(walls[1:] or walls)  # graphs are captured in the first
     return {
         "batch1_ms": round(1000 * taken, 3),
         "batch1_floor_ms": {name: round(1000 * value, 3) for name, value in floors.items()},
@@ -329,8 +362,9 @@ def grid(model: TransformerDenoiser, sizes: Sizes, report: Report) -> dict[str, 
     return {"points": points, "knee_rows": find_knee(list(best.items()))}
 
 
-def in_fp8(model: TransformerDenoiser, sizes: Sizes) -> dict[str, Any]:
-    """The same steps, then with the weights in fp8; the model stays so."""
+def in_fp8(directory: Path, load_format: str, device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Packed steps, then the same with the weights in fp8."""
+    model = load_denoiser(directory, dtype="bfloat16", device=str(device), load_format=load_format)
     before = {key: packed_step(model, sizes, num_rows)[0] for key, num_rows in sizes.steps.items()}
     quantize_layers(model.model.blocks)
     after = {key: packed_step(model, sizes, num_rows)[0] for key, num_rows in sizes.steps.items()}
@@ -364,7 +398,20 @@ def profile_step(model: TransformerDenoiser, asked: list[Canvas]) -> dict[str, A
     return {"step_ms": round(1000 * steps(), 3), **kernels_by_time(steps, num_steps=16)}
 
 
-def mixed_workload(model: TransformerDenoiser, llm: LLM, sizes: Sizes) -> dict[str, Any]:
+def kinds_of_requests(model: TransformerDenoiser, sizes: Sizes) -> dict[str, Any]:
+    """Milliseconds of the first steps of requests of one kind, which share a step."""
+    prompt_len, canvas_len = sizes.sequence
+    result = {}
+    for kind, fields in KINDS.items():
+        params = SamplingParams(max_tokens=canvas_len, block_length=timing.BLOCK_LEN, **fields)
+        asked = timing.canvases(model.config, sizes.num_kinds, prompt_len, canvas_len, params)
+        worker = Worker(model, graphs_for(model))
+        taken = timing.step_seconds(worker, asked, model.device, num_steps=2, num_bursts=1)
+        result[kind] = round(1000 * taken, 3)
+    return {"step_ms": result, "rows": sizes.num_kinds * sum(sizes.sequence)}
+
+
+def mixed_workload(model: TransformerDenoiser, llm: LLM, sizes: Sizes, report: Report) -> dict[str, Any]:
     """The mixed workload all at once, one request after another, and as static batches."""
     jobs = mixed(llm.tokenizer, model.config, sizes.num_mixed)
     prompts, params = [job.prompt for job in jobs], [job.params for job in jobs]
@@ -374,10 +421,11 @@ def mixed_workload(model: TransformerDenoiser, llm: LLM, sizes: Sizes) -> dict[s
             llm.generate([job.prompt], job.params, use_tqdm=False)
 
     plain, alone = interleaved(
-        min(2, sizes.repetitions),
+        sizes.repetitions,
         lambda: llm.generate(prompts, params, use_tqdm=False),
         lambda: static_batch.decode(model, [(job.prompt, job.params) for job in jobs]),
         one_at_a_time,
+        seconds_left=report.seconds_left,
     )
     started = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -392,13 +440,22 @@ def mixed_workload(model: TransformerDenoiser, llm: LLM, sizes: Sizes) -> dict[s
 
 
 def interleaved(
-    repetitions: int, ours: Callable[[], object], *others: Callable[[], object]
+    repetitions: int,
+    ours: Callable[[], object],
+    *others: Callable[[], object],
+    seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> list[list[float]]:
-    """How many times as long as ours each of the others takes, in turn with ours. One call of ours comes
-    before, because kernels are compiled and graphs captured in it."""
+    """How many times as long as ours each of the others takes, in turn with ours.
+
+    One call of ours comes before, because kernels are compiled and graphs captured in it. A repetition for
+    which there is no time is left out, but not the first.
+    """
     ratios: list[list[float]] = [[] for _ in others]
     ours()
+    times: list[float] = []
     for _ in range(repetitions):
+        if 1.2 * sum(times) > seconds_left():
+            break
         times = []
         for decode in (ours, *others):
             started = time.perf_counter()

@@ -77,13 +77,20 @@ def floor_seconds(
     return {"weights": (weights - embedding) / bandwidth, "products": products}
 
 
-def canvases(config: TransformerConfig, count: int, prompt_len: int, canvas_len: int) -> list[Canvas]:
-    """Equal canvases of masks that commit one token a step."""
+def canvases(
+    config: TransformerConfig,
+    count: int,
+    prompt_len: int,
+    canvas_len: int,
+    params: SamplingParams | None = None,
+) -> list[Canvas]:
+    """Equal canvases of masks; without parameters they commit one token a step."""
     block_len = min(BLOCK_LEN, canvas_len)
-    params = resolve(SamplingParams(max_tokens=canvas_len, block_length=block_len, unmask="schedule"))
+    params = params or SamplingParams(max_tokens=canvas_len, block_length=block_len, unmask="schedule")
+    resolved = resolve(params)
     prompt = [token for token in range(prompt_len + 1) if token != config.mask_id][:prompt_len]
     return [
-        new_canvas(str(i), i, prompt, params, seed=i, sample=0, mask_id=config.mask_id, stop_ids=[])
+        new_canvas(str(i), i, prompt, resolved, seed=i, sample=0, mask_id=config.mask_id, stop_ids=[])
         for i in range(count)
     ]
 

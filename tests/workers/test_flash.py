@@ -150,7 +150,9 @@ def test_auto_is_the_fastest_that_is_here_and_fits(
     assert pick_attention("auto", device=GPU, dtype=dtype, head_dim=head_dim).name == name
 
 
-@pytest.mark.parametrize("error", [AttributeError("cute"), RuntimeError("no nvvm"), OSError("libcuda")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [AttributeError("cute"), RuntimeError("no nvvm"), OSError("libcuda")], ids=repr
+)
 def test_a_backend_that_fails_to_import_in_any_way_is_skipped(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:

@@ -23,6 +23,7 @@ from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers import graphs as module
 from remask.workers.attention.varlen import AttentionBackend
+from remask.workers.enqueue import AHEAD_STEPS
 from remask.workers.graphs import Graph, StepGraphs, capture_cuda, room_for
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.worker import Worker
@@ -198,6 +199,47 @@ def test_bursts_that_follow_each_other_go_on_in_the_graphs_memory(
     assert recorder.tapes[0].num_replays >= 1 + 3
 
 
+def test_a_burst_ends_soon_after_its_canvases(model: TransformerDenoiser) -> None:
+    canvases = [make(0, 12, unmask="threshold:0.1"), make(1, 12, unmask="threshold:0.1")]
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    worker.run(burst(canvases, 100))
+    result = worker.run(burst(canvases, 100))
+    assert all(state.finished for state in result.states)
+    num_steps = max(state.num_forwards for state in result.states)
+    assert num_steps + AHEAD_STEPS < 12
+    num_taken = num_steps + AHEAD_STEPS - 1
+    assert recorder.tapes[0].num_replays == num_taken - 1, "one step ran before the capture"
+    goes_on = msgspec.structs.replace(burst(canvases, 100), burst_id=1, follows=0, states=[0, 1])
+    after = worker.run(goes_on)
+    assert (after.num_rows, after.states) == (0, result.states)
+
+
+def test_an_error_in_a_later_step_is_its_bursts(
+    model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the next burst, which follows it, is launched before it is collected."""
+    monkeypatch.setattr("remask.workers.worker.Launched.wait", lambda self: None)  # a CPU waits at once
+    answers, num_calls = TransformerDenoiser.statistics, 0
+
+    def statistics(self: TransformerDenoiser, *args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == AHEAD_STEPS + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answers(self, *args)
+
+    monkeypatch.setattr(TransformerDenoiser, "statistics", statistics)
+    worker = Worker(model)
+    batch = burst([make(0, 12)], 5)
+    first = worker.launch(batch)
+    second = worker.launch(msgspec.structs.replace(batch, burst_id=1, follows=0, states=[0]))
+    monkeypatch.undo()
+    assert worker.collect(first).failure == "memory"
+    assert worker.collect(second).failure == "skipped"
+    assert worker.run(batch).failure is None
+
+
 def test_what_needs_more_than_numbers_in_fixed_places_takes_the_plain_path(
     golden_model: TransformerDenoiser, model: TransformerDenoiser
 ) -> None:
@@ -264,6 +306,20 @@ def test_sizes_are_shared_and_waste_little() -> None:
         assert 0 <= room.main_rows - length < max(64, length / 8)
 
 
+def test_blocks_of_other_widths_have_other_graphs(model: TransformerDenoiser) -> None:
+    """Canvases of equal lengths and policies, whose tensors all have the same shapes."""
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    fields = {"max_tokens": 24, "unmask": "capped_threshold:0.3", "remask": "wino:t2=0.95"}
+    own = []
+    for block_length in (4, 24) * 2:
+        params = resolve(SamplingParams(block_length=block_length, **fields))
+        own.append(new_canvas("r", 0, [5, 11], params, seed=0, sample=0, mask_id=0, stop_ids=[3]))
+    for canvas in own:
+        same(worker.run(burst([canvas])).states, Worker(model).run(burst([canvas])).states)
+    assert len(recorder.tapes) == 2
+
+
 def test_what_a_graph_holds_beside_shapes_sets_it_apart(model: TransformerDenoiser) -> None:
     """Two policies with tensors of the same shapes, and needs that only the head sees."""
     recorder = Recorder()
@@ -325,7 +381,10 @@ def test_a_step_that_cannot_be_captured_runs_plainly(
         result = worker.run(burst([make(0, 12)]))
         assert result.failure is None
         same(result.states, expected)
-    assert caplog.text.count(f"cannot capture a step; bursts of this shape run without a graph: {error!r}"[:60]) == 1
+    assert (
+        caplog.text.count(f"cannot capture a step; bursts of this shape run without a graph: {error!r}"[:60])
+        == 1
+    )
 
 
 def test_shapes_that_are_met_once_are_forgotten(

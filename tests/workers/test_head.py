@@ -70,7 +70,7 @@ def test_ties_go_to_the_lower_id_and_the_mask_is_never_proposed() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(50, 97, generator=torch.Generator().manual_seed(1))
     whole = statistics(logits, query(50, 97, heat=0.7))
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 97 * 7)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 97 * 7)
     found = statistics(logits, query(50, 97, heat=0.7))
     for name in ("proposal", "proposal_prob", "top_prob", "given_prob", "margin", "neg_entropy"):
         assert torch.equal(getattr(whole, name), getattr(found, name))

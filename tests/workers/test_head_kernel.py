@@ -105,7 +105,8 @@ def mixed_heat(count: int) -> Tensor:
 def test_statistics_equal_the_references(dtype: torch.dtype, scale: float) -> None:
     normed, head = rows(37, scale=scale, dtype=dtype)
     asked = query(37)
-    strict = dtype == torch.float32 or DEVICE == "cuda" or products_ignore_places()
+    # On a GPU fp32 sums of another order move logits of 100 by 1e-5.
+    strict = scale < 1 if DEVICE == "cuda" else dtype == torch.float32 or products_ignore_places()
     rtol, atol = (1e-5, 2e-6) if strict else (1e-4, 2e-5)
     assert_equal(fused(normed, head, asked), dense(normed, head, asked), rtol, atol)
 

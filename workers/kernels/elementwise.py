@@ -18,6 +18,7 @@ from torch import Tensor
 from remask.workers.models.row_ops import FP8
 
 _FP8_MAX = tl.constexpr(448.0)
+_FP8_MAX_INVERSE = tl.constexpr(1 / 448.0)
 _SMALLEST_AMAX = tl.constexpr(1e-12)  # rows of zeros get a scale too
 _COLUMNS = 2048  # of a program, where a row is cut up
 _HEADS = 16  # of a program
@@ -148,8 +149,8 @@ def _quantize_rows(x_ptr, values_ptr, scales_ptr, row_stride, num_columns, BLOCK
     columns = tl.arange(0, BLOCK)
     inside = columns < num_columns
     x = tl.load(x_ptr + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    # Exact divisions: those of `/` are off by up to two bits, and torch would round some numbers differently.
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), _SMALLEST_AMAX), _FP8_MAX)
+    # An exact division: that of `/` is off by up to two bits, and torch would round some numbers differently.
+    scale = tl.maximum(tl.max(tl.abs(x), 0), _SMALLEST_AMAX) * _FP8_MAX_INVERSE
     values = tl.clamp(tl.div_rn(x, scale), -_FP8_MAX, _FP8_MAX)
     tl.store(values_ptr + row * num_columns + columns, values.to(values_ptr.dtype.element_ty), mask=inside)
     tl.store(scales_ptr + row, scale)

@@ -365,8 +365,8 @@ def _merge(
 
     rows = tl.load(live_ptr + places, mask=is_live, other=0)
     is_hot = tl.load(temperature_ptr + rows, mask=is_live, other=0.0) > 0
-    # A row of NaN has no largest logit and so no id. Its statistics are NaN and its proposal is a token of the
-    # vocabulary: the next step looks it up in the embedding, where any other id would end the CUDA context.
+    # A row of NaN has no largest logit and so no id. Its statistics are NaN and its proposal is a token of
+    # the vocabulary: the next step looks it up in the embedding, where any other id ends the CUDA context.
     is_nan = top_id >= vocab_size
     some_id = tl.where(mask_id == 0, 1, 0)
     top_id = tl.where(is_nan, some_id, top_id)

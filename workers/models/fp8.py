@@ -70,6 +70,13 @@ def linear(x_TI: Tensor, weight: Tensor | ScaledWeight, ops: RowOps) -> Tensor:
     return (product * scales_T1 * weight.scales.t()).to(x_TI.dtype)
 
 
+def add_linear(residual_TO: Tensor, x_TI: Tensor, weight: Tensor | ScaledWeight, ops: RowOps) -> Tensor:
+    """The residual plus rows times a weight. May overwrite the residual: on a GPU the product adds to it."""
+    if isinstance(weight, Tensor) and x_TI.is_cuda:
+        return residual_TO.addmm_(x_TI, weight.t())
+    return linear(x_TI, weight, ops).add_(residual_TO)
+
+
 def _check(weight: Tensor) -> None:
     if weight.dtype != torch.bfloat16:
         problem = f"goes with dtype bfloat16, not {str(weight.dtype).removeprefix('torch.')}"

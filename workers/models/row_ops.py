@@ -45,7 +45,8 @@ def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
         e4m3 [T, D] and fp32 [T, 1], whose product is nearly `x_TD`: a row's largest magnitude becomes 448.
     """
     x32 = x_TD.float()
-    scales_T1 = x32.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) / _FP8_MAX
+    # A product, because a GPU divides by a number on the host as by its reciprocal and a CPU does not.
+    scales_T1 = x32.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) * (1 / _FP8_MAX)
     return (x32 / scales_T1).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scales_T1
 
 

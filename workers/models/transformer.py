@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.config import TransformerConfig
-from remask.workers.models.fp8 import ScaledWeight, linear
+from remask.workers.models.fp8 import ScaledWeight, add_linear, linear
 from remask.workers.models.row_ops import EAGER, RowOps
 from remask.workers.rows import PackedRows
 
@@ -62,7 +62,7 @@ class Block(nn.Module):
         q_and_k, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=1)
         q, k = ops.rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
         attended = attention.attend(q, k, v, layout).flatten(1)
-        return self._ffn(linear(attended, self.attn_out, ops).add_(x_TD), ops)
+        return self._ffn(add_linear(x_TD, attended, self.attn_out, ops), ops)
 
     def candidates(
         self,
@@ -81,14 +81,14 @@ class Block(nn.Module):
         cos, sin = rope
         q, k = ops.rotate_halves(q, cos[rows_N], sin[rows_N]), ops.rotate_halves(k, cos, sin)
         attended = attention.attend(q, k, v, layout).flatten(1)
-        return self._ffn(linear(attended, self.attn_out, ops).add_(x_TD[rows_N]), ops)
+        return self._ffn(add_linear(x_TD[rows_N], attended, self.attn_out, ops), ops)
 
     def _heads(self, x_TD: Tensor, weight: Tensor | ScaledWeight, ops: RowOps) -> Tensor:
         return linear(x_TD, weight, ops).unflatten(-1, (-1, self.head_dim))
 
     def _ffn(self, x_TD: Tensor, ops: RowOps) -> Tensor:
         gate_up = linear(ops.rms_norm(x_TD, self.ffn_norm, self.eps), self.gate_up, ops)
-        return linear(ops.silu_mul(gate_up), self.down, ops).add_(x_TD)
+        return add_linear(x_TD, ops.silu_mul(gate_up), self.down, ops)
 
 
 class Transformer(nn.Module):

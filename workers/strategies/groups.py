@@ -81,7 +81,8 @@ def group_policies(
         if policy is not None:
             by_kind.setdefault(type(policy), []).append(canvas)
     groups = []
-    for kind, members in by_kind.items():
+    # In a fixed order, so that bursts with the same kinds share a CUDA graph whoever comes first.
+    for kind, members in sorted(by_kind.items(), key=lambda item: str(item[0].__struct_config__.tag)):
         num_more = max(0, room.group_size - len(members))
         canvases = members + members[:1] * num_more
         choices = _choices(kind)
