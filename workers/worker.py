@@ -17,6 +17,7 @@ import torch
 from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.burst import BurstState, Results
+from remask.workers.carry import can_carry, put, take
 from remask.workers.enqueue import StepQueue
 from remask.workers.graphs import Shape, StepGraphs
 from remask.workers.memory import is_out_of_memory
@@ -41,11 +42,13 @@ class Unpacked(NamedTuple):
     Attributes:
         plans: empty where shapes are not fixed.
         shape: that of the memory which they stand in, where a graph can use it.
+        origin: the canvases as the host knew them when the tensors were made.
     """
 
     state: BurstState
     plans: Plans
     shape: Shape | None
+    origin: list[CanvasState]
 
 
 @dataclass
@@ -196,7 +199,7 @@ class Worker:
 
     def _steps(self, unpacked: Unpacked, num_steps: int) -> StepQueue:
         """The steps of a burst."""
-        state, plans, shape = unpacked
+        state, plans, shape, _ = unpacked
         if not self._model.fixed_shapes:  # the host looks at the canvases between steps
             return StepQueue(lambda: advance(state, num_steps, self._model), 1, state.paused)
 
@@ -223,15 +226,26 @@ class Worker:
             if tensors is not None and may_go_on and batch.states == list(range(last.num_canvases)):
                 tensors.state.resume()
                 return tensors
+            places = {n: state for n, state in enumerate(batch.states) if isinstance(state, int)}
+            if fixed and tensors is not None and can_carry(tensors.state, list(places.values())):
+                carried = take(tensors.state, list(places.values()))
+                unpacked = self._place(batch, tensors.origin)
+                put(carried, unpacked.state, list(places))
+                return unpacked
             before = last.wait()
+        return self._place(batch, before)
+
+    def _place(self, batch: StepBatch, before: list[CanvasState]) -> Unpacked:
+        """A burst's canvases in tensors of their own; `before` are those of the burst that it follows."""
         states = [before[state] if isinstance(state, int) else state for state in batch.states]
         if self._graphs is not None and (placed := self._graphs.place(batch.specs, states)) is not None:
-            return Unpacked(*placed)
+            return Unpacked(*placed, states)
         state = BurstState(batch.specs, states)
-        if not fixed:
-            return Unpacked(state, [], None)
+        if not self._model.fixed_shapes:
+            return Unpacked(state, [], None, states)
         state.make_room(batch.num_steps)
-        return Unpacked(*to_device((state, plan_packs(state, self._model)), self._model.device), None)
+        tree = to_device((state, plan_packs(state, self._model)), self._model.device)
+        return Unpacked(*tree, None, states)
 
 
 def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:

@@ -1,0 +1,128 @@
+"""Moves canvases from a burst's tensors to those of the next burst, on the device.
+
+When canvases join or leave, the next burst stands in other tensors. The host knows all their sizes in
+advance, but what the canvases hold only when the burst before is over. So the next burst is made with
+outdated contents and gets the current ones here, without a wait of the host for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remask.workers.burst import BurstState
+from remask.workers.staging import to_device
+from remask.workers.strategies.view import Memory
+
+TABLES = ("confidences", "logprobs", "commit_steps")  # [R, slots]
+COUNTERS = ("block", "num_forwards", "block_forwards", "finished")  # [R]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What n canvases hold, on the device.
+
+    Attributes:
+        tokens: int64: their sequences one behind the other.
+        tables: [n, slots] each.
+        counters: [n] each.
+        memory: for each kind of policy that has memory which of the n canvases have it, and the memory.
+    """
+
+    tokens: Tensor
+    tables: dict[str, Tensor]
+    counters: dict[str, Tensor]
+    memory: dict[Callable[..., Any], tuple[list[int], Memory]]
+
+
+def can_carry(state: BurstState, canvases: Sequence[int]) -> bool:
+    """Whether a burst's canvases can be moved: not those whose lists grow from burst to burst, which the host
+    keeps (traces, and tokens that may not be proposed again)."""
+    return state.removed is None and not any(state.specs[canvas].trace for canvas in canvases)
+
+
+def take(state: BurstState, canvases: Sequence[int]) -> Carried:
+    """What some canvases of a burst hold when its enqueued steps are over.
+
+    Args:
+        state: of the burst.
+        canvases: their places in it.
+    """
+    places = _places_in_groups(state, canvases)
+    lists = {kernel: list(own.values()) for kernel, own in places.items()}
+    (rows, own), indices = to_device(
+        ((_rows(state, canvases), _indices(canvases)), [_indices(own) for own in lists.values()]),
+        state.device,
+    )
+    memories = {group.kernel: memory for group, memory in zip(state.groups, state.memory, strict=True)}
+    memory = {
+        kernel: (
+            list(places[kernel]),
+            {name: held.index_select(0, index) for name, held in memories[kernel].items()},
+        )
+        for kernel, index in zip(lists, indices, strict=True)
+    }
+    return Carried(
+        tokens=state.tokens.index_select(0, rows),
+        tables={name: getattr(state, name).index_select(0, own) for name in TABLES},
+        counters={name: getattr(state, name).index_select(0, own) for name in COUNTERS},
+        memory=memory,
+    )
+
+
+def put(carried: Carried, state: BurstState, canvases: Sequence[int]) -> None:
+    """Writes what canvases hold into the tensors of another burst.
+
+    Args:
+        carried: from `take`.
+        state: of the other burst, which has been made with the same canvases.
+        canvases: their places in it.
+    """
+    places = _places_in_groups(state, canvases)
+    lists = [[places[kernel][n] for n in members] for kernel, (members, _) in carried.memory.items()]
+    (rows, own), indices = to_device(
+        ((_rows(state, canvases), _indices(canvases)), [_indices(own) for own in lists]), state.device
+    )
+    state.tokens.index_copy_(0, rows, carried.tokens)
+    for name, values in carried.tables.items():
+        table = getattr(state, name)
+        width = min(table.shape[1], values.shape[1])
+        table[:, :width].index_copy_(0, own, values[:, :width])
+    for name, values in carried.counters.items():
+        getattr(state, name).index_copy_(0, own, values)
+    memories = {group.kernel: memory for group, memory in zip(state.groups, state.memory, strict=True)}
+    for (kernel, (_, memory)), index in zip(carried.memory.items(), indices, strict=True):
+        for name, values in memory.items():
+            held = memories[kernel][name]
+            if held.ndim == 2:  # blocks of other canvases may be wider
+                width = min(held.shape[1], values.shape[1])
+                held, values = held[:, :width], values[:, :width]
+            held.index_copy_(0, index, values)
+    state.resume()
+
+
+def _places_in_groups(state: BurstState, canvases: Sequence[int]) -> dict[Callable[..., Any], dict[int, int]]:
+    """For each kind of policy with memory the places of canvases in its group, by their number in `canvases`;
+    only of canvases that have it."""
+    number = {canvas: n for n, canvas in enumerate(canvases)}
+    found = {}
+    for group in state.groups:
+        places = {number[canvas]: i for i, canvas in enumerate(group.members) if canvas in number}
+        if group.memory_fields and places:
+            found[group.kernel] = places
+    return found
+
+
+def _rows(state: BurstState, canvases: Sequence[int]) -> Tensor:
+    """Where the canvases' tokens stand in a burst's flat tokens, int64."""
+    cu_tokens = state.cu_tokens
+    return torch.from_numpy(np.concatenate([np.arange(cu_tokens[c], cu_tokens[c + 1]) for c in canvases]))
+
+
+def _indices(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
