@@ -13,7 +13,8 @@ from remask.scheduler.canvas import Canvas
 
 AGEING_SECONDS = 60.0  # a request that has waited so much longer overtakes one priority class
 MAX_BURST = 8  # steps: long enough to hide the host, short enough to let newcomers in
-BURST_SECONDS = 0.2  # a burst gets no longer for the sake of the host, whose share is lost in it
+# Long enough to hide the host. In a longer burst a GPU computes rows of canvases that have ended.
+BURST_SECONDS = 0.05
 MAX_PASSED = 32  # canvases that do not fit before the search for smaller ones ends
 REGROW_AFTER = 64  # bursts in a row that fit a worker's memory before it gets larger ones again
 

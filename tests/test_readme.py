@@ -23,6 +23,7 @@ from remask.benchmarks import (
     scheduling,
     throughput,
 )
+from remask.benchmarks.gpu import figures
 from remask.benchmarks.serving import compare
 from remask.benchmarks.tiny import evaluate
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
@@ -185,6 +186,14 @@ def test_the_comparison_with_the_twin_is_the_committed_measurement() -> None:
     assert f"uses {min(used):.0f} to {max(used):.0f} % of the matrix rate" in README_LINE
     assert {result["failed"] for result in report["results"]} == {0}
     assert {quality["problems"] for quality in report["quality"].values()} == {256}
+
+
+def test_the_table_of_a_gpu_is_the_committed_measurement() -> None:
+    report = json.loads((ROOT / "benchmarks/results/h200.json").read_text())
+    assert table(f"| {' | '.join(figures.HEADER)} |") == [list(row) for row in figures.cells(report)]
+    assert not report["small"]
+    kinds = report["stages"]["c"]["parts"]["kinds of requests"]["step_ms"]
+    assert {name for name, ms in kinds.items() if ms > 50} == {"top_p", "wino", "guidance"}
 
 
 def test_the_latency_table_is_the_committed_measurement() -> None:

@@ -159,7 +159,7 @@ def main() -> None:
         report = merge(contents, earlier, small=args.small)
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     if "grid" in report["stages"].get("b", {}).get("parts", {}):
-        from remask.benchmarks.gpu.chart import draw
+        from remask.benchmarks.gpu.figures import draw
 
         draw(report["stages"]["b"]["parts"]["grid"], args.output.with_suffix(".png"))
     for stage, content in contents.items():

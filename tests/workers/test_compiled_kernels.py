@@ -1,0 +1,221 @@
+"""Every Triton kernel compiles for the GPUs we know, in all variants that occur, with few spilled registers.
+
+No GPU is needed: the kernels' own wrappers are called on tensors that are never read, and each launch only
+compiles. So types, specializations and shared memory are those of a run. The file is also a script that
+prints the table, also in an environment with another Triton:
+
+    python tests/workers/test_compiled_kernels.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+CAPABILITIES = (80, 90)
+TRITON_ON_GPUS = "3.6.0"  # what torch 2.11 comes with
+
+# Bytes that a thread spills at most, by kernel and capability; 0 for all others. Tiles of the head are made
+# for Hopper and half precision.
+SPILLS = {("_split", 80): 1000, ("_split", 90): 300}
+SPILLS_IN_FP32 = {("_split", 80): 1000, ("_split", 90): 900, ("_attend", 80): 2000}
+REGISTERS = 255  # of a thread, at most
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes of a program, at most
+
+
+class Compiled(NamedTuple):
+    """A kernel of one variant, compiled."""
+
+    kernel: str
+    variant: str
+    capability: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def compile_all() -> Iterator[Compiled]:
+    """Compiles each variant for each capability."""
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    for capability in CAPABILITIES:
+        _pretend(capability)
+        for variant, launch in _launches(torch, capability):
+            compiled.clear()
+            launch()
+            for name, kernel in compiled:
+                registers, spilled = _resources(kernel.asm["cubin"])
+                yield Compiled(name, variant, capability, registers, spilled, kernel.metadata.shared)
+
+
+def _pretend(capability: int) -> None:
+    """Lets Triton compile for a GPU that is not here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_device(self) -> int:
+            return capability  # kernels are cached by device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+    driver.set_active(Driver())  # type: ignore[arg-type]
+
+
+def _launches(torch: Any, capability: int) -> Iterator[tuple[str, Any]]:
+    """Calls of the wrappers at LLaDA-8B's shape, in all variants that occur."""
+    from remask.workers.attention.varlen import DeviceShadows
+    from remask.workers.head import Statistics
+    from remask.workers.kernels import elementwise, head, shadow_attention
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def fused(dtype: Any, num_rows: int, needs: frozenset[str]) -> None:
+        head.fused_statistics(
+            torch.empty(num_rows, 4096, dtype=dtype),
+            torch.empty(126464, 4096, dtype=dtype),
+            live_N=torch.empty(num_rows, dtype=torch.int32),
+            count=torch.empty(1, dtype=torch.int32),
+            given_N=torch.empty(num_rows, dtype=torch.int64),
+            temperature_N=torch.empty(num_rows),
+            keys_N=torch.empty(num_rows, dtype=torch.int64),
+            mask_id=126336,
+            needs=needs,
+            out=Statistics.blank(num_rows, torch.device("cpu")),
+        )
+
+    def shadows(dtype: Any, num_kv_heads: int) -> None:
+        main, count = torch.empty(512, num_kv_heads, 128, dtype=dtype), 64
+        shadow_attention.shadow_attention(
+            torch.empty(count, 32, 128, dtype=dtype),
+            main,
+            main,
+            main[:count],
+            main[:count],
+            DeviceShadows(
+                tiles=torch.empty(2, 6, dtype=torch.int32),
+                holes=torch.empty(count, dtype=torch.int32),
+                is_key=torch.empty(count, dtype=torch.bool),
+                sees_block=torch.empty(count, dtype=torch.bool),
+                spans=(),
+            ),
+        )
+
+    both = ("margin", "entropy")
+    # A number of rows that is no multiple of 16 is another variant.
+    for needs, num_rows in (((), 64), (("margin",), 64), (("entropy",), 64), (both, 64), (both, 33)):
+        name = f"bf16, {num_rows} rows, {'+'.join(needs) or 'no more'}"
+        yield name, lambda needs=needs, num_rows=num_rows: fused(bf16, num_rows, frozenset(needs))
+    for name, dtype in (("fp16", fp16), ("fp32", fp32)):
+        yield name, lambda dtype=dtype: fused(dtype, 64, frozenset(both))
+    for name, dtype in (("bf16", bf16), ("fp16", fp16), ("fp32", fp32)):
+        rows = torch.empty(64, 4096, dtype=dtype)
+        tables = torch.empty(2, 64, 1, 128).unbind()
+        yield name, lambda x=rows: elementwise.rms_norm(x, x[0], 1e-5)
+        yield name, lambda x=rows, t=tables: elementwise.rotate_halves(x.view(64, 32, 128), *t)
+        yield name, lambda d=dtype: elementwise.silu_mul(torch.empty(64, 24576, dtype=d))
+        yield name, lambda d=dtype: shadows(d, 32)
+        yield f"{name}, grouped heads", lambda d=dtype: shadows(d, 4)
+    if capability >= 89:
+        for size in (4096, 12288):
+            yield (
+                f"bf16, {size} columns",
+                lambda size=size: elementwise.quantize_rows(torch.empty(64, size, dtype=bf16)),
+            )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and the bytes of its stack, where spilled registers go."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    return int(found[0]), int(found[1])
+
+
+def compiled_with(path: str | None, cache: Path) -> list[Compiled]:
+    """What the script prints, in a process without the interpreter; `path` leads to another Triton."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache)} | ({"PYTHONPATH": path} if path is not None else {})
+    command = [sys.executable, __file__, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [Compiled(*row) for row in json.loads(done.stdout)]
+
+
+def check(kernels: list[Compiled]) -> None:
+    names = {kernel.kernel for kernel in kernels}
+    assert names == {
+        "_split",
+        "_merge",
+        "_rms_norm",
+        "_rotate_halves",
+        "_silu_mul",
+        "_quantize_rows",
+        "_attend",
+    }
+    for kernel in kernels:
+        assert kernel.registers <= REGISTERS, kernel
+        spills = SPILLS_IN_FP32 if "fp32" in kernel.variant else SPILLS
+        assert kernel.spilled <= spills.get((kernel.kernel, kernel.capability), 0), kernel
+        assert kernel.shared <= SHARED[kernel.capability], kernel
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_with_few_spills(tmp_path: Path) -> None:
+    check(compiled_with(None, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_with_the_triton_of_gpu_machines(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    other = tmp_path / "triton"
+    done = subprocess.run([*command, other, f"triton=={TRITON_ON_GPUS}"], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"triton {TRITON_ON_GPUS} cannot be installed here: {done.stderr[-200:]}")
+    check(compiled_with(str(other), tmp_path / "cache"))
+
+
+if __name__ == "__main__":
+    found = list(compile_all())
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps(found))
+    else:
+        import triton
+
+        sys.stdout.write(f"Triton {triton.__version__}\n")
+        for row in found:
+            sys.stdout.write(
+                f"sm_{row.capability} {row.kernel:15} {row.variant:36} {row.registers:3} registers, "
+                f"{row.spilled:4} bytes spilled, {row.shared:6} bytes shared\n"
+            )
