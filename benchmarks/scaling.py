@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from remask.benchmarks.environment import environment_stamp
-from remask.benchmarks.simulation import Requests
+from remask.benchmarks.simulation import PROBE, Requests
 from remask.benchmarks.throughput import spread, write_report
 from remask.core import EngineCore
 from remask.scheduler.canvas import CanvasState
@@ -77,7 +77,7 @@ class InstantExecutor(Executor):
 def measure(num_workers: int, seconds: float) -> dict[str, Any]:
     """What one engine does a second with so many workers."""
     executor, requests = InstantExecutor(num_workers), Requests()
-    scheduler = Scheduler(max_num_rows=1 << 30, max_num_seqs=CANVASES_A_WORKER, burst=NUM_STEPS)
+    scheduler = Scheduler(max_num_rows=1 << 30, max_num_seqs=CANVASES_A_WORKER, burst=NUM_STEPS, probe=PROBE)
     core = EngineCore(scheduler, executor)
     for _ in range(num_workers * CANVASES_A_WORKER):
         core.add(requests.make(64, 64))

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from remask.benchmarks.environment import environment_stamp
-from remask.benchmarks.simulation import Requests
+from remask.benchmarks.simulation import PROBE, Requests
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.scheduler import Scheduler
 
@@ -33,7 +33,10 @@ NUM_SLOTS = 64
 
 def loaded(num_live: int, max_num_seqs: int) -> Scheduler:
     """A scheduler with so many live canvases."""
-    scheduler, requests = Scheduler(max_num_rows=1 << 40, max_num_seqs=max_num_seqs, burst=1), Requests()
+    scheduler, requests = (
+        Scheduler(max_num_rows=1 << 40, max_num_seqs=max_num_seqs, burst=1, probe=PROBE),
+        Requests(),
+    )
     for i in range(num_live):
         scheduler.add(requests.make(128, NUM_SLOTS, priority=i % 3, arrival_time=i * 0.01))
     return scheduler

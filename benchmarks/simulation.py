@@ -10,12 +10,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from remask.scheduler.canvas import Canvas, CanvasSpec, CanvasState, TextStop, new_canvas
+from remask.scheduler.canvas import Canvas, CanvasSpec, CanvasState, TextStop, new_canvas, new_probe
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import resolve
 from remask.scheduler.request import Request
 
 MASK, TOKEN_ID = 0, 5
+PROBE = new_probe(MASK)
 
 
 class SimulatedWorker:

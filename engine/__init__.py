@@ -8,7 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput, Trace
-from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError, Unavailable, WorkerDied
+from remask.scheduler.errors import (
+    EngineDead,
+    InvalidRequest,
+    RemaskError,
+    RequestFailed,
+    RequestTooLarge,
+    Unavailable,
+    WorkerDied,
+)
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.policies import (
     Bernoulli,
@@ -55,8 +63,10 @@ __all__ = [
     "RemaskError",
     "RemaskPolicy",
     "Remdm",
+    "RequestFailed",
     "RequestMetrics",
     "RequestOutput",
+    "RequestTooLarge",
     "Saber",
     "SamplingParams",
     "Schedule",

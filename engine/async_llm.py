@@ -20,7 +20,7 @@ import msgspec
 from remask.intake import Prompt
 from remask.llm import LLM
 from remask.outputs import RequestOutput, request_output
-from remask.scheduler.errors import EngineDead, RemaskError, WorkerDied
+from remask.scheduler.errors import EngineDead, RemaskError
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.request import Request
 
@@ -75,6 +75,8 @@ class AsyncLLM:
 
         Raises:
             InvalidRequest: naming the parameter; nothing has run.
+            RequestTooLarge: a step of it does not fit into a worker's memory.
+            RequestFailed: a step of it raised an error or left numbers that mean nothing.
             WorkerDied: workers died again and again while it ran alone.
             EngineDead, Unavailable: the engine was closed, has failed, or has no workers any more.
         """
@@ -87,8 +89,6 @@ class AsyncLLM:
             item = await stream.items.get()
             if isinstance(item, BaseException):
                 raise item
-            if item.error is not None:
-                raise WorkerDied(item.error)
             yield item if request_id is None else msgspec.structs.replace(item, request_id=request_id)
         finally:
             self._inbox.put(request.request_id)
@@ -119,7 +119,9 @@ class AsyncLLM:
             while self._take_messages():
                 for request in self._llm._core.step():
                     stream = self._streams.pop(request.request_id, None)
-                    if stream is not None:
+                    if stream is not None and request.failure is not None:
+                        stream.send(request.failure)
+                    elif stream is not None:
                         stream.send(request_output(request, self._llm._intake.decode))
         except RemaskError as failure:
             error = failure

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from types import FrameType
 
 from remask.scheduler.errors import EngineDead, RemaskError, Unavailable
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
-from remask.workers.executor import Executor, Finished, Joined
+from remask.workers.executor import Event, Executor, Finished, Joined
+
+
+@contextmanager
+def uninterrupted() -> Generator[None, None, None]:
+    """Holds a keyboard interrupt back until the block is over.
+
+    Only the main thread is interrupted, so elsewhere there is nothing to hold back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held and callable(handler):
+            handler(*held[0])
 
 
 class EngineCore:
@@ -42,15 +65,24 @@ class EngineCore:
         An interrupt drops the bursts in flight: their canvases are ready again as they were before.
         """
         try:
-            self._fill()
-            return self._next_event() if self._scheduler.num_live or self._num_in_flight.total() else []
+            with uninterrupted():
+                self._fill()
+                ended = self._scheduler.take_convicted()
+            if not ended and (self._scheduler.num_live or self._num_in_flight.total()):
+                event = self._executor.next_event()
+                with uninterrupted():
+                    ended = self._apply(event)
+            now = time.monotonic()
+            for request in ended:
+                request.finish_time = now
+            return ended
         except KeyboardInterrupt:
             self._executor.forget()
             for worker in list(self._num_in_flight):
                 self._scheduler.lose(worker, died=False)
             self._num_in_flight.clear()
             raise
-        except Unavailable as error:
+        except (EngineDead, Unavailable) as error:
             self._die(error)
             raise
         except BaseException as error:
@@ -65,24 +97,18 @@ class EngineCore:
                 num_idle = sum(not self._num_in_flight[other] for other in self._executor.workers)
                 batch = self._scheduler.next_batch(worker, num_idle=num_idle - (depth == 0))
                 if batch is not None:
-                    self._executor.submit(batch, worker)
                     self._num_in_flight[worker] += 1
+                    self._executor.submit(batch, worker)
 
-    def _next_event(self) -> list[Request]:
-        event = self._executor.next_event()
+    def _apply(self, event: Event) -> list[Request]:
+        """Tells the scheduler; returns the requests that have ended by it."""
         if isinstance(event, Joined):
-            self._scheduler.survived()
             return []
         if isinstance(event, Finished):
             self._num_in_flight[event.worker] -= 1
-            ended = self._scheduler.update(event.result)
-        else:
-            del self._num_in_flight[event.worker]
-            ended = self._scheduler.lose(event.worker, died=event.died)
-        now = time.monotonic()
-        for request in ended:
-            request.finish_time = now
-        return ended
+            return self._scheduler.update(event.result)
+        del self._num_in_flight[event.worker]
+        return self._scheduler.lose(event.worker, died=event.died)
 
     def close(self) -> None:
         """Frees the workers; idempotent."""

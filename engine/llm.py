@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from remask.core import EngineCore
 from remask.intake import Intake, Message, Prompt
 from remask.outputs import RequestOutput, request_output
+from remask.scheduler.canvas import new_probe
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.request import Request
@@ -158,6 +159,7 @@ class LLM:
             max_num_rows=executor.facts.max_num_rows,
             max_num_seqs=max_num_seqs,
             burst=burst,
+            probe=new_probe(config.mask_id),
         )
         self._intake = Intake(config, self.tokenizer, max_len=max_len, seed=seed)
         self._executor, self._core = executor, EngineCore(scheduler, executor)
@@ -233,7 +235,7 @@ class LLM:
                 outputs[output.request_id] = output
                 num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
                 num_forwards += sum(sample.nfe for sample in output.outputs)
-                bar.update(task, advance=1, rate=f"{num_tokens / num_forwards:.1f} tokens/forward")
+                bar.update(task, advance=1, rate=f"{num_tokens / max(1, num_forwards):.1f} tokens/forward")
         return [outputs[request.request_id] for request in requests]
 
     def _serve(

@@ -45,8 +45,8 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
         token_ids: the visible tokens, with the end-of-sequence token or stop id that ended them; with a stop
             string up to the token that completes it; with `ignore_eos` and no other stop the whole canvas.
         finish_reason: "stop" where an end-of-sequence token, a stop id or a stop string ended the text,
-            "length" where the canvas did, "error" where workers died of it or their memory does not hold it:
-            then the tokens are those before the first that is missing.
+            "length" where the canvas did, "error" if the request failed (`RequestOutput.error`): then the
+            tokens are those before the first that is missing.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended the text; None for the model's
             own end-of-sequence tokens and where nothing did.
         nfe: model forwards that the sample took.
@@ -90,7 +90,13 @@ class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that has ended; `error` says why where it could not finish."""
+    """A request that has ended.
+
+    Attributes:
+        error: why it could not finish; None if it has finished.
+        error_type: the class of that error; None if it has finished.
+        error_status: the class's HTTP status; None if it has finished.
+    """
 
     request_id: str
     prompt: str | None
@@ -99,18 +105,23 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     finished: bool
     metrics: RequestMetrics
     error: str | None = None
+    error_type: str | None = None
+    error_status: int | None = None
 
 
 def request_output(request: Request, decode: Callable[[list[int]], str] | None) -> RequestOutput:
     """The output of a finished request; `decode` turns visible ids into text."""
     assert request.finish_time is not None, "the request has not finished"
+    failure = request.failure
     return RequestOutput(
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=request.prompt_token_ids,
         outputs=[_completion(canvas, request, decode) for canvas in request.canvases],
-        finished=request.error is None,
+        finished=failure is None,
         error=request.error,
+        error_type=type(failure).__name__ if failure is not None else None,
+        error_status=failure.status if failure is not None else None,
         metrics=RequestMetrics(
             arrival_time=request.arrival_time,
             finish_time=request.finish_time,

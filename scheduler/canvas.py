@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from remask.scheduler.params import ResolvedParams
+from remask.scheduler.params import ResolvedParams, resolve
 from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, registry
 from remask.scheduler.sampling import Sampling
 
@@ -158,12 +158,13 @@ class Canvas:
         suspected: it waits to run apart from all others, because a worker died while it ran.
         lone_deaths: workers that died in a row while it ran alone.
         survived: bursts that any worker had brought back when the last of them died.
+        lone_memory_failures: times in a row that it did not fit a worker's memory alone.
         text_stop: the stop string that ended it.
     """
 
     __slots__ = (
-        "aborted", "last_burst", "lone_deaths", "num_rows", "order", "ordinal", "request_id", "spec", "state",
-        "survived", "suspected", "text_stop",
+        "aborted", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order", "ordinal",
+        "request_id", "spec", "state", "survived", "suspected", "text_stop",
     )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
@@ -172,7 +173,7 @@ class Canvas:
         self.order: tuple[float, int] = (0.0, ordinal)
         self.last_burst: int | None = None
         self.aborted = self.suspected = False
-        self.lone_deaths = self.survived = 0
+        self.lone_deaths = self.lone_memory_failures = self.survived = 0
         self.text_stop: TextStop | None = None
 
 
@@ -209,6 +210,13 @@ def new_canvas(
         memory=initial_memory(spec),
     )
     return Canvas(request_id, ordinal, spec, state)
+
+
+def new_probe(mask_id: int) -> Canvas:
+    """A canvas of one token behind a prompt of one."""
+    params = resolve({"max_tokens": 1})
+    prompt = [0 if mask_id != 0 else 1]
+    return new_canvas("probe", 0, prompt, params, seed=2**62, sample=0, mask_id=mask_id, stop_ids=[])
 
 
 def initial_memory(spec: CanvasSpec) -> bytes:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 
 class RemaskError(Exception):
-    """Base of every error that remask raises on purpose."""
+    """Base of every error that remask raises on purpose.
+
+    Attributes:
+        status: HTTP status of the class.
+    """
+
+    status: ClassVar[int] = 500
 
 
 class InvalidRequest(RemaskError, ValueError):
-    """The caller asked for something that cannot be done (4xx).
+    """The caller asked for something that cannot be done.
 
     Attributes:
         parameter: name of the field or file at fault.
         value: what was given.
     """
+
+    status = 400
 
     def __init__(self, parameter: str, value: object, problem: str) -> None:
         self.parameter, self.value, self.problem = parameter, value, problem
@@ -37,16 +45,30 @@ class InvalidRequest(RemaskError, ValueError):
         return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)
 
 
-class Unavailable(RemaskError):
-    """There is nobody to do the work, and nobody is coming (503)."""
+class RequestTooLarge(RemaskError):
+    """A step of the request does not fit into a worker's memory, also if it runs alone."""
+
+    status = 413
+
+
+class RequestFailed(RemaskError):
+    """A step of the request raised an error, also if it ran alone, or left numbers that mean nothing."""
 
 
 class WorkerDied(RemaskError):
-    """Workers died again and again while this request ran alone (5xx)."""
+    """Workers died again and again while the request ran alone."""
+
+
+class Unavailable(RemaskError):
+    """No worker is running and none can be started."""
+
+    status = 503
 
 
 class EngineDead(RemaskError):
-    """The engine was closed or has failed; make a new one (5xx)."""
+    """The engine was closed or has failed; make a new one."""
+
+    status = 503
 
 
 def did_you_mean(name: object, known: Sequence[str] | dict[str, Any]) -> str:

@@ -26,14 +26,15 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The same canvases, up to `num_steps` further; or word that the burst failed and changed nothing.
 
-    A worker answers every burst, in order, and lives on after one that did not fit its memory. A burst that
-    follows a failed one has nothing to go on from: the worker does not run it and answers "skipped", and so
-    with those that follow it in turn. One that follows nothing runs, whatever came before.
+    A worker answers every burst, in order, and lives on after one that did not fit its memory or raised an
+    error. A burst that follows a failed one has nothing to go on from: the worker does not run it and answers
+    "skipped", and so with those that follow it in turn. One that follows nothing runs, whatever came before.
     """
 
     burst_id: int
     states: list[CanvasState]  # one for each canvas; none where it failed
     num_rows: int  # rows forwarded, all steps together
     seconds: float  # spent in the burst
-    # "memory": it did not fit, a smaller one may; "skipped": the burst that it follows failed
-    failure: Literal["memory", "skipped"] | None = None
+    # "memory": it did not fit, a smaller one may; "error": it raised; "skipped": what it follows failed
+    failure: Literal["memory", "error", "skipped"] | None = None
+    error: str | None = None  # class and message of what it raised

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from remask.scheduler.canvas import Canvas, CanvasState, TextStop
+from remask.scheduler.errors import RemaskError
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Request:
         arrival_time: monotonic seconds at which the engine took it.
         finish_time: monotonic seconds at which its last canvas finished; None before.
         num_open: canvases that have not finished.
-        error: why it ended without finishing; None where it did or goes on.
+        failure: why it ended without finishing; None if it has finished or goes on.
     """
 
     request_id: str
@@ -38,11 +39,16 @@ class Request:
     find_stop: Callable[[Canvas, CanvasState], TextStop | None] | None
     arrival_time: float
     finish_time: float | None = field(default=None)
-    error: str | None = field(default=None)
+    failure: RemaskError | None = field(default=None)
     num_open: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_open = len(self.canvases)
+
+    @property
+    def error(self) -> str | None:
+        """The message of the failure."""
+        return str(self.failure) if self.failure is not None else None
 
     def settle(self, canvas: Canvas, state: CanvasState) -> CanvasState:
         """What a burst made of a canvas, ended where a block has brought a stop string."""

@@ -9,8 +9,13 @@ A burst whose worker died is *suspected*: its canvases run again apart from all 
 half that kills is a single canvas. Whatever comes back is cleared. So a request that kills workers is found
 in a few deaths, and one that was only there costs nothing.
 
+A burst that raises an error is suspected in the same way, and a request that raises alone is *accused*. It
+ends when another burst comes back. If several requests in a row are accused of one error, a *probe*, a canvas
+of one token, decides whether they are at fault or nothing works any more. A probe also runs after a worker
+has died of a single canvas: only if something else lives is that canvas to blame.
+
 A burst that does not fit a worker's memory is no death: its canvases are ready again as they were, and for a
-while the worker gets smaller bursts. Only a canvas that does not fit alone ends its request.
+while the worker gets smaller bursts. Only a canvas that does not fit alone, twice, ends its request.
 """
 
 from __future__ import annotations
@@ -22,13 +27,27 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from remask.scheduler.canvas import Canvas
+from remask.scheduler.errors import (
+    EngineDead,
+    RemaskError,
+    RequestFailed,
+    RequestTooLarge,
+    Unavailable,
+    WorkerDied,
+)
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.planning import Allowance, Budget, Order, burst_len, order_of, regrow, shrink, take
 from remask.scheduler.request import Request
 
 MAX_LONE_DEATHS = 3  # a request is to blame after so many, in a row and without progress
+MAX_ACCUSED = 8  # requests that fail alone with one error before a probe decides
+MAX_PROBE_DEATHS = 8  # in a row: then no worker lives
+MAX_LONE_MEMORY_FAILURES = 2  # the second after all memory was freed
 DEATHS = "{} workers in a row died while it ran alone"
-NO_ROOM = (
+RAISED = "a step of it raised {}, also while it ran alone; check what is particular about its parameters"
+DEAD = "every burst fails with {}; make a new engine"
+NO_WORKER_LIVES = "{} workers in a row died of a canvas of one token"
+TOO_LARGE = (
     "a step of it takes {} rows, which do not fit into the worker's memory even alone; use fewer max_tokens, "
     "a shorter prompt or a policy that needs fewer rows, or a smaller dtype, quantization or a larger GPU"
 )
@@ -42,8 +61,9 @@ class _Burst:
     canvases: list[Canvas]
     num_steps: int
     follows: int | None  # the burst whose canvases it continues
-    apart: bool  # its canvases are suspected: the worker has nothing else
+    apart: bool  # its canvases are suspected, or it is a probe: the worker has nothing else
     doomed: bool = False  # what it follows has failed: it will not run
+    is_probe: bool = False
 
 
 class Scheduler:
@@ -53,9 +73,11 @@ class Scheduler:
         max_num_rows: rows of a forward where a worker's memory allows it; a canvas that is larger runs alone.
         max_num_seqs: canvases of a burst, likewise.
         burst: denoising steps of a burst; None: see `planning.burst_len`.
+        probe: a canvas of one token.
     """
 
-    def __init__(self, *, max_num_rows: int, max_num_seqs: int, burst: int | None) -> None:
+    def __init__(self, *, max_num_rows: int, max_num_seqs: int, burst: int | None, probe: Canvas) -> None:
+        self._probe = probe
         self._budget, self._burst_len = Budget(max_num_rows, max_num_seqs), burst
         self._allowances = defaultdict[int, Allowance](lambda: Allowance(self._budget))  # by worker
         self._requests: dict[str, Request] = {}
@@ -67,12 +89,15 @@ class Scheduler:
         self._num_quiet = 0  # bursts since the last arrival
         self._suspects: deque[list[Canvas]] = deque()  # groups that run each in a burst of its own
         self._num_survived = 0  # bursts that came back
+        self._accused: list[Request] = []  # since a burst came back
+        self._accused_of: list[str] = []  # the class of error of the last of them, for each in a row
+        self._wants_probe, self._probe_deaths = False, 0
         self._step_seconds = 0.0  # of the last of them
 
     @property
     def num_live(self) -> int:
         """Requests that have not ended."""
-        return len(self._requests)
+        return len(self._requests) + len(self._accused)
 
     @property
     def num_held(self) -> int:
@@ -93,6 +118,8 @@ class Scheduler:
 
         Ids that are not live are passed over: a request may end just before it is aborted.
         """
+        request_ids = set(request_ids)
+        self._accused = [request for request in self._accused if request.request_id not in request_ids]
         for request_id in request_ids:
             request = self._requests.pop(request_id, None)
             for canvas in request.canvases if request is not None else ():
@@ -122,7 +149,9 @@ class Scheduler:
             if tail.doomed:
                 return None  # what follows it would not run either
             before = tail.canvases
-        suspects = self._next_suspects()
+        if self._wants_probe and follows is None:
+            return self._cut_probe(worker)
+        suspects = self._next_suspects() if not self._is_probing() else []
         taken = suspects or self._take(worker, before, num_idle)
         if not taken:
             return None
@@ -150,27 +179,47 @@ class Scheduler:
         self._num_quiet += 1
         return batch
 
+    def _is_probing(self) -> bool:
+        """Whether it is open if anything else lives; until then suspects wait."""
+        return self._wants_probe or any(burst.is_probe for burst in self._bursts.values())
+
+    def _cut_probe(self, worker: int) -> StepBatch:
+        """A burst of the probe alone."""
+        burst_id = self._tails[worker] = next(self._burst_ids)
+        self._bursts[burst_id] = _Burst(worker, [], 1, None, apart=True, is_probe=True)
+        self._wants_probe = False
+        return StepBatch(burst_id=burst_id, num_steps=1, specs=[self._probe.spec], states=[self._probe.state])
+
     def update(self, result: StepResult) -> list[Request]:
-        """Applies a burst's result; returns the requests that it finished, or the one that it has shown to be
-        too large for the worker's memory, which has ended with an `error`.
+        """Applies a burst's result.
 
         Results of one worker come in the order of its bursts.
+
+        Returns:
+            Requests that have ended by it: those that it finished, and those that it has shown to be at
+            fault, which have a `failure`.
+
+        Raises:
+            EngineDead: every burst fails.
         """
         burst = self._bursts.pop(result.burst_id)
         if self._tails[burst.worker] == result.burst_id:
             del self._tails[burst.worker]
         assert burst.doomed == (result.failure == "skipped"), "what follows a failed burst is skipped"
         if result.failure is not None:
-            return self._fail(result.burst_id, burst)
+            return self._fail(burst, result)
         self._num_survived += 1
+        self._probe_deaths = 0
+        finished = self._convict()
+        if burst.is_probe:
+            return finished
         self._step_seconds = result.seconds / burst.num_steps
         self._allowances[burst.worker] = regrow(self._allowances[burst.worker], self._budget)
-        finished: list[Request] = []
         for canvas, state in zip(burst.canvases, result.states, strict=True):
             in_next = canvas.last_burst != result.burst_id
             if not in_next:
                 canvas.last_burst = None
-            canvas.lone_deaths = 0
+            canvas.lone_deaths = canvas.lone_memory_failures = 0
             if not _goes_on(canvas):  # aborted, or ended by the burst before
                 continue
             request = self._requests[canvas.request_id]
@@ -183,9 +232,9 @@ class Scheduler:
                 heapq.heappush(self._queue, (canvas.order, canvas))
         return finished
 
-    def survived(self) -> None:
-        """A worker has shown that it works, with something else than a burst of these canvases."""
-        self._num_survived += 1
+    def take_convicted(self) -> list[Request]:
+        """Accused requests that end because nothing else is live; they have a `failure`."""
+        return self._convict() if not (self._requests or self._is_probing()) else []
 
     def lose(self, worker: int, *, died: bool = True) -> list[Request]:
         """Takes back what a worker had: its canvases are ready again as they were before.
@@ -195,7 +244,10 @@ class Scheduler:
             died: it died of itself: the burst that it ran, the first of its queue that could, is suspected.
 
         Returns:
-            Requests that are to blame for it; they have ended with an `error`.
+            Requests that are to blame for it; they have ended with a `failure`.
+
+        Raises:
+            Unavailable: workers die of whatever they run.
         """
         suspects, were_alone = list[Canvas](), False
         lost = [(number, burst) for number, burst in self._bursts.items() if burst.worker == worker]
@@ -205,29 +257,52 @@ class Scheduler:
             back = [c for c in burst.canvases if c.last_burst is not None and _goes_on(c)]
             for canvas in burst.canvases:
                 canvas.last_burst = None
-            if died and burst is ran:
+            if burst.is_probe:
+                self._wants_probe = True
+                self._probe_deaths += died and burst is ran
+            elif died and burst is ran:
                 suspects, were_alone = back, len(burst.canvases) == 1
             else:
                 for canvas in back:
                     heapq.heappush(self._queue, (canvas.order, canvas))
         self._tails.pop(worker, None)
         self._allowances.pop(worker, None)
+        if self._probe_deaths >= MAX_PROBE_DEATHS:
+            raise Unavailable(NO_WORKER_LIVES.format(self._probe_deaths))
         return self._suspect(suspects, were_alone)
 
-    def _fail(self, burst_id: int, burst: _Burst) -> list[Request]:
+    def _fail(self, burst: _Burst, result: StepResult) -> list[Request]:
         """Takes back what a worker could not run; returns the request that does not fit alone, if any."""
+        if burst.is_probe:
+            if result.failure == "error":
+                raise EngineDead(DEAD.format(result.error))
+            self._wants_probe = True
+            return []
         ended: list[Request] = []
         if not burst.doomed:
-            self._shrink(burst)
-            self._doom_followers(burst_id)
+            self._doom_followers(result.burst_id)
             (first, *others) = burst.canvases
-            if not others and _goes_on(first):
-                ended.append(self._end(first, NO_ROOM.format(first.num_rows)))
-        left = [canvas for canvas in burst.canvases if canvas.last_burst == burst_id]
+            if result.failure == "error":
+                if not others and _goes_on(first):
+                    self._accuse(first, result.error or "an error")
+            else:
+                self._shrink(burst)
+                if not others and _goes_on(first):
+                    first.lone_memory_failures += 1
+                    if first.lone_memory_failures >= MAX_LONE_MEMORY_FAILURES:
+                        ended.append(self._end(first, RequestTooLarge(TOO_LARGE.format(first.num_rows))))
+        # What follows an error will not run either: canvases that raise must not come back with its others.
+        raised = result.failure == "error"
+        left = [
+            c
+            for c in burst.canvases
+            if c.last_burst == result.burst_id or (raised and c.last_burst is not None)
+        ]
         for canvas in left:
             canvas.last_burst = None
         back = list(filter(_goes_on, left))
-        if burst.apart:
+        # A canvas that did not fit alone is tried again alone, before others take the memory that was freed.
+        if burst.apart or raised or len(burst.canvases) == 1:
             self._set_apart(back)
         else:
             for canvas in back:
@@ -260,8 +335,23 @@ class Scheduler:
                 canvas.survived = self._num_survived
             if canvas.lone_deaths >= MAX_LONE_DEATHS:
                 self._suspects.pop()
-                return [self._end(canvas, DEATHS.format(canvas.lone_deaths))]
+                return [self._end(canvas, WorkerDied(DEATHS.format(canvas.lone_deaths)))]
+            self._wants_probe = True
         return []
+
+    def _accuse(self, canvas: Canvas, error: str) -> None:
+        """Notes that a request has raised an error while it ran alone."""
+        request = self._end(canvas, RequestFailed(RAISED.format(error)))
+        kind = error.partition(":")[0]
+        self._accused.append(request)
+        self._accused_of = [*self._accused_of, kind] if self._accused_of[-1:] == [kind] else [kind]
+        self._wants_probe |= len(self._accused_of) >= MAX_ACCUSED
+
+    def _convict(self) -> list[Request]:
+        """Ends what is accused: it has raised alone, and something else has not."""
+        convicted, self._accused, self._accused_of = self._accused, [], []
+        self._wants_probe = False
+        return convicted
 
     def _set_apart(self, canvases: list[Canvas]) -> None:
         """Lets canvases run apart from all others, in halves."""
@@ -270,10 +360,10 @@ class Scheduler:
         half = len(canvases) // 2
         self._suspects += filter(None, (canvases[:half], canvases[half:]))
 
-    def _end(self, canvas: Canvas, error: str) -> Request:
+    def _end(self, canvas: Canvas, failure: RemaskError) -> Request:
         """Ends the request of a canvas, which is not in the queue."""
         request = self._requests[canvas.request_id]
-        request.error = error
+        request.failure = failure
         self.abort([request.request_id])
         return request
 

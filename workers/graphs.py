@@ -130,6 +130,10 @@ class StepGraphs:
             shape.num_bytes = shape.buffer.words.nbytes
         return Placed(*load(tree, shape.buffer), shape=shape)
 
+    def clear(self) -> None:
+        """Frees the graphs and their memory; shapes are met anew."""
+        self._shapes.clear()
+
     def step(self, shape: Shape, step: Callable[[], int]) -> int:
         """Takes a step of a burst that stands in a shape's memory; returns the rows forwarded."""
         if shape.graph is not None:

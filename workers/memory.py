@@ -33,6 +33,19 @@ GRAPH_BYTES = 1 << 30  # what captured steps may hold
 RESERVE_BYTES = GRAPH_BYTES + (1 << 30)  # for those, and for what is lost between allocations
 
 
+# What errors say that lose a CUDA context: no later call of the process can use the GPU.
+LOST_MESSAGES = ("CUDA error", "device-side assert", "CUBLAS_STATUS_EXECUTION_FAILED", "uncorrectable ECC")
+
+
+def loses_device(error: BaseException) -> bool:
+    """Whether an error has lost the GPU for this process. One of memory has not."""
+    if is_out_of_memory(error):
+        return False
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in LOST_MESSAGES)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory did not suffice, so that a smaller burst may go through.
 

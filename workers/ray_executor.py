@@ -226,8 +226,7 @@ class RayExecutor(Executor):
         except RayError as error:
             if kind == "start":
                 self._failed_starts += 1
-            elif isinstance(error, RayTaskError):  # a burst has failed, not the worker
-                raise _cause(error) from None
+            # A burst that raises has failed and is answered. What a worker raises itself has lost its GPU.
             return self._gone(number, f"{type(error).__name__}: {str(error).splitlines()[0]}")
         if kind == "ping":
             held.ping = None

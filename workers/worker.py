@@ -7,6 +7,7 @@ on its way while the host reads the results of this one.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
@@ -20,11 +21,14 @@ from remask.workers.burst import BurstState, Results
 from remask.workers.carry import can_carry, put, take
 from remask.workers.enqueue import StepQueue
 from remask.workers.graphs import Shape, StepGraphs
-from remask.workers.memory import is_out_of_memory
+from remask.workers.memory import is_out_of_memory, loses_device
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.staging import Fetched, to_device
 from remask.workers.step import Plans, denoise, plan_packs
 
+logger = logging.getLogger(__name__)
+
+MAX_ERROR_LEN = 500  # characters of an error that travel
 ROOM_STEPS = 16  # between two looks at how many tokens the slots have lost
 
 
@@ -32,8 +36,9 @@ class NotRun(NamedTuple):
     """A burst that did not run, and why; see `StepResult`."""
 
     burst_id: int
-    failure: Literal["memory", "skipped"]
+    failure: Literal["memory", "error", "skipped"]
     seconds: float
+    error: str | None = None
 
 
 class Unpacked(NamedTuple):
@@ -91,8 +96,7 @@ class Launched:
                 self.steps.enqueue_rest()
                 self.results = Fetched(self.state.results())
             except BaseException as error:
-                # A traceback would hold the tensors of a step that did not fit.
-                self.error = error.with_traceback(None) if is_out_of_memory(error) else error
+                self.error = error
                 if not isinstance(error, Exception):
                     raise
 
@@ -131,8 +135,8 @@ class Worker:
     def run(self, batch: StepBatch) -> StepResult:
         """Takes up to `batch.num_steps` denoising steps; a pure function of the canvases and the weights.
 
-        A burst that was interrupted may be run again. One that does not fit the memory, or follows such a
-        one, changes nothing and is answered as failed.
+        A burst that was interrupted may be run again. One that does not fit the memory or raises an error, or
+        follows such a one, changes nothing and is answered as failed. An error that loses the GPU is raised.
         """
         return self.collect(self.launch(batch))
 
@@ -141,7 +145,7 @@ class Worker:
         if self._last is not None:
             self._last.enqueue_rest()
             if self._last.error is not None:
-                self._forget(self._last.burst_id)
+                self._fail(self._last.burst_id, is_out_of_memory(self._last.error))
         if batch.follows is not None and batch.follows == self._failed:
             self._failed = batch.burst_id
             return NotRun(batch.burst_id, "skipped", 0.0)
@@ -150,11 +154,10 @@ class Worker:
         try:
             return self._launch(batch)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+            failed = not_run(batch.burst_id, error, time.perf_counter() - started)
         # Only now does nothing hold the tensors of the failed step any more.
-        self._forget(batch.burst_id)
-        return NotRun(batch.burst_id, "memory", time.perf_counter() - started)
+        self._fail(batch.burst_id, failed.failure == "memory")
+        return failed
 
     def collect(self, launched: Launched | NotRun) -> StepResult:
         """Waits for a burst; from any thread, while others are launched from one."""
@@ -162,9 +165,7 @@ class Worker:
             try:
                 states = launched.wait()
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                launched = NotRun(launched.burst_id, "memory", time.perf_counter() - launched.started)
+                launched = not_run(launched.burst_id, error, time.perf_counter() - launched.started)
             else:
                 return StepResult(
                     burst_id=launched.burst_id,
@@ -172,14 +173,18 @@ class Worker:
                     num_rows=launched.steps.num_rows,
                     seconds=launched.ended - launched.started,
                 )
-        burst_id, failure, seconds = launched
-        return StepResult(burst_id=burst_id, states=[], num_rows=0, seconds=seconds, failure=failure)
+        burst_id, failure, seconds, message = launched
+        return StepResult(
+            burst_id=burst_id, states=[], num_rows=0, seconds=seconds, failure=failure, error=message
+        )
 
-    def _forget(self, failed: int) -> None:
-        """Frees what a burst that failed has left where the model is."""
+    def _fail(self, burst_id: int, frees: bool) -> None:
+        """Notes a burst that has failed; if it did not fit, frees all memory but the weights."""
         self._last = self._tensors = None
-        self._failed = failed
-        if self._model.device.type == "cuda":
+        self._failed = burst_id
+        if frees and self._graphs is not None:
+            self._graphs.clear()
+        if frees and self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
@@ -246,6 +251,17 @@ class Worker:
         state.make_room(batch.num_steps)
         tree = to_device((state, plan_packs(state, self._model)), self._model.device)
         return Unpacked(*tree, None, states)
+
+
+def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:
+    """What a worker says of a burst that raised an error; raises one that loses the GPU."""
+    if is_out_of_memory(error):
+        error.__traceback__ = None  # it holds the tensors of the step that did not fit
+        return NotRun(burst_id, "memory", seconds)
+    if loses_device(error):
+        raise error
+    logger.warning("a burst has failed", exc_info=error)
+    return NotRun(burst_id, "error", seconds, f"{type(error).__name__}: {error}"[:MAX_ERROR_LEN])
 
 
 def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remask.benchmarks.simulation import Requests, SimulatedWorker
-from remask.scheduler.messages import StepBatch
+from remask.benchmarks.simulation import PROBE, Requests, SimulatedWorker
+from remask.scheduler.errors import EngineDead, RequestFailed, Unavailable, WorkerDied
+from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.request import Request
-from remask.scheduler.scheduler import MAX_LONE_DEATHS, Scheduler
+from remask.scheduler.scheduler import MAX_ACCUSED, MAX_LONE_DEATHS, MAX_PROBE_DEATHS, Scheduler
 
 
 def scheduler_of() -> Scheduler:
-    return Scheduler(max_num_rows=999, max_num_seqs=99, burst=1)
+    return Scheduler(max_num_rows=999, max_num_seqs=99, burst=1, probe=PROBE)
 
 
 class Mortals:
@@ -52,7 +53,6 @@ class Mortals:
         del self.workers[worker], self.queues[worker]
         number = max(self.workers, default=worker) + 1 + worker
         self.workers[number], self.queues[number] = SimulatedWorker(), []
-        self.scheduler.survived()
 
 
 @settings(deadline=None, max_examples=100)
@@ -61,7 +61,9 @@ def test_requests_that_kill_are_found_and_all_others_finish(
     seed: int, num_workers: int, num_poisonous: int
 ) -> None:
     rng = random.Random(seed)
-    scheduler = Scheduler(max_num_rows=rng.choice([50, 400]), max_num_seqs=rng.choice([2, 16]), burst=2)
+    scheduler = Scheduler(
+        max_num_rows=rng.choice([50, 400]), max_num_seqs=rng.choice([2, 16]), burst=2, probe=PROBE
+    )
     requests = Requests()
     made = [requests.make(10, rng.randint(1, 20), n=rng.randint(1, 2)) for _ in range(12)]
     poisonous = rng.sample(made, num_poisonous)
@@ -94,7 +96,7 @@ def test_requests_that_kill_are_found_and_all_others_finish(
 @given(seed=st.integers(0, 10**6), num_workers=st.integers(1, 3))
 def test_workers_that_die_at_random_fail_no_request(seed: int, num_workers: int) -> None:
     rng = random.Random(seed)
-    scheduler = Scheduler(max_num_rows=100, max_num_seqs=8, burst=None)
+    scheduler = Scheduler(max_num_rows=100, max_num_seqs=8, burst=None, probe=PROBE)
     requests = Requests()
     made = [requests.make(10, rng.randint(1, 20)) for _ in range(8)]
     mortals = Mortals(scheduler, num_workers, set())
@@ -119,22 +121,42 @@ def test_a_lone_request_is_not_blamed_while_nothing_else_lives() -> None:
     scheduler, requests = scheduler_of(), Requests()
     request = requests.make(5, 5)
     scheduler.add(request)
-    for _ in range(10):
-        assert scheduler.next_batch() is not None
-        assert scheduler.lose(0) == []
-    for _ in range(MAX_LONE_DEATHS - 2):
-        scheduler.survived()
-        scheduler.next_batch()
-        assert scheduler.lose(0) == []
-    scheduler.survived()
-    scheduler.next_batch()
-    assert scheduler.lose(0) == [request]
-    assert request.error is not None
+    probes: list[bool] = []
+
+    def die_of_everything() -> None:
+        for _ in range(20):
+            batch = scheduler.next_batch()
+            assert batch is not None
+            probes.append(batch.specs == [PROBE.spec])
+            assert scheduler.lose(0) == []
+
+    with pytest.raises(Unavailable, match="8 workers in a row died of a canvas of one token"):
+        die_of_everything()
+    assert sum(probes) == MAX_PROBE_DEATHS == 8
+    assert request.failure is None
+
+
+def test_a_lone_request_is_blamed_if_a_probe_lives() -> None:
+    scheduler, requests, worker = scheduler_of(), Requests(), SimulatedWorker()
+    request = requests.make(5, 5)
+    scheduler.add(request)
+    ended: list[Request] = []
+    for _ in range(20):
+        batch = scheduler.next_batch()
+        if batch is None:
+            break
+        if batch.specs == [PROBE.spec]:
+            scheduler.update(worker.run(batch))
+        else:
+            ended += scheduler.lose(0)
+    assert ended == [request]
+    assert isinstance(request.failure, WorkerDied)
+    assert scheduler.num_held == 0
 
 
 def test_a_burst_that_comes_back_clears_its_canvases() -> None:
     scheduler, requests, worker = (
-        Scheduler(max_num_rows=100, max_num_seqs=8, burst=1),
+        Scheduler(max_num_rows=100, max_num_seqs=8, burst=1, probe=PROBE),
         Requests(),
         SimulatedWorker(),
     )
@@ -142,16 +164,16 @@ def test_a_burst_that_comes_back_clears_its_canvases() -> None:
     scheduler.add(request)
     for _ in range(8):  # it dies before every burst but always gets on
         scheduler.next_batch()
-        scheduler.survived()
         assert scheduler.lose(0) == []
-        batch = scheduler.next_batch()
-        assert batch is not None
-        scheduler.update(worker.run(batch))
+        for _ in range(2):  # the probe, and what gets on
+            batch = scheduler.next_batch()
+            assert batch is not None
+            scheduler.update(worker.run(batch))
     assert request.error is None
 
 
 def test_only_the_burst_that_ran_is_suspected() -> None:
-    scheduler, requests = Scheduler(max_num_rows=30, max_num_seqs=2, burst=1), Requests()
+    scheduler, requests = Scheduler(max_num_rows=30, max_num_seqs=2, burst=1, probe=PROBE), Requests()
     made = [requests.make(5, 5) for _ in range(4)]
     for request in made:
         scheduler.add(request)
@@ -191,7 +213,7 @@ def test_a_worker_that_runs_a_suspect_has_nothing_else() -> None:
 @pytest.mark.parametrize("aborted_when", ["suspected", "in flight"])
 def test_a_suspected_request_can_be_aborted(aborted_when: str) -> None:
     scheduler, requests, worker = (
-        Scheduler(max_num_rows=99, max_num_seqs=9, burst=1),
+        Scheduler(max_num_rows=99, max_num_seqs=9, burst=1, probe=PROBE),
         Requests(),
         SimulatedWorker(),
     )
@@ -214,7 +236,7 @@ def test_a_suspected_request_can_be_aborted(aborted_when: str) -> None:
 
 def test_others_that_are_idle_get_their_share() -> None:
     scheduler, requests, worker = (
-        Scheduler(max_num_rows=999, max_num_seqs=99, burst=1),
+        Scheduler(max_num_rows=999, max_num_seqs=99, burst=1, probe=PROBE),
         Requests(),
         SimulatedWorker(),
     )
@@ -233,3 +255,101 @@ def test_others_that_are_idle_get_their_share() -> None:
     third = scheduler.next_batch(2)
     assert third is not None
     assert len(third.specs) == 2
+
+
+class Raising(SimulatedWorker):
+    """Raises an error in bursts that hold one of some canvases, or in all."""
+
+    def __init__(self, at_fault: set[int], *, always: bool = False) -> None:
+        super().__init__()
+        self.at_fault, self.always, self.failed = at_fault, always, -1
+
+    def run(self, batch: StepBatch) -> StepResult:
+        def answer(failure: str, error: str | None = None) -> StepResult:
+            self.failed = batch.burst_id
+            fields = {"states": [], "num_rows": 0, "seconds": 0.0, "failure": failure, "error": error}
+            return StepResult(burst_id=batch.burst_id, **fields)  # type: ignore[arg-type]
+
+        if batch.follows is not None and batch.follows == self.failed:
+            return answer("skipped")
+        if self.always or {spec.seed for spec in batch.specs} & self.at_fault:
+            return answer("error", f"ValueError: burst {batch.burst_id}")
+        return super().run(batch)
+
+
+def run_to_the_end(scheduler: Scheduler, worker: SimulatedWorker, depth: int = 2) -> list[Request]:
+    queue: list[StepBatch] = []
+    ended: list[Request] = []
+    for _ in range(5000):
+        while len(queue) < depth and (batch := scheduler.next_batch()) is not None:
+            queue.append(batch)
+        ended += scheduler.take_convicted()
+        if not queue:
+            return ended
+        ended += scheduler.update(worker.run(queue.pop(0)))
+    raise AssertionError("it never ends")
+
+
+@settings(deadline=None, max_examples=100)
+@given(seed=st.integers(0, 10**6), num_at_fault=st.integers(0, 12), depth=st.integers(1, 3))
+def test_requests_that_raise_are_found_and_all_others_finish(
+    seed: int, num_at_fault: int, depth: int
+) -> None:
+    """Also if many that raise one error stand side by side."""
+    rng = random.Random(seed)
+    scheduler = Scheduler(
+        max_num_rows=rng.choice([50, 400]), max_num_seqs=rng.choice([2, 16]), burst=2, probe=PROBE
+    )
+    requests = Requests()
+    made = [requests.make(10, rng.randint(1, 20), n=rng.randint(1, 2)) for _ in range(14)]
+    first = rng.randint(0, len(made) - num_at_fault)
+    at_fault = made[first : first + num_at_fault] if seed % 2 else rng.sample(made, num_at_fault)
+    for request in made:
+        scheduler.add(request)
+    seeds = {canvas.spec.seed for request in at_fault for canvas in request.canvases}
+    ended = run_to_the_end(scheduler, Raising(seeds), depth)
+    assert sorted(int(r.request_id) for r in ended) == list(range(14))
+    for request in made:
+        if request in at_fault:
+            assert isinstance(request.failure, RequestFailed)
+            assert "ValueError: burst" in str(request.failure)
+        else:
+            assert request.failure is None
+            assert all(canvas.state.finished for canvas in request.canvases)
+    assert scheduler.num_live == scheduler.num_held == 0
+
+
+def test_if_everything_raises_the_engine_is_dead_and_nobody_is_blamed() -> None:
+    scheduler, requests, worker = scheduler_of(), Requests(), Raising(set(), always=True)
+    made = [requests.make(5, 5) for _ in range(2 * MAX_ACCUSED)]
+    for request in made:
+        scheduler.add(request)
+    with pytest.raises(EngineDead, match="every burst fails with ValueError: burst"):
+        run_to_the_end(scheduler, worker)
+    assert scheduler.num_live == len(made)
+
+
+def test_a_few_requests_that_raise_end_without_a_burst_that_comes_back() -> None:
+    scheduler, requests = scheduler_of(), Requests()
+    made = [requests.make(5, 5) for _ in range(MAX_ACCUSED - 1)]
+    for request in made:
+        scheduler.add(request)
+    ended = run_to_the_end(scheduler, Raising(set(), always=True), depth=1)
+    assert sorted(int(r.request_id) for r in ended) == list(range(len(made)))
+    assert all(isinstance(request.failure, RequestFailed) for request in made)
+
+
+def test_an_accused_request_that_is_aborted_is_forgotten() -> None:
+    scheduler, requests = scheduler_of(), Requests()
+    made = [requests.make(5, 5) for _ in range(2)]
+    for request in made:
+        scheduler.add(request)
+    worker = Raising({0})
+    for _ in range(2):  # together, then alone
+        batch = scheduler.next_batch()
+        assert batch is not None
+        assert scheduler.update(worker.run(batch)) == []
+    assert scheduler.num_live == 2
+    scheduler.abort(["0"])
+    assert scheduler.num_live == 1
+    assert run_to_the_end(scheduler, worker) == [made[1]]

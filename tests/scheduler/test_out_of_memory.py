@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remask.benchmarks.simulation import Requests, SimulatedWorker
+from remask.benchmarks.simulation import PROBE, Requests, SimulatedWorker
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.planning import REGROW_AFTER, Allowance, Budget, regrow, shrink
 from remask.scheduler.request import Request
@@ -79,7 +79,6 @@ class Cluster:
         del self.queues[worker]
         number = max(self.workers, default=worker) + 1 + worker
         self.workers[number], self.queues[number] = Small(capacity), deque()
-        self.scheduler.survived()
 
     def drain(self) -> None:
         for worker in self.queues:
@@ -118,6 +117,7 @@ def test_what_fits_alone_finishes_what_does_not_fails_and_nothing_runs_twice(
         max_num_rows=rng.choice([60, 500, 10**6]),
         max_num_seqs=rng.choice([2, 64]),
         burst=rng.choice([None, 1, 3]),
+        probe=PROBE,
     )
     least, most = sorted(rng.randint(20, 150) for _ in range(2))
     cluster = Cluster(scheduler, [rng.randint(least, most) for _ in range(num_workers)], depth)
@@ -157,7 +157,7 @@ def test_what_fits_alone_finishes_what_does_not_fails_and_nothing_runs_twice(
 @given(seed=st.integers(0, 10**6), num_workers=st.integers(1, 3), depth=st.integers(1, 3))
 def test_workers_that_also_die_change_nothing_of_that(seed: int, num_workers: int, depth: int) -> None:
     rng = random.Random(seed)
-    scheduler = Scheduler(max_num_rows=500, max_num_seqs=32, burst=2)
+    scheduler = Scheduler(max_num_rows=500, max_num_seqs=32, burst=2, probe=PROBE)
     capacity = rng.randint(20, 150)
     cluster = Cluster(scheduler, [capacity] * num_workers, depth)
     made = random_requests(rng, Requests())
@@ -185,7 +185,7 @@ def test_workers_that_also_die_change_nothing_of_that(seed: int, num_workers: in
 
 def loaded(*lens: int, **fields: int) -> tuple[Scheduler, list[Request]]:
     """A scheduler with room for everything, and a request for each length."""
-    scheduler, requests = Scheduler(max_num_rows=1000, max_num_seqs=100, burst=1), Requests()
+    scheduler, requests = Scheduler(max_num_rows=1000, max_num_seqs=100, burst=1, probe=PROBE), Requests()
     made = [requests.make(n - 5, 5, **fields) for n in lens]
     for request in made:
         scheduler.add(request)
@@ -241,17 +241,20 @@ def test_what_follows_a_failed_burst_is_put_back_and_shrinks_nothing() -> None:
 
 
 def test_what_follows_nothing_runs_behind_a_failed_burst() -> None:
-    scheduler, requests = Scheduler(max_num_rows=20, max_num_seqs=9, burst=1), Requests()
+    scheduler, requests = Scheduler(max_num_rows=20, max_num_seqs=9, burst=1, probe=PROBE), Requests()
     scheduler.add(requests.make(15, 5, priority=1))
     first = next_of(scheduler)
     scheduler.add(requests.make(15, 5))
     second = next_of(scheduler)
     third = next_of(scheduler)
     assert (second.follows, third.follows) == (None, second.burst_id)
-    assert len(scheduler.update(failed(first))) == 1
+    assert scheduler.update(failed(first)) == []
     worker = SimulatedWorker()
     for batch in (second, third):
         scheduler.update(worker.run(batch))
+    again = next_of(scheduler)
+    assert again.specs == first.specs, "alone once more, with the memory that was freed"
+    assert len(scheduler.update(failed(again))) == 1
     assert next_of(scheduler).specs == third.specs
 
 
@@ -296,7 +299,7 @@ def test_a_worker_short_of_memory_makes_no_others_bursts_smaller() -> None:
 
 
 def test_a_worker_gets_its_bursts_back_when_memory_was_short_for_a_while() -> None:
-    scheduler, requests = Scheduler(max_num_rows=10**4, max_num_seqs=100, burst=1), Requests()
+    scheduler, requests = Scheduler(max_num_rows=10**4, max_num_seqs=100, burst=1, probe=PROBE), Requests()
     for _ in range(8):
         scheduler.add(requests.make(5, 200))
     for _ in range(2):
@@ -338,7 +341,7 @@ def test_a_worker_gets_everything_again_in_the_end(full: Budget, num_rows: int) 
     assert grown[-1] == full
 
 
-@pytest.mark.parametrize("failure", ["memory", "skipped"])
+@pytest.mark.parametrize("failure", ["memory", "error", "skipped"])
 def test_a_failure_survives_the_wire(failure: str) -> None:
     scheduler, _ = loaded(10)
     result = failed(next_of(scheduler), failure)

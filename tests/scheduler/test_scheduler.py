@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remask.benchmarks.simulation import MASK, TOKEN_ID, Requests, SimulatedWorker
+from remask.benchmarks.simulation import MASK, PROBE, TOKEN_ID, Requests, SimulatedWorker
 from remask.scheduler.canvas import TOKEN
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.planning import AGEING_SECONDS, MAX_BURST
@@ -98,7 +98,7 @@ def test_whatever_comes_goes_or_dies_each_request_ends_once(
 ) -> None:
     rng = random.Random(seed)
     scheduler = Scheduler(
-        max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=rng.choice([None, 1, 3])
+        max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=rng.choice([None, 1, 3]), probe=PROBE
     )
     cluster = Cluster(scheduler, num_workers, depth, (max_num_rows, max_num_seqs))
     requests = Requests()
@@ -179,7 +179,7 @@ def test_aborting_many_does_not_leave_them_in_the_queue() -> None:
 
 
 def scheduler_of(max_num_rows: int, max_num_seqs: int, burst: int | None = 1) -> Scheduler:
-    return Scheduler(max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=burst)
+    return Scheduler(max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=burst, probe=PROBE)
 
 
 def next_of(scheduler: Scheduler, worker: int = 0) -> StepBatch:
@@ -310,6 +310,9 @@ def test_what_a_lost_worker_had_starts_again_from_the_copy_that_was_kept() -> No
     scheduler.update(worker.run(first))
     next_of(scheduler)
     scheduler.lose(0)
+    probe = next_of(scheduler, worker=1)
+    assert probe.specs == [PROBE.spec], "it was alone: first something else must live"
+    scheduler.update(SimulatedWorker().run(probe))
     again = next_of(scheduler, worker=1)
     assert again.follows is None
     assert again.states == [request.canvases[0].state]

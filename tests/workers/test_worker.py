@@ -177,9 +177,36 @@ def test_a_burst_that_does_not_fit_is_told_and_what_follows_it_is_skipped(
     )
 
 
-def test_an_error_that_is_none_of_memory_is_raised(
+def test_an_error_is_told_and_what_follows_it_is_skipped(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(golden_model.model, "forward", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    worker, batch = Worker(golden_model), first_burst([make(0, 12)], 2)
+    with monkeypatch.context() as broken:
+        broken.setattr(golden_model.model, "forward", lambda *_: 1 / 0)
+        failed = worker.run(batch)
+    assert (failed.failure, failed.states) == ("error", [])
+    assert failed.error == "ZeroDivisionError: division by zero"
+    after = msgspec.structs.replace(batch, burst_id=1, follows=0, states=[0])
+    assert worker.run(after).failure == "skipped"
+    assert worker.run(batch).failure is None, "and it goes on"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        SystemExit(1),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+    ids=repr,
+)
+def test_what_ends_the_process_or_loses_the_gpu_is_raised(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def forward(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(golden_model.model, "forward", forward)
+    with pytest.raises(type(error)):
         Worker(golden_model).run(first_burst([make(0, 12)], 2))
