@@ -17,6 +17,8 @@ from remask.scheduler.params import ResolvedParams, resolve
 from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, registry
 from remask.scheduler.sampling import Sampling
 
+NOT_NUMBERS, NO_COMMIT = 1, 2  # faults of a canvas: logits that are NaN; no commit where its policy must
+
 TOKEN = np.dtype("<i4")
 REAL = np.dtype("<f4")
 # What happened to one slot in one step: committed, or remasked (then `token` is the one removed).
@@ -65,6 +67,11 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def policies(self) -> list[UnmaskPolicy | RemaskPolicy]:
         return [policy for policy in (self.unmask, self.remask) if policy is not None]
+
+    @property
+    def always_commits(self) -> bool:
+        """Whether each step commits a slot of a block that has masks."""
+        return all(policy.always_commits for policy in self.policies)
 
     @property
     def num_shadow_rows(self) -> int:
@@ -129,6 +136,7 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
     finished: bool = False
+    fault: int = 0  # what ended it without an answer: 0 (nothing), NOT_NUMBERS or NO_COMMIT
 
     @property
     def sequence_len(self) -> int:

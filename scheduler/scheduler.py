@@ -26,7 +26,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from remask.scheduler.canvas import Canvas
+from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS, Canvas
 from remask.scheduler.errors import (
     EngineDead,
     RemaskError,
@@ -47,6 +47,10 @@ DEATHS = "{} workers in a row died while it ran alone"
 RAISED = "a step of it raised {}, also while it ran alone; check what is particular about its parameters"
 DEAD = "every burst fails with {}; make a new engine"
 NO_WORKER_LIVES = "{} workers in a row died of a canvas of one token"
+FAULTS = {
+    NOT_NUMBERS: "its logits are not numbers; use dtype='bfloat16' or 'float32', or check the checkpoint",
+    NO_COMMIT: "a step of it committed nothing although its policy must; check the policy",
+}
 TOO_LARGE = (
     "a step of it takes {} rows, which do not fit into the worker's memory even alone; use fewer max_tokens, "
     "a shorter prompt or a policy that needs fewer rows, or a smaller dtype, quantization or a larger GPU"
@@ -221,6 +225,9 @@ class Scheduler:
                 canvas.last_burst = None
             canvas.lone_deaths = canvas.lone_memory_failures = 0
             if not _goes_on(canvas):  # aborted, or ended by the burst before
+                continue
+            if state.fault:
+                finished.append(self._end(canvas, RequestFailed(FAULTS[state.fault])))
                 continue
             request = self._requests[canvas.request_id]
             canvas.state = request.settle(canvas, state)

@@ -28,7 +28,7 @@ class Results:
     confidences: Tensor
     logprobs: Tensor
     commit_steps: Tensor
-    counters: Tensor  # int64 [4, R]: block, num_forwards, block_forwards, finished
+    counters: Tensor  # int64 [5, R]: block, num_forwards, block_forwards, finished, fault
     memory: list[Memory]
     removed: Tensor | None
     events: list[Tensor]
@@ -46,8 +46,9 @@ class BurstState(HoldsTensors):
         confidences, logprobs, commit_steps: [R, G + 1].
         block, num_forwards, block_forwards: int64 [R].
         finished: bool [R].
-        paused: bool [R]: takes no more steps in this burst: finished, or at the end of a block whose text is
-            to be looked at.
+        paused: bool [R]: takes no more steps in this burst: finished, at fault, or at the end of a block
+            whose text is to be looked at.
+        fault: int64 [R]: see `CanvasState`.
         memory: for each group of `unmask` and `remask`, its policies' memory.
         removed: int64 [R, B, K]: ids that may not be proposed at a slot any more, -1 where there is none;
             None where no policy bans what it removes.
@@ -83,7 +84,9 @@ class BurstState(HoldsTensors):
         self.block_forwards = ints([state.num_block_forwards for state in states])
         self.finished = torch.tensor([state.finished for state in states])
         self.pauses = torch.tensor([spec.pause_at_blocks for spec in specs])
-        self.paused = self.finished.clone()
+        self.fault = ints([state.fault for state in states])
+        self.paused = self.finished | (self.fault > 0)
+        self.always_commits = torch.tensor([spec.always_commits for spec in specs])
         self.sampling = SamplingTables([spec.sampling for spec in specs])
         self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
         num_stops = max(1, room.num_stops, *(len(spec.stop_ids) for spec in specs))
@@ -117,7 +120,7 @@ class BurstState(HoldsTensors):
 
     def resume(self) -> None:
         """Makes the canvases ready for another burst."""
-        self.paused.copy_(self.finished)
+        self.paused.copy_(self.finished | (self.fault > 0))
 
     def make_room(self, num_steps: int) -> None:
         """Makes room for the tokens that slots may lose in so many steps."""
@@ -156,7 +159,9 @@ class BurstState(HoldsTensors):
             confidences=self.confidences,
             logprobs=self.logprobs,
             commit_steps=self.commit_steps,
-            counters=torch.stack([self.block, self.num_forwards, self.block_forwards, self.finished.long()]),
+            counters=torch.stack(
+                [self.block, self.num_forwards, self.block_forwards, self.finished.long(), self.fault]
+            ),
             memory=self.memory,
             removed=self.removed,
             events=self.events.taken(),
@@ -174,7 +179,7 @@ class BurstState(HoldsTensors):
         states = []
         for i, spec in enumerate(self.specs):
             length = spec.canvas_len
-            block, num_forwards, block_forwards, finished = (line[i] for line in counters)
+            block, num_forwards, block_forwards, finished, fault = (line[i] for line in counters)
             states.append(
                 CanvasState(
                     tokens=tokens[self.cu_tokens[i] : self.cu_tokens[i + 1]].tobytes(),
@@ -188,6 +193,7 @@ class BurstState(HoldsTensors):
                     num_forwards=num_forwards,
                     num_block_forwards=block_forwards,
                     finished=bool(finished),
+                    fault=fault,
                 )
             )
         return states

@@ -20,7 +20,7 @@ from remask.workers.staging import to_device
 from remask.workers.strategies.view import Memory
 
 TABLES = ("confidences", "logprobs", "commit_steps")  # [R, slots]
-COUNTERS = ("block", "num_forwards", "block_forwards", "finished")  # [R]
+COUNTERS = ("block", "num_forwards", "block_forwards", "finished", "fault")  # [R]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS
 from remask.workers.burst import BurstState
 from remask.workers.fitting_rows import plan_pack
 from remask.workers.fixed_rows import plan_fixed
@@ -54,7 +55,8 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
         main.put(rows.slots_N[own], found.part(own))
         verified.view(-1)[rows.slots_N[verifying]] = found.given_prob[verifying]
     view = _block_view(state, blocks, main, verified, slots)
-    _update(state, slots, blocks, view, main, _decide(state, view), model.mask_id)
+    outcome = _without_faults(state, blocks, view, main, _decide(state, view))
+    _update(state, slots, blocks, view, main, outcome, model.mask_id)
     return num_rows
 
 
@@ -116,6 +118,21 @@ def _decide(state: BurstState, view: BlockView) -> _Outcome:
         for name, held in state.memory[i].items():
             held.copy_(torch.where(paused.view(-1, *[1] * (held.ndim - 1)), held, decision.memory[name]))
     return _Outcome(commit, remask, holds, takes_top)
+
+
+def _without_faults(
+    state: BurstState, blocks: ActiveBlocks, view: BlockView, main: Statistics, outcome: _Outcome
+) -> _Outcome:
+    """The decisions about canvases without a fault. One that has a fault pauses and keeps what it holds."""
+    shape, running = blocks.masked.shape, ~state.paused
+    unread = main.top_prob.view(shape).isnan() | main.proposal_prob.view(shape).isnan()
+    is_nan = running & ((unread & blocks.read) | view.verified.isnan()).any(1)
+    is_idle = state.always_commits & blocks.masked.any(1) & ~outcome.commit.any(1)
+    is_idle &= running & ~is_nan
+    state.fault += is_nan * NOT_NUMBERS + is_idle * NO_COMMIT
+    state.paused |= state.fault > 0
+    goes_on = (state.fault == 0).unsqueeze(1)
+    return outcome._replace(commit=outcome.commit & goes_on, remask=outcome.remask & goes_on)
 
 
 def _update(

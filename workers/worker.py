@@ -277,7 +277,7 @@ def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:
         if step % ROOM_STEPS == 0:
             state.make_room(ROOM_STEPS)
         num_rows += denoise(state, plans, model)
-        if bool((state.paused & ~state.finished).any()):
+        if bool((state.paused & ~state.finished & (state.fault == 0)).any()):
             break
         now_paused = int(state.paused.sum())
         if now_paused > num_paused:  # those that paused give up their rows

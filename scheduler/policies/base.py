@@ -33,10 +33,13 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
         memory: what the kernel carries from step to step.
         kernel: the tensor function of a third party's policy (a static method); remask's own stand in
             `remask.workers.strategies`.
+        always_commits: each step commits a slot of a block that has masks; if one does not, the request
+            fails. False for policies that follow a time schedule.
     """
 
     memory: ClassVar[tuple[MemoryField, ...]] = ()
     kernel: ClassVar[Callable[..., Any] | None] = None
+    always_commits: ClassVar[bool] = True
 
     def head_needs(self) -> frozenset[str]:
         """Statistics beyond the proposal's probability that the kernel reads: of "margin" and "entropy"."""

@@ -164,6 +164,7 @@ class Rcr(RemaskPolicy, frozen=True, tag="rcr"):
 
     conf: Literal["prob", "margin", "entropy"] = "prob"
 
+    always_commits: ClassVar[bool] = False
     memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("stored", per_slot=True, initial=0.0),)
 
     def head_needs(self) -> frozenset[str]:
@@ -202,6 +203,7 @@ class Remdm(RemaskPolicy, frozen=True, tag="remdm"):
     eta: Probability | None = None
 
     commits: ClassVar[bool] = True
+    always_commits: ClassVar[bool] = False
     memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("stored", per_slot=True, initial=0.0),)
 
     def random_streams(self) -> frozenset[str]:

@@ -105,6 +105,7 @@ class Dream(UnmaskPolicy, frozen=True, tag="dream"):
     eps: Annotated[float, Meta(gt=0.0, lt=1.0)] = 1e-3
 
     whole_canvas: ClassVar[bool] = True
+    always_commits: ClassVar[bool] = False
 
     def head_needs(self) -> frozenset[str]:
         return frozenset({{"topk_margin": "margin"}.get(self.alg, self.alg)}) & {"margin", "entropy"}

@@ -1,0 +1,102 @@
+"""Canvases at fault: logits that are not numbers, and policies that commit nothing where they must."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from remask import SamplingParams
+from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS, Canvas, CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
+from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.strategies import groups
+from remask.workers.worker import Worker
+
+POISON = 20  # an id whose embedding is not a number
+KINDS: list[dict[str, Any]] = [
+    {"unmask": "threshold:0.5"},
+    {"unmask": "schedule:4", "temperature": 1.0, "top_p": 0.8},
+    {"unmask": "schedule:4", "temperature": 1.0, "top_k": 5},
+    {"unmask": "schedule:4", "temperature": 1.0, "min_p": 0.1},
+    {"unmask": "capped_threshold:0.3", "remask": "wino:0.9"},
+    {"unmask": "threshold:0.3", "remask": "low_prob:0.6"},
+    {"unmask": "schedule:4", "cfg_scale": 1.0},
+    {"unmask": "capped_threshold:0.3", "remask": "oracle_loo:0.9"},
+    {"unmask": "schedule:4", "remask": "rcr"},
+    {"unmask": "dream:steps=4"},
+    {"remask": "saber"},
+    {"remask": "remdm:6"},
+]
+
+
+@pytest.fixture(scope="module", params=["fitting", "fixed", "fixed with kernels"])
+def poisoned(request: pytest.FixtureRequest, golden_model: TransformerDenoiser) -> TransformerDenoiser:
+    model = copy.deepcopy(golden_model.model)
+    model.embedding.data[POISON] = torch.nan
+    fixed = request.param != "fitting"
+    return TransformerDenoiser(
+        model,
+        SdpaAttention(),
+        pack_rows=1 << 30,
+        fixed_shapes=fixed,
+        kernels=request.param == "fixed with kernels",
+    )
+
+
+def make(prompt: list[int], fields: dict[str, Any]) -> Canvas:
+    block = {} if "dream" in fields.get("unmask", "") else {"block_length": 4}
+    params = resolve(SamplingParams(max_tokens=8, **block, **fields))
+    return new_canvas("r", 0, prompt, params, seed=3, sample=0, mask_id=0, stop_ids=[])
+
+
+def run(model: TransformerDenoiser, canvases: list[Canvas]) -> list[CanvasState]:
+    states: list[CanvasState | int] = [c.state for c in canvases]
+    batch = StepBatch(burst_id=0, num_steps=40, specs=[c.spec for c in canvases], states=states)
+    worker, result = Worker(model), None
+    for _ in range(10):  # a burst ends early if a canvas pauses
+        result = worker.run(batch).states
+        if all(state.finished or state.fault for state in result):
+            break
+        batch = StepBatch(burst_id=0, num_steps=40, specs=batch.specs, states=[*result])
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=lambda fields: "-".join(map(str, fields.values())))
+def test_a_canvas_of_nan_is_at_fault_and_its_neighbours_are_not(
+    poisoned: TransformerDenoiser, fields: dict[str, Any]
+) -> None:
+    if poisoned.kernels and fields not in (KINDS[0], KINDS[4]):
+        pytest.skip("Triton's interpreter is slow; the fused head knows no policy")
+    good = [make([5, 11, 7], fields), make([9, 12], {"unmask": "threshold:0.5"})]
+    expected = run(poisoned, good)
+    first, bad, second = run(poisoned, [good[0], make([5, POISON, 7], fields), good[1]])
+    assert (bad.fault, bad.finished) == (NOT_NUMBERS, False)
+    assert bad.tokens == make([5, POISON, 7], fields).state.tokens, "it keeps what it holds"
+    for found, alone in zip((first, second), expected, strict=True):
+        assert (found.fault, found.finished) == (0, True)
+        assert found.tokens == alone.tokens
+
+
+def test_a_policy_that_commits_nothing_ends_its_canvas(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel_of = groups.kernel_of
+
+    def idle(kind: type) -> Any:
+        kernel = kernel_of(kind)
+        if kernel.__name__ != "threshold":
+            return kernel
+        return lambda view, params: torch.zeros_like(view.masked)
+
+    monkeypatch.setattr(groups, "kernel_of", idle)
+    bad, good = run(
+        golden_model, [make([5, 11], {"unmask": "threshold:0.5"}), make([5, 11], {"unmask": "schedule"})]
+    )
+    assert (bad.fault, bad.finished) == (NO_COMMIT, False)
+    assert (good.fault, good.finished) == (0, True)
