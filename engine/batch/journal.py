@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0
 MAX_SYNC_SHARE = 0.01  # of the time; a slow disk is synchronized less often
+LAST_DONE = 400  # the largest HTTP status of a line that is done
 NO_OUTPUT = "is no output of a batch; choose another name"
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
@@ -41,9 +42,19 @@ class BatchStopped(RemaskError):
     """The run could not go on; what is done is safe, and `--resume` continues."""
 
 
+class _Response(msgspec.Struct, frozen=True):
+    status_code: int
+
+
 class _Head(msgspec.Struct):
     id: str
     custom_id: str
+    response: _Response = _Response(200)
+
+    @property
+    def is_done(self) -> bool:
+        """Answered or refused; a line that failed is run again."""
+        return self.response.status_code <= LAST_DONE
 
 
 class Journal:
@@ -66,6 +77,7 @@ class Journal:
             raise InvalidRequest("--output-file", str(output), "is a directory; give the name of a file")
         self.output, self.partial = output, output.with_name(output.name + ".partial")
         self._converting = output.with_name(output.name + ".converting")
+        self._holds_failed = False  # lines that failed stand beside the results of their second run
         self._file = _open_locked(self.partial)
         try:
             self.finished = os.path.lexists(output)
@@ -110,7 +122,10 @@ class Journal:
                 head = _read_head(line)
                 if head is None:
                     break
-                self._mark(done, run, head, ids)
+                if head.is_done:
+                    self._mark(done, run, head, ids)
+                else:
+                    self._holds_failed = True
                 end += len(line)
             else:
                 return done
@@ -169,10 +184,12 @@ class Journal:
         whole = self.partial
         try:
             self.sync()
+            if convert is None and self._holds_failed:
+                convert = _copy
             if convert is not None:
                 whole = self._converting
                 with self.partial.open("rb") as journal:
-                    convert(journal, whole)
+                    convert(filter(_is_done, journal), whole)
                 _sync_file(whole)
             _rename_without_replacing(whole, self.output)
             self.partial.unlink(missing_ok=True)
@@ -244,6 +261,16 @@ def _read_head(line: bytes) -> _Head | None:
         return msgspec.json.decode(line, type=_Head)
     except (msgspec.DecodeError, ValueError):
         return None
+
+
+def _is_done(line: bytes) -> bool:
+    head = _read_head(line)
+    return head is not None and head.is_done
+
+
+def _copy(lines: Iterable[bytes], target: Path) -> None:
+    with target.open("wb") as file:
+        file.writelines(lines)
 
 
 def _may_be_torn(line: bytes, run: RunName) -> bool:

@@ -20,7 +20,7 @@ from remask.batch.journal import BatchStopped, Journal
 from remask.batch.lines import Line, LineReader
 from remask.batch.parquet import is_parquet, require_pyarrow, write_rows
 from remask.batch.source import Source
-from remask.openai.responses import Completion, completion, error_body
+from remask.openai.responses import Completion, completion, error_body, failure_body
 from remask.outputs import RequestOutput
 from remask.scheduler.request import Request
 
@@ -53,12 +53,14 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         num_lines: requests of the input.
         num_done_before: results that were there already.
         num_refused: of this run's results, those of lines at fault.
+        num_failed: lines that failed in this run. They are not done, and the output is not complete.
         num_tokens, num_forwards, seconds: of this run, without checking.
     """
 
     num_lines: int
     num_done_before: int
     num_refused: int = 0
+    num_failed: int = 0
     num_tokens: int = 0
     num_forwards: int = 0
     seconds: float = 0.0
@@ -142,7 +144,7 @@ class _Run:
         )
         self._encoder = msgspec.json.Encoder()
         self._live: dict[str, tuple[int, Line]] = {}  # request id -> place and line
-        self._num_refused = self._num_tokens = self._num_forwards = 0
+        self._num_refused = self._num_failed = self._num_tokens = self._num_forwards = 0
 
     def work(self) -> Summary:
         ids = check_lines(
@@ -157,7 +159,10 @@ class _Run:
             for output in self._llm._serve(self._requests(done), max_live=self._options.max_live):
                 index, line = self._live.pop(output.request_id)
                 self._write_output(index, line, output)
-            self._journal.finish(write_rows if is_parquet(self._journal.output) else None)
+            if self._num_failed:
+                self._journal.sync()
+            else:
+                self._journal.finish(write_rows if is_parquet(self._journal.output) else None)
         except BatchStopped as error:
             safe = f"{self._num_done:,} of {self._num_lines:,} results are safe; --resume goes on"
             raise BatchStopped(f"{error}: {safe}") from error
@@ -165,6 +170,7 @@ class _Run:
             num_lines=self._num_lines,
             num_done_before=num_before,
             num_refused=self._num_refused,
+            num_failed=self._num_failed,
             num_tokens=self._num_tokens,
             num_forwards=self._num_forwards,
             seconds=time.monotonic() - started,
@@ -188,6 +194,10 @@ class _Run:
     def _write_output(self, index: int, line: Line, output: RequestOutput) -> None:
         self._num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
         self._num_forwards += sum(sample.nfe for sample in output.outputs)
+        if output.error_status is not None:
+            self._num_failed += 1
+            self._write(index, line, output.error_status, failure_body(output))
+            return
         body = completion(
             line.kind,
             output,

@@ -12,6 +12,7 @@ import typer
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.policies import PRESETS
 
+FAILED = 3  # exit status if lines have failed
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 
 
@@ -153,6 +154,8 @@ def run_batch(
         typer.echo("remask: interrupted; what is done is safe, --resume goes on", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(_told(summary, output_file))
+    if summary.num_failed:
+        raise typer.Exit(FAILED)
 
 
 def _told(summary: Any, output_file: Path) -> str:
@@ -162,6 +165,9 @@ def _told(summary: Any, output_file: Path) -> str:
     before = f" ({summary.num_done_before:,} were done before)" if summary.num_done_before else ""
     refused = f", {summary.num_refused:,} of them refused" if summary.num_refused else ""
     rate = num_now / summary.seconds
+    if summary.num_failed:
+        refused += f", {summary.num_failed:,} of them failed (--resume runs these again)"
+        output_file = output_file.with_name(f"{output_file.name}.partial")
     return (
         f"{output_file}: {summary.num_lines:,} results{before}{refused}; {num_now:,} lines in "
         f"{summary.seconds:.1f} s ({rate:,.1f} a second), {summary.num_tokens:,} visible tokens, "

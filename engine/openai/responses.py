@@ -86,14 +86,17 @@ def completion(
 
 def error_body(error: InvalidRequest) -> dict[str, Any]:
     """OpenAI's error object for a request that was refused."""
-    return {
-        "error": {
-            "message": str(error),
-            "type": "invalid_request_error",
-            "param": error.parameter,
-            "code": None,
-        }
-    }
+    return _error_body(str(error), "invalid_request_error", error.parameter)
+
+
+def failure_body(output: RequestOutput) -> dict[str, Any]:
+    """OpenAI's error object for a request that has failed; its type is the class of the error."""
+    assert output.error is not None, "it has failed"
+    return _error_body(output.error, output.error_type, None)
+
+
+def _error_body(message: str, kind: str | None, parameter: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": parameter, "code": None}}
 
 
 def _chat_choice(sample: CompletionOutput) -> ChatChoice:
