@@ -49,6 +49,7 @@ class Intake:
     ) -> None:
         self._config, self._tokenizer, self._max_len, self._seed = config, tokenizer, max_len, seed
         self.decode = None if tokenizer is None else _decoder(tokenizer)
+        self._silent_ids = [] if tokenizer is None else _silent_ids(tokenizer)
         self._ordinals, self._canvas_ordinals = itertools.count(), itertools.count()
         eot = config.eot_id
         if eot is None and tokenizer is not None:
@@ -141,7 +142,11 @@ class Intake:
             stop_token_ids=stop_token_ids,
             include_stop_in_text=params.include_stop_str_in_output,
             logprobs=params.logprobs,
-            find_stop=StopStrings(params.stop, self.decode) if params.stop and self.decode else None,
+            find_stop=(
+                StopStrings(params.stop, self.decode, self._silent_ids)
+                if params.stop and self.decode
+                else None
+            ),
             arrival_time=time.monotonic(),
         )
 
@@ -308,6 +313,11 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     return lambda ids: str(
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+
+
+def _silent_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that `_decoder` leaves out."""
+    return [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:
