@@ -46,14 +46,14 @@ class StopStrings:
         spec = canvas.spec
         start, end = (number * spec.block_length for number in (canvas.state.block, state.block))
         tokens = spec.canvas_tokens(state)[:end]
-        ends = np.isin(tokens[start:], spec.stop_ids).nonzero()[0]
-        if len(ends):
-            tokens = tokens[: start + ends[0]]
+        stop = spec.first_stop(tokens[start:])
+        if stop is not None:
+            tokens = tokens[: start + stop]
         # Silent tokens are left out, so that a long run of them before a block is not decoded again.
         (places,) = (~np.isin(tokens, self._silent_ids)).nonzero()
         num_seen = int(np.searchsorted(places, start))
-        stop = find_stop(tokens[places].tolist(), self._strings, self._decode, start=num_seen)
-        return None if stop is None else TextStop(int(places[stop.num_tokens - 1]) + 1, stop.string)
+        found = find_stop(tokens[places].tolist(), self._strings, self._decode, start=num_seen)
+        return None if found is None else TextStop(int(places[found.num_tokens - 1]) + 1, found.string)
 
 
 def find_stop(

@@ -15,7 +15,7 @@ from msgspec import Meta
 from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
 from remask.scheduler.policies import PRESETS, RemaskPolicy, Threshold, UnmaskPolicy, tag
 from remask.scheduler.policies.parsing import parse_policy
-from remask.scheduler.sampling import Sampling
+from remask.scheduler.sampling import Sampling, bias_bytes, id_bytes
 
 DEFAULT_BLOCK_LENGTH = 32
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -220,9 +220,9 @@ def _cross_check(
         remask=remask,
         sampling=Sampling(
             cfg_scale=params.cfg_scale,
-            logit_bias=params.logit_bias or {},
-            banned_ids=params.bad_token_ids or [],
-            allowed_ids=params.allowed_token_ids or [],
+            logit_bias=bias_bytes(params.logit_bias or {}),
+            banned_ids=id_bytes(params.bad_token_ids or []),
+            allowed_ids=id_bytes(params.allowed_token_ids or []),
             temperature=params.temperature,
             top_k=max(params.top_k, 0),
             top_p=params.top_p,
@@ -236,7 +236,7 @@ def _cross_check(
         n=params.n,
         ignore_eos=params.ignore_eos,
         stop=stop,
-        stop_token_ids=params.stop_token_ids or [],
+        stop_token_ids=sorted(set(params.stop_token_ids or [])),
         include_stop_str_in_output=params.include_stop_str_in_output,
         priority=params.priority,
         logprobs=params.logprobs is not None,
