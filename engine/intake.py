@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from remask.limits import Limits
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
@@ -41,15 +42,23 @@ class Intake:
         tokenizer: None: prompts must be token ids.
         max_len: largest prompt and canvas together, in tokens.
         seed: with a request's ordinal the seed of requests that give none.
+        limits: ceilings for what a call may ask for.
 
     Attributes:
         decode: visible ids to text; None without a tokenizer.
     """
 
     def __init__(
-        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_len: int, seed: int
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        max_len: int,
+        seed: int,
+        limits: Limits,
     ) -> None:
         self._config, self._tokenizer, self._max_len, self._seed = config, tokenizer, max_len, seed
+        self._limits = limits
         self.decode = None if tokenizer is None else _decoder(tokenizer)
         self._silent_ids = [] if tokenizer is None else _silent_ids(tokenizer)
         self._ordinals, self._canvas_ordinals = itertools.count(), itertools.count()
@@ -70,6 +79,7 @@ class Intake:
             InvalidRequest: naming the index of the first prompt at fault and its parameter.
         """
         every = _as_list(prompts)
+        self._limits.check_num_prompts(len(every))
         params = _one_each("sampling_params", sampling_params, len(every))
         try:
             own_priorities = _one_each(
@@ -79,10 +89,12 @@ class Intake:
             raise InvalidRequest(
                 "priority", priorities, "give a list of an integer for each prompt"
             ) from None
-        checked = []
+        checked: list[CheckedPrompt] = []
+        num_tokens = 0  # of the canvases so far
         for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
             try:
                 checked.append(self.check(prompt, own, priority))
+                num_tokens = self._limits.check(checked[-1].params, num_tokens)
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
         return [self.request(entry) for entry in checked]
@@ -102,6 +114,7 @@ class Intake:
         """
         text, ids = self._read_prompt(prompt)
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
+        self._limits.check(resolved)
         self._check_lengths(ids, resolved)
         self._check_stops(resolved)
         return CheckedPrompt(text, ids, self._with_own_ids(resolved))
