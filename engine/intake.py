@@ -9,13 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from remask.scheduler.canvas import new_canvas
+from remask.limits import Limits
+from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
 from remask.scheduler.request import Request
+from remask.scheduler.sampling import BIAS, TOKEN, id_array
 from remask.stops import StopStrings
 from remask.workers.models.config import ModelConfig
 
@@ -39,16 +42,25 @@ class Intake:
         tokenizer: None: prompts must be token ids.
         max_len: largest prompt and canvas together, in tokens.
         seed: with a request's ordinal the seed of requests that give none.
+        limits: ceilings for what a call may ask for.
 
     Attributes:
         decode: visible ids to text; None without a tokenizer.
     """
 
     def __init__(
-        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, *, max_len: int, seed: int
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        max_len: int,
+        seed: int,
+        limits: Limits,
     ) -> None:
         self._config, self._tokenizer, self._max_len, self._seed = config, tokenizer, max_len, seed
+        self._limits = limits
         self.decode = None if tokenizer is None else _decoder(tokenizer)
+        self._silent_ids = [] if tokenizer is None else _silent_ids(tokenizer)
         self._ordinals, self._canvas_ordinals = itertools.count(), itertools.count()
         eot = config.eot_id
         if eot is None and tokenizer is not None:
@@ -67,6 +79,7 @@ class Intake:
             InvalidRequest: naming the index of the first prompt at fault and its parameter.
         """
         every = _as_list(prompts)
+        self._limits.check_num_prompts(len(every))
         params = _one_each("sampling_params", sampling_params, len(every))
         try:
             own_priorities = _one_each(
@@ -76,10 +89,12 @@ class Intake:
             raise InvalidRequest(
                 "priority", priorities, "give a list of an integer for each prompt"
             ) from None
-        checked = []
+        checked: list[CheckedPrompt] = []
+        num_tokens = 0  # of the canvases so far
         for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
             try:
                 checked.append(self.check(prompt, own, priority))
+                num_tokens = self._limits.check(checked[-1].params, num_tokens)
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
         return [self.request(entry) for entry in checked]
@@ -99,6 +114,7 @@ class Intake:
         """
         text, ids = self._read_prompt(prompt)
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
+        self._limits.check(resolved)
         self._check_lengths(ids, resolved)
         self._check_stops(resolved)
         return CheckedPrompt(text, ids, self._with_own_ids(resolved))
@@ -118,30 +134,40 @@ class Intake:
             seed = _derived_seed(self._seed, ordinal if place is None else place)
         request_id = str(ordinal)
         end_ids = [] if params.ignore_eos else self._end_ids
-        stop_token_ids = [stop_id for stop_id in params.stop_token_ids if stop_id not in end_ids]
-        canvases = [
-            new_canvas(
+        stop_token_ids = frozenset(params.stop_token_ids).difference(end_ids)
+        first = new_canvas(
+            request_id,
+            next(self._canvas_ordinals),
+            ids,
+            params,
+            seed=seed,
+            sample=0,
+            mask_id=self._config.mask_id,
+            stop_ids=[*end_ids, *stop_token_ids],
+        )
+        more = [
+            Canvas(
                 request_id,
                 next(self._canvas_ordinals),
-                ids,
-                params,
-                seed=seed,
-                sample=sample,
-                mask_id=self._config.mask_id,
-                stop_ids=end_ids + stop_token_ids,
+                msgspec.structs.replace(first.spec, sample=sample),
+                first.state,
             )
-            for sample in range(params.n)
+            for sample in range(1, params.n)
         ]
         return Request(
             request_id=request_id,
             prompt=text,
             prompt_token_ids=ids,
-            canvases=canvases,
+            canvases=[first, *more],
             priority=params.priority,
             stop_token_ids=stop_token_ids,
             include_stop_in_text=params.include_stop_str_in_output,
             logprobs=params.logprobs,
-            find_stop=StopStrings(params.stop, self.decode) if params.stop and self.decode else None,
+            find_stop=(
+                StopStrings(params.stop, self.decode, self._silent_ids)
+                if params.stop and self.decode
+                else None
+            ),
             arrival_time=time.monotonic(),
         )
 
@@ -237,27 +263,27 @@ class Intake:
 
     def _with_own_ids(self, params: ResolvedParams) -> ResolvedParams:
         """Checks the ids of the sampling parameters and adds the model's own where they are asked for."""
-        sampling = params.sampling
+        sampling, vocab_size = params.sampling, self._config.vocab_size
+        biased = np.frombuffer(sampling.logit_bias, BIAS)["id"]
+        allowed, banned = id_array(sampling.allowed_ids), id_array(sampling.banned_ids)
         for name, ids in (
-            ("logit_bias", sampling.logit_bias),
-            ("allowed_token_ids", sampling.allowed_ids),
-            ("bad_token_ids", sampling.banned_ids),
+            ("logit_bias", biased),
+            ("allowed_token_ids", allowed),
+            ("bad_token_ids", banned),
         ):
-            outside = [i for i in ids if i >= self._config.vocab_size]
-            if outside:
-                raise InvalidRequest(
-                    name, outside[0], f"is outside the vocabulary 0..{self._config.vocab_size - 1}"
-                )
-        banned = {*sampling.banned_ids, *(self._config.eos_ids if params.suppress_eos else ())}
-        never = banned | {self._config.mask_id}
-        if sampling.allowed_ids and never.issuperset(sampling.allowed_ids):
+            if len(ids) and ids[-1] >= vocab_size:  # they are in ascending order
+                raise InvalidRequest(name, int(ids[-1]), f"is outside the vocabulary 0..{vocab_size - 1}")
+        if params.suppress_eos:
+            banned = np.union1d(banned, self._config.eos_ids).astype(TOKEN)
+        never = np.union1d(banned, [self._config.mask_id])
+        if len(allowed) and np.isin(allowed, never).all():
             fix = "leaves no token to propose; allow one that is not banned"
-            raise InvalidRequest("allowed_token_ids", sampling.allowed_ids, fix)
-        if len(never) >= self._config.vocab_size:
+            raise InvalidRequest("allowed_token_ids", allowed.tolist(), fix)
+        if len(never) >= vocab_size:
             fix = "leaves no token to propose; ban fewer"
             raise InvalidRequest("bad_token_ids", f"{len(banned)} ids", fix)
         unranked = self._end_ids if params.suppress_eos_confidence else []
-        sampling = msgspec.structs.replace(sampling, banned_ids=sorted(banned), unranked_ids=unranked)
+        sampling = msgspec.structs.replace(sampling, banned_ids=banned.tobytes(), unranked_ids=unranked)
         return msgspec.structs.replace(params, sampling=sampling)
 
     def _check_stops(self, params: ResolvedParams) -> None:
@@ -308,6 +334,11 @@ def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     return lambda ids: str(
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+
+
+def _silent_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that `_decoder` leaves out."""
+    return [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:

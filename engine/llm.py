@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from remask.core import EngineCore
 from remask.intake import Intake, Message, Prompt
+from remask.limits import Limits
 from remask.outputs import RequestOutput, request_output
 from remask.scheduler.canvas import new_probe
 from remask.scheduler.errors import InvalidRequest
@@ -64,6 +65,12 @@ class LLM:
         gpu_memory_utilization: the share of a GPU's memory that a worker may use; what the weights leave of
             it bounds the rows of its batches. A CPU has no such bound.
         burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
+        max_prompts_per_call: prompts of a call. This and the next four are ceilings; what is above one is
+            refused before anything of the call runs. None: no ceiling.
+        max_tokens_per_call: tokens of a call's canvases together: `n` times `max_tokens` of every prompt.
+        max_n: `n` of a request.
+        max_stop_strings: strings in `stop` of a request.
+        max_stop_len: characters of each.
 
     An engine serves one call at a time; give each thread an engine of its own.
 
@@ -97,6 +104,11 @@ class LLM:
         batch_invariant: bool = False,
         attention_backend: Literal["auto", "sdpa", "torch", "flash2", "flash3", "flash4"] = "auto",
         gpu_memory_utilization: float = 0.9,
+        max_prompts_per_call: int | None = None,
+        max_tokens_per_call: int | None = None,
+        max_n: int | None = 1024,
+        max_stop_strings: int | None = 16,
+        max_stop_len: int | None = 256,
     ) -> None:
         for name, value, supported in (
             ("trust_remote_code", trust_remote_code, (False,)),
@@ -122,6 +134,13 @@ class LLM:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidRequest(name, value, "must be a positive integer")
+        limits = Limits.of(
+            max_prompts_per_call=max_prompts_per_call,
+            max_tokens_per_call=max_tokens_per_call,
+            max_n=max_n,
+            max_stop_strings=max_stop_strings,
+            max_stop_len=max_stop_len,
+        )
         if not isinstance(gpu_memory_utilization, int | float) or not 0 < gpu_memory_utilization <= 1:
             fix = "must lie above 0 and not above 1"
             raise InvalidRequest("gpu_memory_utilization", gpu_memory_utilization, fix)
@@ -161,7 +180,7 @@ class LLM:
             burst=burst,
             probe=new_probe(config.mask_id),
         )
-        self._intake = Intake(config, self.tokenizer, max_len=max_len, seed=seed)
+        self._intake = Intake(config, self.tokenizer, max_len=max_len, seed=seed, limits=limits)
         self._executor, self._core = executor, EngineCore(scheduler, executor)
 
     def generate(

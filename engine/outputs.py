@@ -143,8 +143,8 @@ def _completion(
     elif not state.finished:
         missing = np.frombuffer(state.commit_steps, TOKEN) == 0
         num_visible = num_returned = num_shown = int(missing.argmax()) if missing.any() else len(tokens)
-    elif len(ends := np.isin(tokens, spec.stop_ids).nonzero()[0]):
-        num_visible = int(ends[0])
+    elif (stop := spec.first_stop(tokens)) is not None:
+        num_visible = stop
         num_returned = num_visible + 1
         end_id = int(tokens[num_visible])
         stop_reason = end_id if end_id in request.stop_token_ids else None

@@ -2,16 +2,23 @@
 
 A bidirectional model commits in any order, so a text is looked at when a block of it is finished. A stop
 string ends it at the token that completes the string, as if the text had been looked at after each token.
+Blocks that were looked at before are not decoded again, but for as much of their end as a stop string may
+begin in.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from remask.scheduler.canvas import Canvas, CanvasState, TextStop
+
+# Characters at the beginning of a decoded piece that may differ from those of the whole text: a tokenizer may
+# strip a space there, or see the rest of a character (of at most four bytes, each a token of its own).
+EDGE_LEN = 8
+UNREADABLE = "\ufffd"
 
 
 class StopStrings:
@@ -20,27 +27,73 @@ class StopStrings:
     Args:
         strings: not empty; the first in this order where several are completed by the same token.
         decode: text of token ids.
+        silent_ids: ids of which `decode` shows nothing.
     """
 
-    def __init__(self, strings: Sequence[str], decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self, strings: Sequence[str], decode: Callable[[list[int]], str], silent_ids: Collection[int] = ()
+    ) -> None:
         self._strings, self._decode = strings, decode
+        self._silent_ids = np.array(sorted(silent_ids), dtype=np.int64)
 
     def __call__(self, canvas: Canvas, state: CanvasState) -> TextStop | None:
-        """The stop in the finished blocks of a canvas, if there is one before a stop id."""
+        """The stop in the blocks that a burst has finished, if there is one before a stop id.
+
+        Args:
+            canvas: as it was before the burst; the blocks that it had finished hold no stop.
+            state: what the burst made of it.
+        """
         spec = canvas.spec
-        tokens = spec.canvas_tokens(state)[: state.block * spec.block_length]
-        ends = np.isin(tokens, spec.stop_ids).nonzero()[0]
-        return find_stop(tokens[: ends[0] if len(ends) else None].tolist(), self._strings, self._decode)
+        start, end = (number * spec.block_length for number in (canvas.state.block, state.block))
+        tokens = spec.canvas_tokens(state)[:end]
+        stop = spec.first_stop(tokens[start:])
+        if stop is not None:
+            tokens = tokens[: start + stop]
+        # Silent tokens are left out, so that a long run of them before a block is not decoded again.
+        (places,) = (~np.isin(tokens, self._silent_ids)).nonzero()
+        num_seen = int(np.searchsorted(places, start))
+        found = find_stop(tokens[places].tolist(), self._strings, self._decode, start=num_seen)
+        return None if found is None else TextStop(int(places[found.num_tokens - 1]) + 1, found.string)
 
 
-def find_stop(ids: list[int], strings: Sequence[str], decode: Callable[[list[int]], str]) -> TextStop | None:
-    """The first stop string that the tokens complete; None where they complete none."""
+def find_stop(
+    ids: list[int], strings: Sequence[str], decode: Callable[[list[int]], str], *, start: int = 0
+) -> TextStop | None:
+    """The first stop string that the tokens complete; None where they complete none.
+
+    Args:
+        ids: tokens of a text.
+        strings: what to look for.
+        decode: text of token ids; that of a piece is that of the whole text but for `EDGE_LEN` characters at
+            the beginning.
+        start: so many tokens are known to complete none.
+    """
+    first, num_known = _safe_offset(ids[:start], max(map(len, strings)), decode)
 
     def completed(num_tokens: int) -> list[str]:
-        text = decode(ids[:num_tokens])
+        text = decode(ids[first:num_tokens])[num_known:]
         return [string for string in strings if string in text]
 
     if not completed(len(ids)):
         return None
-    num_tokens = bisect_left(range(len(ids) + 1), True, key=lambda num: bool(completed(num)))
+    numbers = range(start, len(ids) + 1)
+    num_tokens = numbers[bisect_left(numbers, True, key=lambda num: bool(completed(num)))]
     return TextStop(num_tokens, completed(num_tokens)[0])
+
+
+def _safe_offset(ids: list[int], longest: int, decode: Callable[[list[int]], str]) -> tuple[int, int]:
+    """Where to decode from, in tokens, and how many characters to skip there, so that every stop string that
+    begins before the end of `ids` and ends behind it is found, and none besides."""
+    num_wanted = longest + 2 * EDGE_LEN
+    num_back = num_wanted
+    while num_back < len(ids):
+        for first in range(len(ids) - num_back, max(-1, len(ids) - num_back - 4), -1):
+            text = decode(ids[first:])
+            if not text.startswith(UNREADABLE):  # else it may begin inside a character
+                break
+        # Unreadable characters at the end may be the beginning of one that the next tokens complete.
+        num_readable = len(text.rstrip(UNREADABLE))
+        if num_readable >= num_wanted:
+            return first, num_readable - longest - EDGE_LEN
+        num_back *= 2
+    return 0, 0

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from remask.scheduler.params import ResolvedParams, resolve
 from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, registry
-from remask.scheduler.sampling import Sampling
+from remask.scheduler.sampling import TOKEN as TOKEN
+from remask.scheduler.sampling import Sampling, id_array, id_bytes
 
 NOT_NUMBERS, NO_COMMIT = 1, 2  # faults of a canvas: logits that are NaN; no commit where its policy must
 
-TOKEN = np.dtype("<i4")
 REAL = np.dtype("<f4")
 # What happened to one slot in one step: committed, or remasked (then `token` is the one removed).
 EVENT = np.dtype(
@@ -43,7 +43,7 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     sampling: Sampling
     seed: int  # with `sample`, the key of every random number
     sample: int
-    stop_ids: list[int]  # a finished block that holds one ends the canvas
+    stop_ids: bytes  # int32, ascending: a finished block that holds one ends the canvas
     pause_at_blocks: bool  # a burst takes it no further than a block's end: its text is looked at
     trace: bool = False  # whether its events are kept
 
@@ -59,6 +59,15 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def canvas_tokens(self, state: CanvasState) -> NDArray[np.int32]:
         """Ids [G] in the slots."""
         return state.token_array()[np.frombuffer(self.slots, TOKEN)]
+
+    def first_stop(self, tokens: NDArray[np.int32]) -> int | None:
+        """The place of the first token that ends the canvas; None where none does."""
+        stop_ids = id_array(self.stop_ids)
+        if not len(stop_ids):
+            return None
+        nearest = np.searchsorted(stop_ids, tokens).clip(max=len(stop_ids) - 1)
+        (places,) = (stop_ids[nearest] == tokens).nonzero()
+        return int(places[0]) if len(places) else None
 
     @property
     def memory_fields(self) -> tuple[MemoryField, ...]:
@@ -206,7 +215,7 @@ def new_canvas(
         sampling=params.sampling,
         seed=seed,
         sample=sample,
-        stop_ids=stop_ids,
+        stop_ids=id_bytes(stop_ids),
         pause_at_blocks=bool(params.stop),
         trace=params.trace,
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import msgspec
+
+SHOWN_LEN = 120  # characters of a value in a message
 
 
 class RemaskError(Exception):
@@ -32,10 +34,7 @@ class InvalidRequest(RemaskError, ValueError):
 
     def __init__(self, parameter: str, value: object, problem: str) -> None:
         self.parameter, self.value, self.problem = parameter, value, problem
-        shown = repr(value)
-        super().__init__(
-            f"{parameter}: {problem} (got {shown if len(shown) <= 120 else shown[:117] + '...'})"
-        )
+        super().__init__(f"{parameter}: {problem} (got {_shown(value)})")
 
     def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
         return type(self), (self.parameter, self.value, self.problem)
@@ -43,6 +42,37 @@ class InvalidRequest(RemaskError, ValueError):
     def at(self, place: str) -> InvalidRequest:
         """The same error with the place it came from (a prompt's index) in front of the parameter."""
         return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value; no more of it is written out."""
+    shown = ""
+    for piece in _pieces(value):
+        shown += piece
+        if len(shown) > SHOWN_LEN:
+            return shown[: SHOWN_LEN - 3] + "..."
+    return shown
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """`repr(value)`, bit by bit."""
+    if type(value) in (list, tuple):
+        assert isinstance(value, list | tuple)
+        yield "[" if isinstance(value, list) else "("
+        for place, item in enumerate(value):
+            yield ", " if place else ""
+            yield from _pieces(item)
+        yield "]" if isinstance(value, list) else ",)" if len(value) == 1 else ")"
+    elif type(value) is dict:
+        yield "{"
+        for place, (key, item) in enumerate(value.items()):
+            yield f"{', ' if place else ''}{key!r}: "
+            yield from _pieces(item)
+        yield "}"
+    elif isinstance(value, str | bytes):
+        yield repr(value[: SHOWN_LEN + 1])
+    else:
+        yield repr(value)
 
 
 class RequestTooLarge(RemaskError):

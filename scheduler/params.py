@@ -15,7 +15,7 @@ from msgspec import Meta
 from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
 from remask.scheduler.policies import PRESETS, RemaskPolicy, Threshold, UnmaskPolicy, tag
 from remask.scheduler.policies.parsing import parse_policy
-from remask.scheduler.sampling import Sampling
+from remask.scheduler.sampling import Sampling, bias_bytes, id_bytes
 
 DEFAULT_BLOCK_LENGTH = 32
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -51,10 +51,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             `confidence_eos_eot_inf`).
         seed: key of the random numbers; None: drawn from `LLM(seed)` and the request's ordinal, and told in
             the output.
-        n: samples of the prompt; sample i has random numbers of its own.
+        n: samples of the prompt; sample i has random numbers of its own. `LLM(max_n)` is the ceiling.
         ignore_eos: go on after the model's end-of-sequence tokens.
         stop: strings that end the text where they first appear. The text is looked at when a block is
-            finished; what stands behind the string is dropped.
+            finished; what stands behind the string is dropped. `LLM(max_stop_strings, max_stop_len)` are
+            ceilings for their number and length.
         stop_token_ids: ids that end the text like the model's own end-of-sequence tokens.
         include_stop_str_in_output: leave what ended the text in it.
         logprobs: 0 or 1: tell the log-probability of each token at its commit, of the whole, untempered
@@ -72,7 +73,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     rank: Literal["proposal", "top"] = "proposal"
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
     seed: Int64 | None = None
-    n: Annotated[int, Meta(ge=1, le=1024)] = 1
+    n: Annotated[int, Meta(ge=1, le=2**31 - 1)] = 1
     ignore_eos: bool = False
     stop: str | list[str] | None = None
     stop_token_ids: list[TokenId] | None = None
@@ -220,9 +221,9 @@ def _cross_check(
         remask=remask,
         sampling=Sampling(
             cfg_scale=params.cfg_scale,
-            logit_bias=params.logit_bias or {},
-            banned_ids=params.bad_token_ids or [],
-            allowed_ids=params.allowed_token_ids or [],
+            logit_bias=bias_bytes(params.logit_bias or {}),
+            banned_ids=id_bytes(params.bad_token_ids or []),
+            allowed_ids=id_bytes(params.allowed_token_ids or []),
             temperature=params.temperature,
             top_k=max(params.top_k, 0),
             top_p=params.top_p,
@@ -235,8 +236,8 @@ def _cross_check(
         seed=params.seed,
         n=params.n,
         ignore_eos=params.ignore_eos,
-        stop=stop,
-        stop_token_ids=params.stop_token_ids or [],
+        stop=list(dict.fromkeys(stop)),
+        stop_token_ids=sorted(set(params.stop_token_ids or [])),
         include_stop_str_in_output=params.include_stop_str_in_output,
         priority=params.priority,
         logprobs=params.logprobs is not None,

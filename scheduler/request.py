@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import msgspec
@@ -33,7 +33,7 @@ class Request:
     prompt_token_ids: list[int]
     canvases: list[Canvas]
     priority: int
-    stop_token_ids: list[int]
+    stop_token_ids: Collection[int]
     include_stop_in_text: bool
     logprobs: bool
     find_stop: Callable[[Canvas, CanvasState], TextStop | None] | None

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+TOKEN = np.dtype("<i4")
+BIAS = np.dtype([("id", "<i4"), ("bias", "<f4")])
+
+
+def id_bytes(ids: Iterable[int]) -> bytes:
+    """Token ids as they travel: int32, each once, in ascending order."""
+    return np.unique(np.fromiter(ids, TOKEN)).tobytes()
+
+
+def id_array(ids: bytes) -> NDArray[np.int32]:
+    """The ids that `id_bytes` has packed."""
+    return np.frombuffer(ids, TOKEN)
+
+
+def bias_bytes(biases: Mapping[int, float]) -> bytes:
+    """What is added to the logits of ids as it travels: `BIAS` [ids], in ascending order of the ids."""
+    return np.array(sorted(biases.items()), BIAS).tobytes()
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Edits of the logits, then filters and the draw, then what ranking may see.
 
+    Lists of ids are bytes, because they may hold a whole vocabulary and travel with every burst.
+
     Attributes:
         cfg_scale: guidance w: logits u + (w + 1)(l - u), u of a second row that sees fixed tokens as masks.
-        logit_bias: added to the logits of ids.
-        banned_ids: their logits are -inf.
-        allowed_ids: the logits of all others are -inf; empty: all are allowed.
+        logit_bias: added to the logits of ids; see `bias_bytes`.
+        banned_ids: their logits are -inf; see `id_bytes`.
+        allowed_ids: the logits of all others are -inf; empty: all are allowed; see `id_bytes`.
         temperature: 0 takes the most probable token.
         top_k, top_p, min_p: which tokens may be drawn at a temperature, of the tempered softmax: the k most
             probable (0: all), those of at least `min_p` of the largest probability, and of these the fewest
@@ -25,9 +48,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     cfg_scale: float = 0.0
-    logit_bias: dict[int, float] = {}
-    banned_ids: list[int] = []
-    allowed_ids: list[int] = []
+    logit_bias: bytes = b""
+    banned_ids: bytes = b""
+    allowed_ids: bytes = b""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

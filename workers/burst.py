@@ -16,6 +16,7 @@ from remask.workers.room import NO_ROOM, Room
 from remask.workers.rows import ActiveBlocks
 from remask.workers.sampling import SamplingTables
 from remask.workers.staging import HoldsTensors
+from remask.workers.stop_ids import StopIds
 from remask.workers.strategies.groups import PolicyGroup, group_policies
 from remask.workers.strategies.view import Memory
 
@@ -89,8 +90,7 @@ class BurstState(HoldsTensors):
         self.always_commits = torch.tensor([spec.always_commits for spec in specs])
         self.sampling = SamplingTables([spec.sampling for spec in specs])
         self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
-        num_stops = max(1, room.num_stops, *(len(spec.stop_ids) for spec in specs))
-        self.stop_ids = ints([spec.stop_ids + [-1] * (num_stops - len(spec.stop_ids)) for spec in specs])  # type: ignore[list-item]
+        self.stops = StopIds([spec.stop_ids for spec in specs], room.num_stops)
         self.unmask = group_policies(
             [spec.unmask for spec in specs], [spec.unmask_params() for spec in specs], room
         )

@@ -25,6 +25,7 @@ from remask.workers.memory import GRAPH_BYTES
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
 from remask.workers.room import Room
 from remask.workers.staging import Buffer, load, new_buffer, signature, tensors_of, to_device
+from remask.workers.stop_ids import num_stops
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ FILLING_SPEC = CanvasSpec(
     sampling=Sampling(),
     seed=0,
     sample=0,
-    stop_ids=[],
+    stop_ids=b"",
     pause_at_blocks=False,
 )
 FILLING_STATE = CanvasState(
@@ -211,7 +212,7 @@ def room_for(specs: Sequence[CanvasSpec], lens: Sequence[int]) -> Room | None:
         widest=widest,
         canvas_len=_power(max(spec.canvas_len for spec in specs)),
         num_blocks=_power(max(len(spec.block_lens) for spec in specs)),
-        num_stops=_power(max(len(spec.stop_ids) for spec in specs)),
+        num_stops=_power(num_stops([spec.stop_ids for spec in specs])),
         group_size=num_canvases,
     )
 

@@ -19,7 +19,7 @@ class Room(NamedTuple):
     widest: int = 0  # slots of a block
     canvas_len: int = 0
     num_blocks: int = 0
-    num_stops: int = 0  # ids that end a canvas
+    num_stops: int = 0  # ids that end canvases; equal lists count once
     group_size: int = 0  # canvases of a policy's kind
 
 

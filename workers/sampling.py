@@ -8,13 +8,67 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from remask.scheduler.sampling import Sampling
+from remask.scheduler.sampling import BIAS, TOKEN, Sampling
 from remask.workers.staging import HoldsTensors
 
 PAD = -1
+
+
+class LogitEdits(HoldsTensors):
+    """What is done to the logits of R canvases before everything else.
+
+    Canvases with equal lists, like the samples of a prompt, share an *edit*; there are E of them, and
+    canvases without a list have edit E. All lists stand one behind the other: the tables are as long as what
+    the edits bring together, however long the longest is.
+
+    Attributes:
+        edit: int64 [R]: the edit of each canvas.
+        floor: fp32 [E + 1]: added to all logits: -inf where a list says what is allowed.
+        allowed, banned, biased: int64 [2, entries]: edits and ids.
+        bias: fp32 [entries].
+    """
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        lists_R = [edit_lists(sampling) for sampling in samplings]
+        numbers = {lists: number for number, lists in enumerate(dict.fromkeys(filter(any, lists_R)))}
+        self.edit = torch.tensor([numbers.get(lists, len(numbers)) for lists in lists_R], dtype=torch.int64)
+        allowed = [np.frombuffer(lists[0], TOKEN) for lists in numbers]
+        biases = [np.frombuffer(lists[2], BIAS) for lists in numbers]
+        self.floor = torch.tensor([*(-torch.inf if len(ids) else 0.0 for ids in allowed), 0.0])
+        self.allowed = _entries(allowed)
+        self.banned = _entries([np.frombuffer(lists[1], TOKEN) for lists in numbers])
+        self.biased = _entries([bias["id"] for bias in biases])
+        self.bias = torch.from_numpy(np.concatenate([bias["bias"] for bias in biases]))
+
+    def apply(self, logits_NV: Tensor, owners_N: Tensor) -> None:
+        """Edits logits in place; `owners_N` are the rows' canvases.
+
+        What is added to each logit is written into a table with a line for each edit of these rows, which is
+        no larger than the logits however many canvases there are.
+        """
+        num_rows, vocab_size = logits_NV.shape
+        num_edits = len(self.floor) - 1
+        num_lines = min(num_rows, num_edits)
+        edit_N = self.edit[owners_N]
+        is_here = torch.zeros_like(self.floor, dtype=torch.int64).index_fill_(0, edit_N, 1)
+        # Behind the lines of the edits there is one for rows without, and one for edits of no row here.
+        line = torch.where(is_here > 0, is_here.cumsum(0) - 1, num_lines + 1)
+        line = torch.where(torch.arange(num_edits + 1, device=line.device) == num_edits, num_lines, line)
+        floor = torch.zeros(num_lines + 2, device=line.device).scatter_(0, line, self.floor)
+        added = floor.unsqueeze(1).repeat(1, vocab_size)
+
+        def places(entries: Tensor) -> Tensor:
+            return line[entries[0]] * vocab_size + entries[1]
+
+        flat = added.view(-1)
+        flat.index_fill_(0, places(self.allowed), 0.0)
+        flat.index_add_(0, places(self.biased), self.bias)
+        flat.index_fill_(0, places(self.banned), -torch.inf)
+        logits_NV += added[line[edit_N]]
 
 
 class SamplingTables(HoldsTensors):
@@ -28,16 +82,13 @@ class SamplingTables(HoldsTensors):
         filters: bool [R]: canvases for which a part of the vocabulary counts.
         reranked: bool [R]: canvases that rank by another softmax than the untempered one.
         entropy_floor: fp32 [R]: what is added to a probability inside the logarithm (Dream's code: 1e-10).
-        biased, banned, allowed, unranked: int64 [R, ids] padded with -1, or None where nobody has any.
-        bias: fp32 like `biased`.
+        edits: the bias, and ids that are banned; None: nobody has any.
+        unranked: int64 [R, ids] padded with -1, or None where nobody has any.
     """
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:
         def reals(name: str) -> Tensor:
             return torch.tensor([float(getattr(s, name)) for s in samplings])
-
-        def ids(rows: list[list[int]]) -> Tensor | None:
-            return _padded(rows, PAD, torch.int64)
 
         self.temperature, self.top_p, self.min_p = reals("temperature"), reals("top_p"), reals("min_p")
         self.cfg_scale = reals("cfg_scale")
@@ -50,28 +101,13 @@ class SamplingTables(HoldsTensors):
         self.any_narrowed = any(s.ranks_as_drawn and s.filters for s in samplings)
         self.reranked, self.any_reranked = torch.tensor(reranked), any(reranked)
         self.any_hot = any(s.temperature > 0 for s in samplings)
-        self.biased = ids([list(s.logit_bias) for s in samplings])
-        self.bias = _padded([list(s.logit_bias.values()) for s in samplings], 0.0, torch.float32)
-        self.banned, self.allowed, self.unranked = (
-            ids([getattr(s, name) for s in samplings])
-            for name in ("banned_ids", "allowed_ids", "unranked_ids")
-        )
+        self.edits = LogitEdits(samplings) if any(any(edit_lists(s)) for s in samplings) else None
+        self.unranked = _padded([s.unranked_ids for s in samplings])
 
     def edit(self, logits_NV: Tensor, owners_N: Tensor) -> None:
         """Adds the bias and bans ids, in place; `owners_N` are the rows' canvases."""
-        if self.biased is not None:
-            assert self.bias is not None, "they come together"
-            own = self.biased[owners_N]
-            logits_NV.scatter_add_(1, own.clamp(min=0), self.bias[owners_N])
-        if self.allowed is not None:
-            own = self.allowed[owners_N]
-            is_limited = (own >= 0).any(1, keepdim=True)
-            first = own[:, :1].clamp(min=0)
-            own = torch.where(own >= 0, own, first)
-            kept = logits_NV.gather(1, own)
-            logits_NV.masked_fill_(is_limited, -torch.inf).scatter_(1, own, kept)
-        if self.banned is not None:
-            ban(logits_NV, self.banned[owners_N])
+        if self.edits is not None:
+            self.edits.apply(logits_NV, owners_N)
 
     def improbable(self, logits_NV: Tensor, owners_N: Tensor) -> Tensor:
         """Which tokens may not be drawn, bool [N, V]; the most probable one always may.
@@ -111,14 +147,25 @@ class SamplingTables(HoldsTensors):
         return torch.where(self.temperature > 0, self.temperature, 1.0)
 
 
+def edit_lists(sampling: Sampling) -> tuple[bytes, bytes, bytes]:
+    """Allowed and banned ids and the bias."""
+    return sampling.allowed_ids, sampling.banned_ids, sampling.logit_bias
+
+
+def _entries(lists: Sequence[np.ndarray]) -> Tensor:
+    """Lists of ids as one, int64 [2, entries]: the place of each id's list, and the id."""
+    places = np.repeat(np.arange(len(lists)), [len(ids) for ids in lists])
+    return torch.from_numpy(np.stack([places, np.concatenate(lists).astype(np.int64)]))
+
+
 def ban(logits_NV: Tensor, ids_NK: Tensor) -> None:
     """Sets logits to -inf, in place; ids of -1 are padding."""
     floor = torch.where(ids_NK >= 0, -torch.inf, torch.inf)
     logits_NV.scatter_reduce_(1, ids_NK.clamp(min=0), floor, "amin")
 
 
-def _padded(rows: list[list], fill: float, dtype: torch.dtype) -> Tensor | None:
+def _padded(rows: Sequence[list[int]]) -> Tensor | None:
     width = max(map(len, rows), default=0)
     if width == 0:
         return None
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], dtype=dtype)
+    return torch.tensor([row + [PAD] * (width - len(row)) for row in rows], dtype=torch.int64)

@@ -168,8 +168,7 @@ def _update(
         value = torch.where(commit, committed_value, table.gather(1, slots))
         table.scatter_(1, slots, torch.where(remask, torch.zeros_like(value), value))
     block_done = running & ~(blocks.valid & (tokens == mask_id)).any(1) & ~holds
-    is_stop = (tokens.unsqueeze(2) == state.stop_ids.unsqueeze(1)).any(2)
-    stopped = (blocks.valid & is_stop).any(1)
+    stopped = (blocks.valid & state.stops.find(tokens)).any(1)
     state.block += block_done
     state.block_forwards.masked_fill_(block_done, 0)
     state.finished |= block_done & (stopped | (state.block * state.block_len >= state.canvas_len))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from remask import LLM, InvalidRequest, SamplingParams
 from remask.outputs import CompletionOutput
-from remask.stops import find_stop
+from remask.scheduler.canvas import TOKEN, new_canvas
+from remask.scheduler.params import resolve
+from remask.stops import StopStrings, find_stop
 
 PUZZLE = "...543.....2341256..6.3..631.51.5...="
 
@@ -32,6 +37,66 @@ def test_a_text_ends_at_the_token_that_completes_a_stop_string(ids: list[int], s
             assert found == (num_tokens, present[0])
             return
     assert found is None
+
+
+@given(
+    ids=st.lists(st.integers(0, 5), max_size=60),
+    strings=st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=3),
+    start=st.integers(0, 60),
+)
+def test_tokens_that_complete_no_stop_string_need_not_be_looked_at_again(
+    ids: list[int], strings: list[str], start: int
+) -> None:
+    whole = find_stop(ids, strings, decode)
+    known = min(start, len(ids) if whole is None else whole.num_tokens - 1)
+    assert find_stop(ids, strings, decode, start=known) == whole
+
+
+TEXT = "año日本\U0001f600z"
+
+
+@given(
+    data=st.lists(st.sampled_from([*TEXT, "\xe6", "\x97", "\xf0"]), max_size=60),
+    strings=st.lists(st.text(TEXT, min_size=1, max_size=4), min_size=1, max_size=3),
+    start=st.integers(0, 200),
+    lead=st.integers(0, 40),
+)
+def test_characters_may_span_tokens_of_one_byte(
+    tiny_llm: LLM, data: list[str], strings: list[str], start: int, lead: int
+) -> None:
+    assert tiny_llm.tokenizer is not None
+    text_of = tiny_llm._intake.decode
+    assert text_of is not None
+    broken = [piece.encode("latin-1") if piece in "\xe6\x97\xf0" else piece.encode() for piece in data]
+    vocabulary = tiny_llm.tokenizer.get_vocab()
+    ids = [vocabulary[bytes_to_unicode()[byte]] for byte in b"z" * lead + b"".join(broken)]
+    whole = find_stop(ids, strings, text_of)
+    known = min(start, len(ids) if whole is None else whole.num_tokens - 1)
+    assert find_stop(ids, strings, text_of, start=known) == whole
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_work_for_a_block_does_not_grow_with_the_canvas(tiny_llm: LLM, silent: bool) -> None:
+    def most_decoded(canvas_len: int) -> int:
+        lengths = [0]
+
+        def noting(ids: list[int]) -> str:
+            lengths.append(len(ids))
+            return text_of(ids)
+
+        params = resolve({"max_tokens": canvas_len, "block_length": 1, "stop": ["1" * 20]})
+        canvas = new_canvas("r", 0, [5], params, seed=0, sample=0, mask_id=0, stop_ids=[2])
+        stops = StopStrings(params.stop, noting, [1])
+        tokens = np.array([5] + [1 if silent else 20] * canvas_len, dtype=TOKEN).tobytes()
+        for block in range(1, canvas_len + 1):
+            state = msgspec.structs.replace(canvas.state, tokens=tokens, block=block)
+            assert stops(canvas, state) is None
+            canvas.state = state
+        return max(lengths)
+
+    text_of = tiny_llm._intake.decode
+    assert text_of is not None
+    assert most_decoded(400) == most_decoded(200) <= 100
 
 
 def ask(llm: LLM, **fields: Any) -> CompletionOutput:

@@ -9,7 +9,7 @@ import pytest
 
 from remask import CappedThreshold, InvalidRequest, SamplingParams, Schedule, Threshold, Wino
 from remask.scheduler.params import NEUTRAL, resolve
-from remask.scheduler.sampling import Sampling
+from remask.scheduler.sampling import Sampling, bias_bytes, id_array, id_bytes
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -121,7 +121,18 @@ def test_sampling_parameters_reach_the_canvas_with_ids_as_json_writes_them() -> 
     params = resolve(
         {"logit_bias": {"7": 1.5}, "top_k": -1, "bad_token_ids": [2], "allowed_token_ids": [7, 8]}
     )
-    assert params.sampling == Sampling(logit_bias={7: 1.5}, banned_ids=[2], allowed_ids=[7, 8])
+    assert params.sampling == Sampling(
+        logit_bias=bias_bytes({7: 1.5}), banned_ids=id_bytes([2]), allowed_ids=id_bytes([7, 8])
+    )
+
+
+def test_ids_that_are_given_twice_count_once() -> None:
+    params = resolve(
+        {"bad_token_ids": [9, 2] * 999, "allowed_token_ids": [7] * 999, "stop_token_ids": [5, 4] * 999}
+    )
+    assert id_array(params.sampling.banned_ids).tolist() == [2, 9]
+    assert id_array(params.sampling.allowed_ids).tolist() == [7]
+    assert params.stop_token_ids == [4, 5]
 
 
 def test_something_else_than_parameters_is_refused() -> None:

@@ -186,7 +186,7 @@ def test_every_row_that_is_asked_has_the_same_answer_in_fixed_shapes(
         canvas({"unmask": "schedule", "remask": remask}, 11, 8, 4 + i) for i, remask in enumerate(VERIFYING)
     ]
     own.append(canvas({"unmask": "schedule", "cfg_scale": 1.5}, 11, 8, 3))
-    own = [replaced(c, stop_ids=[]) for c in own]
+    own = [replaced(c, stop_ids=b"") for c in own]
     batch = StepBatch(
         burst_id=0, num_steps=num_steps, specs=[c.spec for c in own], states=[c.state for c in own]
     )
@@ -208,7 +208,7 @@ def replaced(own: Canvas, **fields: Any) -> Canvas:
 @torch.inference_mode()
 def test_no_step_of_any_policy_reads_from_the_device(fixed_model: TransformerDenoiser) -> None:
     own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
-    own = [replaced(c, stop_ids=[]) for c in own]
+    own = [replaced(c, stop_ids=b"") for c in own]
     state = BurstState([c.spec for c in own], [c.state for c in own])
     state.make_room(4)
     plans = plan_packs(state, fixed_model)

@@ -16,17 +16,24 @@ from remask import SamplingParams, Schedule
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
-from remask.scheduler.sampling import Sampling
+from remask.scheduler.sampling import Sampling, bias_bytes, id_bytes
 from remask.workers.head import Statistics, head_statistics
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.rows import HeadQuery
 from remask.workers.sampling import SamplingTables
+from remask.workers.staging import tensors_of
 from remask.workers.worker import Worker
 
 CPU = torch.device("cpu")
 MASK, VOCAB = 3, 12
-OTHER = Sampling(temperature=0.5, top_k=2, banned_ids=[1, 4], logit_bias={2: 5.0}, unranked_ids=[7])
+OTHER = Sampling(
+    temperature=0.5,
+    top_k=2,
+    banned_ids=id_bytes([1, 4]),
+    logit_bias=bias_bytes({2: 5.0}),
+    unranked_ids=[7],
+)
 
 
 def answer(
@@ -106,9 +113,9 @@ def test_a_row_is_changed_by_its_own_parameters_alone(seed: int) -> None:
         Sampling(),
         OTHER,
         Sampling(temperature=1.0, top_p=0.5),
-        Sampling(allowed_ids=[2, 5], temperature=2.0),
-        Sampling(logit_bias={0: -9.0, 11: 3.0}),
-        Sampling(banned_ids=[0, 1, 2, 4, 5, 6], temperature=1.0),
+        Sampling(allowed_ids=id_bytes([2, 5]), temperature=2.0),
+        Sampling(logit_bias=bias_bytes({0: -9.0, 11: 3.0})),
+        Sampling(banned_ids=id_bytes([0, 1, 2, 4, 5, 6]), temperature=1.0),
     ]
     together = answer(logits.clone(), kinds, list(range(6)))
     for row, kind in enumerate(kinds):
@@ -133,7 +140,7 @@ def test_a_row_is_changed_by_its_own_parameters_alone(seed: int) -> None:
 
 def test_edits_come_before_the_softmax() -> None:
     logits = row_of(2)
-    sampling = Sampling(logit_bias={0: 2.0, 5: -1.0}, banned_ids=[8])
+    sampling = Sampling(logit_bias=bias_bytes({0: 2.0, 5: -1.0}), banned_ids=id_bytes([8]))
     edited = logits.double()
     edited[0] += 2
     edited[5] -= 1
@@ -145,9 +152,56 @@ def test_edits_come_before_the_softmax() -> None:
     assert found.proposal.tolist() == [int(p.argmax())] * VOCAB
 
 
+id_lists = st.sets(st.integers(0, VOCAB - 1), max_size=VOCAB)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    lists=st.lists(
+        st.tuples(id_lists, id_lists, st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-9, 9, width=32))),
+        min_size=1,
+        max_size=6,
+    ),
+    owners=st.lists(st.integers(0, 5), min_size=1, max_size=9),
+    seed=st.integers(0, 999),
+)
+def test_each_row_is_edited_by_the_lists_of_its_canvas(
+    lists: list[tuple[set[int], set[int], dict[int, float]]], owners: list[int], seed: int
+) -> None:
+    owners = [owner % len(lists) for owner in owners]
+    logits = torch.randn(len(owners), VOCAB, generator=torch.Generator().manual_seed(seed))
+    expected = logits.clone()
+    for row, owner in zip(expected, owners, strict=True):
+        allowed, banned, bias = lists[owner]
+        for token in range(VOCAB):
+            row[token] += bias.get(token, 0.0)
+            if token in banned or (allowed and token not in allowed):
+                row[token] = -torch.inf
+    tables = SamplingTables(
+        [
+            Sampling(allowed_ids=id_bytes(allowed), banned_ids=id_bytes(banned), logit_bias=bias_bytes(bias))
+            for allowed, banned, bias in lists
+        ]
+    )
+    tables.edit(logits, torch.tensor(owners))
+    assert torch.equal(logits, expected)
+
+
+def test_tables_are_as_long_as_what_the_canvases_bring_together() -> None:
+    def num_bytes(samplings: list[Sampling]) -> int:
+        return sum(tensor.nbytes for tensor in tensors_of(SamplingTables(samplings)))
+
+    long = {"allowed_ids": id_bytes(range(9000)), "banned_ids": id_bytes(range(1, 9000))}
+    biased = [Sampling(logit_bias=bias_bytes({i: 1.0})) for i in range(99)]
+    alone, others = num_bytes([Sampling(**long)]), num_bytes(biased)
+    assert num_bytes([*biased, Sampling(**long)]) <= alone + others
+    assert num_bytes([Sampling(**long)] * 100) < alone + num_bytes([Sampling()] * 100) + 100 * 8
+    assert SamplingTables([Sampling()]).edits is None, "and there is no table where nobody has a list"
+
+
 def test_only_allowed_ids_are_proposed() -> None:
     logits = torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(4))
-    sampling = Sampling(allowed_ids=[9, 1, MASK], temperature=3.0)
+    sampling = Sampling(allowed_ids=id_bytes([9, 1, MASK]), temperature=3.0)
     found = answer(logits.clone(), [sampling, Sampling(temperature=3.0)], [0, 1] * 100)
     assert set(found.proposal[::2].tolist()) == {1, 9}
     assert len(set(found.proposal[1::2].tolist())) == VOCAB - 1
@@ -201,7 +255,7 @@ def test_what_was_removed_is_not_proposed_and_keeps_its_probability() -> None:
 
 
 def test_where_nothing_else_may_be_proposed_what_was_removed_may() -> None:
-    sampling = Sampling(allowed_ids=[1, 2, MASK])
+    sampling = Sampling(allowed_ids=id_bytes([1, 2, MASK]))
     logits = torch.stack([row_of(13)] * 2)
     found = answer(logits, [sampling], [0, 0], removed=[[1, -1], [1, 2]])
     assert found.proposal.tolist() == [2, int(row_of(13)[[1, 2]].argmax()) + 1]

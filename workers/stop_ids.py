@@ -1,0 +1,45 @@
+"""The ids that end canvases, as a table that is as long as what the canvases' lists hold together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remask.scheduler.sampling import TOKEN
+from remask.workers.staging import HoldsTensors
+
+SPAN = 1 << 31  # above every id
+NO_KEY = np.iinfo(np.int64).max
+
+
+class StopIds(HoldsTensors):
+    """The lists of R canvases. Equal ones, which most canvases have, stand in the table once.
+
+    Args:
+        lists: int32, ascending, of each canvas.
+        least: entries that the table has at least.
+
+    Attributes:
+        first_key: int64 [R, 1]: what the keys of a canvas's list begin with.
+        keys: int64 [entries], ascending: a list's number and an id.
+    """
+
+    def __init__(self, lists: Sequence[bytes], least: int = 0) -> None:
+        numbers = {ids: number for number, ids in enumerate(dict.fromkeys(lists))}
+        keys = [np.frombuffer(ids, TOKEN) + np.int64(number * SPAN) for ids, number in numbers.items()]
+        num_more = max(1, least - sum(map(len, keys)))
+        self.first_key = torch.tensor([[numbers[ids] * SPAN] for ids in lists])
+        self.keys = torch.from_numpy(np.concatenate([*keys, np.full(num_more, NO_KEY)]))
+
+    def find(self, tokens_RB: Tensor) -> Tensor:
+        """Which tokens end their canvas, bool [R, B]."""
+        wanted = self.first_key + tokens_RB
+        return self.keys[torch.searchsorted(self.keys, wanted)] == wanted
+
+
+def num_stops(lists: Sequence[bytes]) -> int:
+    """Entries of the table."""
+    return 1 + sum(len(ids) // TOKEN.itemsize for ids in set(lists))
