@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+MAX_SHOWN = 120  # characters of a value in an error
+
 
 class RemaskError(Exception):
     """Base of every error that remask raises on purpose."""
@@ -24,10 +26,7 @@ class InvalidRequest(RemaskError, ValueError):
 
     def __init__(self, parameter: str, value: object, problem: str) -> None:
         self.parameter, self.value, self.problem = parameter, value, problem
-        shown = repr(value)
-        super().__init__(
-            f"{parameter}: {problem} (got {shown if len(shown) <= 120 else shown[:117] + '...'})"
-        )
+        super().__init__(f"{parameter}: {problem} (got {shown(value)})")
 
     def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
         return type(self), (self.parameter, self.value, self.problem)
@@ -47,6 +46,41 @@ class WorkerDied(RemaskError):
 
 class EngineDead(RemaskError):
     """The engine was closed or has failed; make a new one (5xx)."""
+
+
+def shown(value: object) -> str:
+    """As `repr`, cut to 120 characters; no more of a text or a container is formatted than is shown."""
+    text = _formatted(value, MAX_SHOWN)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _formatted(value: object, room: int) -> str:
+    """The start of `repr(value)`: all of it if that has at most `room` characters, else more than `room`."""
+    if room < 0:
+        return "..."
+    if isinstance(value, str | bytes | bytearray):
+        return repr(value[: room + 1])
+    if type(value) not in (list, tuple, dict):
+        try:
+            return repr(value)
+        except Exception:  # a `repr` that fails must not hide what was wrong with the value
+            return f"<{type(value).__name__}>"
+    assert isinstance(value, list | tuple | dict), "checked"
+    parts: list[str] = []
+    left = room - 1  # a bracket: deep nesting uses the room up, too
+    for item in value:
+        part = _formatted(item, left)
+        if isinstance(value, dict):
+            part += ": " + _formatted(value[item], left - len(part))
+        parts.append(part)
+        left -= len(part) + 2
+        if left < 0 and len(parts) < len(value):
+            parts.append("...")
+            break
+    text = ", ".join(parts)
+    if isinstance(value, tuple):
+        return f"({text},)" if len(value) == 1 else f"({text})"
+    return f"[{text}]" if isinstance(value, list) else f"{{{text}}}"
 
 
 def did_you_mean(name: object, known: Sequence[str] | dict[str, Any]) -> str:
