@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from remask.limits import Limits
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
+from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.scheduler.sampling import BIAS, TOKEN, id_array
 from remask.stops import StopStrings
+from remask.text import content_text, encode, render_chat, split_stops
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -69,9 +71,9 @@ class Intake:
 
     def requests(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | dict[str, Any] | Sequence[SamplingParams | dict[str, Any]] | None,
-        priorities: Sequence[int] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | dict[str, Any] | Iterable[SamplingParams | dict[str, Any]] | None,
+        priorities: Iterable[int] | None = None,
     ) -> list[Request]:
         """Requests for one prompt or a list of them, all valid.
 
@@ -81,14 +83,9 @@ class Intake:
         every = _as_list(prompts)
         self._limits.check_num_prompts(len(every))
         params = _one_each("sampling_params", sampling_params, len(every))
-        try:
-            own_priorities = _one_each(
-                "priority", None if priorities is None else list(priorities), len(every)
-            )
-        except TypeError:
-            raise InvalidRequest(
-                "priority", priorities, "give a list of an integer for each prompt"
-            ) from None
+        own_priorities = _one_each("priority", priorities, len(every))
+        if priorities is not None and listed(priorities, 0) is None:
+            raise InvalidRequest("priority", priorities, "give a list of an integer for each prompt")
         checked: list[CheckedPrompt] = []
         num_tokens = 0  # of the canvases so far
         for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
@@ -116,8 +113,7 @@ class Intake:
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
         self._limits.check(resolved)
         self._check_lengths(ids, resolved)
-        self._check_stops(resolved)
-        return CheckedPrompt(text, ids, self._with_own_ids(resolved))
+        return CheckedPrompt(text, ids, self._with_own_ids(self._with_stops(resolved)))
 
     def request(self, checked: CheckedPrompt, *, place: int | None = None) -> Request:
         """A request of its own id.
@@ -178,9 +174,10 @@ class Intake:
             InvalidRequest: no tokenizer, no chat template, or a message without role and content.
         """
         self._check_template()
-        if not isinstance(messages, list | tuple) or not messages:
+        given = None if isinstance(messages, Mapping) else listed(messages)
+        if not given:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
-        conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        conversations: list[Any] = [given] if isinstance(given[0], Mapping) else given
         return [
             self.chat_prompt(conversation, name=f"messages[{index}]")
             for index, conversation in enumerate(conversations)
@@ -190,15 +187,9 @@ class Intake:
         """One conversation, as `chat_prompts`; `name` is what errors call it."""
         self._check_template()
         assert self._tokenizer is not None, "checked with the template"
-        _check_conversation(name, conversation)
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(conversation), tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            problem = f"the chat template refuses it: {error}"
-            raise InvalidRequest(name, conversation, problem) from None
-        ids = self._encode(str(text), add_special_tokens=False)
+        messages = _text_messages(name, plain(conversation))
+        text = render_chat(self._tokenizer, messages, name=name)
+        ids = self._encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 
     def _check_template(self) -> None:
@@ -207,6 +198,7 @@ class Intake:
 
     def _read_prompt(self, prompt: object) -> tuple[str | None, list[int]]:
         text: object = None
+        prompt = plain(prompt)
         if isinstance(prompt, Mapping):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
@@ -226,21 +218,13 @@ class Intake:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert self._tokenizer is not None, "checked by the callers"
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InvalidRequest("prompt", text, "is not valid Unicode; give UTF-8 text") from None
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        mask_id = self._config.mask_id
+        return encode(self._tokenizer, text, mask_id=mask_id, add_special_tokens=add_special_tokens)
 
     def _check_ids(self, ids: object) -> list[int]:
-        if not isinstance(ids, list | tuple) or any(
-            not isinstance(i, int) or isinstance(i, bool) for i in ids
-        ):
-            kind = (
-                "canvas prompts with holes are not supported yet; give"
-                if isinstance(ids, list)
-                else "must be"
-            )
+        if not isinstance(ids, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
+            has_parts = isinstance(ids, list) and any(isinstance(i, str | Mapping) for i in ids)
+            kind = "canvas prompts with holes are not supported yet; give" if has_parts else "must be"
             raise InvalidRequest("prompt", ids, f"{kind} text or a list of token ids")
         if not ids:
             raise InvalidRequest("prompt", ids, "is empty; give at least one token")
@@ -249,7 +233,10 @@ class Intake:
             raise InvalidRequest(
                 "prompt_token_ids", outside[0], f"is outside the vocabulary 0..{self._config.vocab_size - 1}"
             )
-        return list(ids)
+        if self._config.mask_id in ids:
+            problem = "is the mask id, which a canvas alone may hold; leave it out"
+            raise InvalidRequest("prompt_token_ids", self._config.mask_id, problem)
+        return ids
 
     def _check_lengths(self, ids: list[int], params: ResolvedParams) -> None:
         room = self._max_len - len(ids)
@@ -286,7 +273,8 @@ class Intake:
         sampling = msgspec.structs.replace(sampling, banned_ids=banned.tobytes(), unranked_ids=unranked)
         return msgspec.structs.replace(params, sampling=sampling)
 
-    def _check_stops(self, params: ResolvedParams) -> None:
+    def _with_stops(self, params: ResolvedParams) -> ResolvedParams:
+        """Checks what ends a text; stop strings that are a special token become its id."""
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop", params.stop, "needs a tokenizer; use stop_token_ids")
         for stop_id in params.stop_token_ids:
@@ -296,37 +284,43 @@ class Intake:
                     stop_id,
                     f"must lie in 0..{self._config.vocab_size - 1} and not be the mask id",
                 )
+        if not params.stop or self._tokenizer is None:
+            return params
+        stop, ids = split_stops(self._tokenizer, params.stop, mask_id=self._config.mask_id)
+        ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))
+        return msgspec.structs.replace(params, stop=stop, stop_token_ids=ids)
 
 
 def _as_list(prompts: Any) -> list[Any]:
-    """One prompt (text, a dict, or a list of ids) or a list of prompts, as a list of prompts."""
+    """One prompt (text, a dict, or ids) or any list, column or iterator of prompts, as a list of prompts."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    every = listed(prompts)
+    if every is None:
         raise InvalidRequest("prompts", prompts, "give a prompt or a list of prompts")
-    if prompts and all(isinstance(entry, int) for entry in prompts):
-        return [prompts]
-    return list(prompts)
+    return [every] if every and all(isinstance(entry, Integral) for entry in every) else every
 
 
 def _one_each(name: str, values: Any, count: int) -> list[Any]:
-    if not isinstance(values, list | tuple):
+    given = None if isinstance(values, Mapping) else listed(values, count + 1)  # it may have no end
+    if given is None:
         return [values] * count
-    if len(values) != count:
-        raise InvalidRequest(name, len(values), f"give one for each of the {count} prompts")
-    return list(values)
+    if len(given) != count:
+        num_given = len(values) if isinstance(values, Sized) else len(given)
+        raise InvalidRequest(name, num_given, f"give one for each of the {count} prompts")
+    return given
 
 
-def _check_conversation(name: str, conversation: object) -> None:
-    if not isinstance(conversation, list | tuple) or not conversation:
+def _text_messages(name: str, conversation: object) -> list[dict[str, Any]]:
+    """Messages whose content is text."""
+    if not isinstance(conversation, list) or not conversation:
         raise InvalidRequest(name, conversation, "must be a list of at least one message")
     for place, message in enumerate(conversation):
-        if (
-            not isinstance(message, Mapping)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InvalidRequest(f"{name}[{place}]", message, "must have a text `role` and a text `content`")
+        content = content_text(f"{name}[{place}].content", message.get("content"))
+        conversation[place] = {**message, "content": content}
+    return conversation
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

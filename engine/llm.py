@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +12,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from remask.core import EngineCore
+from remask.embedded import model_directory
 from remask.intake import Intake, Message, Prompt
 from remask.limits import Limits
 from remask.outputs import RequestOutput, request_output
 from remask.scheduler.canvas import new_probe
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import SamplingParams
+from remask.scheduler.plain import plain
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
 from remask.workers.attention.select import BACKENDS
@@ -35,7 +35,7 @@ class LLM:
 
     Args:
         model: a local Hugging Face checkpoint directory, or "tiny" for the embedded one. Nothing is looked up
-            online.
+            online. A relative path starts from this process's folder, also for workers on Ray.
         tokenizer: a directory with the tokenizer; None: the model's. Without one, prompts are token ids.
         dtype: "auto" (the checkpoint's; float32 on a CPU that cannot multiply it), "float32", "bfloat16" or
             "float16".
@@ -110,6 +110,13 @@ class LLM:
         max_stop_strings: int | None = 16,
         max_stop_len: int | None = 256,
     ) -> None:
+        # Numbers may be NumPy's.
+        seed, max_num_rows, max_num_seqs, burst, max_model_len, gpu_memory_utilization = plain(
+            [seed, max_num_rows, max_num_seqs, burst, max_model_len, gpu_memory_utilization]
+        )
+        data_parallel_size, num_cpus_per_worker, num_gpus_per_worker = plain(
+            [data_parallel_size, num_cpus_per_worker, num_gpus_per_worker]
+        )
         for name, value, supported in (
             ("trust_remote_code", trust_remote_code, (False,)),
             ("load_format", load_format, ("auto", "dummy", "object_store")),
@@ -156,7 +163,8 @@ class LLM:
                 directory if tokenizer is None else Path(tokenizer), tokenizer is not None
             )
             setup = WorkerSetup(
-                model=str(directory),
+                # Workers on Ray run in folders of their own; a relative path is the caller's.
+                model=str(directory.absolute() if distributed_executor_backend == "ray" else directory),
                 dtype=dtype,
                 device=device,
                 load_format=load_format,
@@ -185,20 +193,21 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams
         | dict[str, Any]
-        | Sequence[SamplingParams | dict[str, Any]]
+        | Iterable[SamplingParams | dict[str, Any]]
         | None = None,
         *,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: Iterable[int] | None = None,
     ) -> list[RequestOutput]:
         """Fills a canvas behind each prompt.
 
         Args:
-            prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list of these.
-            sampling_params: one for all prompts, or a list with one for each.
+            prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list, an array,
+                a column or an iterator of these. Ids may be an array, too.
+            sampling_params: one for all prompts, or a list or iterator with one for each.
             use_tqdm: show progress on a terminal.
             priority: an integer for each prompt, the lower the sooner; overrides that of the parameters.
 
@@ -231,6 +240,7 @@ class LLM:
         Raises:
             InvalidRequest: the engine is not on Ray, or the cluster has too little.
         """
+        num_workers = plain(num_workers)
         if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
             raise InvalidRequest("num_workers", num_workers, "must be a positive integer")
         self._executor.scale(num_workers)
@@ -314,13 +324,6 @@ def _executor(backend: str, setup: WorkerSetup, ray_options: dict[str, Any]) -> 
         num_gpus=num_gpus,
         placement_group=ray_options["placement_group"],
     )
-
-
-@contextmanager
-def model_directory(model: str | Path) -> Generator[Path, None, None]:
-    """The checkpoint directory of a model's name."""
-    with as_file(files("remask") / "tiny") as tiny:
-        yield tiny if model == "tiny" else Path(model)
 
 
 def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase | None:

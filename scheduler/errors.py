@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
 
-SHOWN_LEN = 120  # characters of a value in a message
+MAX_SHOWN = 120  # characters of a value in an error
 
 
 class RemaskError(Exception):
@@ -34,7 +34,7 @@ class InvalidRequest(RemaskError, ValueError):
 
     def __init__(self, parameter: str, value: object, problem: str) -> None:
         self.parameter, self.value, self.problem = parameter, value, problem
-        super().__init__(f"{parameter}: {problem} (got {_shown(value)})")
+        super().__init__(f"{parameter}: {problem} (got {shown(value)})")
 
     def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
         return type(self), (self.parameter, self.value, self.problem)
@@ -42,37 +42,6 @@ class InvalidRequest(RemaskError, ValueError):
     def at(self, place: str) -> InvalidRequest:
         """The same error with the place it came from (a prompt's index) in front of the parameter."""
         return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)
-
-
-def _shown(value: object) -> str:
-    """The beginning of a value; no more of it is written out."""
-    shown = ""
-    for piece in _pieces(value):
-        shown += piece
-        if len(shown) > SHOWN_LEN:
-            return shown[: SHOWN_LEN - 3] + "..."
-    return shown
-
-
-def _pieces(value: object) -> Iterator[str]:
-    """`repr(value)`, bit by bit."""
-    if type(value) in (list, tuple):
-        assert isinstance(value, list | tuple)
-        yield "[" if isinstance(value, list) else "("
-        for place, item in enumerate(value):
-            yield ", " if place else ""
-            yield from _pieces(item)
-        yield "]" if isinstance(value, list) else ",)" if len(value) == 1 else ")"
-    elif type(value) is dict:
-        yield "{"
-        for place, (key, item) in enumerate(value.items()):
-            yield f"{', ' if place else ''}{key!r}: "
-            yield from _pieces(item)
-        yield "}"
-    elif isinstance(value, str | bytes):
-        yield repr(value[: SHOWN_LEN + 1])
-    else:
-        yield repr(value)
 
 
 class RequestTooLarge(RemaskError):
@@ -99,6 +68,41 @@ class EngineDead(RemaskError):
     """The engine was closed or has failed; make a new one."""
 
     status = 503
+
+
+def shown(value: object) -> str:
+    """As `repr`, cut to 120 characters; no more of a text or a container is formatted than is shown."""
+    text = _formatted(value, MAX_SHOWN)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _formatted(value: object, room: int) -> str:
+    """The start of `repr(value)`: all of it if that has at most `room` characters, else more than `room`."""
+    if room < 0:
+        return "..."
+    if isinstance(value, str | bytes | bytearray):
+        return repr(value[: room + 1])
+    if type(value) not in (list, tuple, dict):
+        try:
+            return repr(value)
+        except Exception:  # a `repr` that fails must not hide what was wrong with the value
+            return f"<{type(value).__name__}>"
+    assert isinstance(value, list | tuple | dict), "checked"
+    parts: list[str] = []
+    left = room - 1  # a bracket: deep nesting uses the room up, too
+    for item in value:
+        part = _formatted(item, left)
+        if isinstance(value, dict):
+            part += ": " + _formatted(value[item], left - len(part))
+        parts.append(part)
+        left -= len(part) + 2
+        if left < 0 and len(parts) < len(value):
+            parts.append("...")
+            break
+    text = ", ".join(parts)
+    if isinstance(value, tuple):
+        return f"({text},)" if len(value) == 1 else f"({text})"
+    return f"[{text}]" if isinstance(value, list) else f"{{{text}}}"
 
 
 def did_you_mean(name: object, known: Sequence[str] | dict[str, Any]) -> str:

@@ -1,0 +1,120 @@
+"""Between text and token ids where special tokens matter: encoding, chat templates and stop strings.
+
+The mask token is never a prompt's: a text that spells it means its characters. Special tokens are never a
+completion's: what looks for one in a text must look for its id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from remask.scheduler.errors import InvalidRequest
+
+MAX_REASON_LEN = 200  # characters of what a chat template says
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, mask_id: int, add_special_tokens: bool
+) -> list[int]:
+    """Ids of a prompt, none of them the mask's: its token in the text is encoded as ordinary characters.
+
+    Raises:
+        InvalidRequest: the text is not valid Unicode, or the tokenizer has no other ids for the mask's
+            characters.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequest("prompt", text, "is not valid Unicode; give UTF-8 text") from None
+    ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if mask_id not in ids:
+        return ids
+    mask = str(tokenizer.decode([mask_id]))
+    characters = tokenizer.encode(mask, add_special_tokens=False, split_special_tokens=True)
+    if mask_id in characters:
+        problem = f"holds the mask token {mask!r}, which a canvas alone may hold; leave it out"
+        raise InvalidRequest("prompt", text, problem)
+    return [i for own in ids for i in (characters if own == mask_id else (own,))]
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, Any]], *, name: str
+) -> str:
+    """A conversation through the tokenizer's chat template, ready for the assistant's turn.
+
+    Args:
+        tokenizer: with a chat template; templates are code of the checkpoint and may fail in any way.
+        conversation: messages with text content.
+        name: what an error calls the conversation.
+
+    Raises:
+        InvalidRequest: the template fails, or says that it does not take the conversation.
+    """
+    try:
+        return str(
+            tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+        )
+    except TemplateError as error:
+        problem = f"the chat template refuses it: {_one_line(error)}"
+    except Exception as error:
+        problem = f"the tokenizer's chat template fails: {type(error).__name__}: {_one_line(error)}"
+    raise InvalidRequest(name, conversation, problem)
+
+
+def content_text(name: str, content: object) -> str:
+    """The text of a message: text as it is, or OpenAI's parts, each a line.
+
+    Args:
+        name: what errors call the message's content.
+        content: text, or a list of `{"type": "text", "text": ...}`.
+
+    Raises:
+        InvalidRequest: something else than text.
+    """
+    if isinstance(content, list):
+        return "\n".join(_part_text(f"{name}[{place}]", part) for place, part in enumerate(content))
+    if not isinstance(content, str):
+        raise InvalidRequest(name, content, "must be text, or a list of text parts")
+    return content
+
+
+def split_stops(
+    tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], *, mask_id: int
+) -> tuple[list[str], list[int]]:
+    """Stop strings that a text may hold, and the ids of those that are a special token.
+
+    Raises:
+        InvalidRequest: a string that can never appear: the mask token, or a special token amid other text.
+    """
+    special = {
+        token.content: token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content
+    }
+    texts = [string for string in strings if string not in special]
+    ids = [special[string] for string in strings if string in special]
+    if mask_id in ids:
+        problem = "holds the mask token, which no text holds; leave it out"
+        raise InvalidRequest("stop", list(strings), problem)
+    for text in texts:
+        inside = next((token for token in special if token in text), None)
+        if inside is not None:
+            problem = f"holds the special token {inside!r}, which no text shows; use stop_token_ids"
+            raise InvalidRequest("stop", text, f"{problem} [{special[inside]}]")
+    return texts, ids
+
+
+def _part_text(name: str, part: object) -> str:
+    given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+    if given.keys() != {"type", "text"} or given["type"] != "text" or not isinstance(given["text"], str):
+        raise InvalidRequest(name, part, 'must be {"type": "text", "text": ...}; the model reads text alone')
+    return given["text"]
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= MAX_REASON_LEN else text[: MAX_REASON_LEN - 3] + "..."
