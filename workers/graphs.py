@@ -211,7 +211,7 @@ def room_for(specs: Sequence[CanvasSpec], lens: Sequence[int]) -> Room | None:
         max_queries=max(widest, SLOT_STEP),
         widest=widest,
         canvas_len=_power(max(spec.canvas_len for spec in specs)),
-        num_blocks=_power(max(len(spec.block_lens) for spec in specs)),
+        num_blocks=_power(sum(-(-spec.canvas_len // spec.block_length) for spec in specs)),
         num_stops=_power(num_stops([spec.stop_ids for spec in specs])),
         group_size=num_canvases,
     )

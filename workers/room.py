@@ -18,7 +18,7 @@ class Room(NamedTuple):
     max_queries: int = 0  # candidates of a sequence, likewise
     widest: int = 0  # slots of a block
     canvas_len: int = 0
-    num_blocks: int = 0
+    num_blocks: int = 0  # of all canvases together
     num_stops: int = 0  # ids that end canvases; equal lists count once
     group_size: int = 0  # canvases of a policy's kind
 

@@ -82,7 +82,7 @@ class SamplingTables(HoldsTensors):
         filters: bool [R]: canvases for which a part of the vocabulary counts.
         reranked: bool [R]: canvases that rank by another softmax than the untempered one.
         entropy_floor: fp32 [R]: what is added to a probability inside the logarithm (Dream's code: 1e-10).
-        edits: the bias, and ids that are banned; None: nobody has any.
+        edits: the bias, and ids that are banned; None: no canvas has any.
         unranked: int64 [R, ids] padded with -1, or None where nobody has any.
     """
 

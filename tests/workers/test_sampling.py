@@ -196,7 +196,7 @@ def test_tables_are_as_long_as_what_the_canvases_bring_together() -> None:
     alone, others = num_bytes([Sampling(**long)]), num_bytes(biased)
     assert num_bytes([*biased, Sampling(**long)]) <= alone + others
     assert num_bytes([Sampling(**long)] * 100) < alone + num_bytes([Sampling()] * 100) + 100 * 8
-    assert SamplingTables([Sampling()]).edits is None, "and there is no table where nobody has a list"
+    assert SamplingTables([Sampling()]).edits is None, "and there is no table if no canvas has a list"
 
 
 def test_only_allowed_ids_are_proposed() -> None:

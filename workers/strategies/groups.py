@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,9 @@ class PolicyGroup:
         canvases: int64 [Rg]: the same, and behind them as many of the burst's last canvas as there is room
             for.
         fields: the policies' fields, fp32 [Rg] each; of a choice between words, the word's place in the spec.
-        block_fields: fp32 [Rg, blocks] each: fields that differ from block to block.
+        block_fields: fp32 [entries] each: fields that differ from block to block, those of all canvases one
+            behind the other, so that the many blocks of one canvas make no others' tables longer.
+        first_block, last_block: int64 [Rg]: where in them the blocks of each canvas begin and end.
         memory_fields: what the kind carries from step to step.
     """
 
@@ -35,16 +38,16 @@ class PolicyGroup:
     canvases: Tensor
     fields: Params
     block_fields: Params
+    first_block: Tensor
+    last_block: Tensor
     memory_fields: tuple[MemoryField, ...]
 
     def params_at(self, block_R: Tensor) -> Params:
         """All fields fp32 [Rg] at the active blocks; `block_R` holds those of all canvases of the burst."""
-        active = block_R[self.canvases].unsqueeze(1)
-        now = {
-            name: table.gather(1, active.clamp(max=table.shape[1] - 1)).squeeze(1)
-            for name, table in self.block_fields.items()
-        }
-        return {**self.fields, **now}
+        if not self.block_fields:
+            return self.fields
+        place = torch.minimum(self.first_block + block_R[self.canvases], self.last_block)
+        return {**self.fields, **{name: table[place] for name, table in self.block_fields.items()}}
 
     def initial_memory(self, block_len: int) -> Memory:
         """Memory at the start of a block, fp32 [Rg] or [Rg, B]."""
@@ -94,23 +97,40 @@ def group_policies(
             name: torch.tensor([number(name, getattr(policies[c], name)) for c in canvases])
             for name in kind.__struct_fields__
         }
+        block_fields, first_block, last_block = _block_tables(
+            [block_params[c] for c in members], num_more, room.num_blocks
+        )
         groups.append(
             PolicyGroup(
                 kernel=kernel_of(kind),
                 members=tuple(members),
                 canvases=torch.tensor(members + [len(policies) - 1] * num_more),
                 fields=fields,
-                block_fields=_block_tables([block_params[c] for c in canvases], room.num_blocks),
+                block_fields=block_fields,
+                first_block=first_block,
+                last_block=last_block,
                 memory_fields=kind.memory,
             )
         )
     return groups
 
 
-def _block_tables(rows: list[dict[str, list[float]]], least: int) -> Params:
-    """fp32 [Rg, blocks] for each name, short rows padded with their last number."""
-    width = max([least, *(len(values) for row in rows for values in row.values())])
-    return {
-        name: torch.tensor([row[name] + row[name][-1:] * (width - len(row[name])) for row in rows])
-        for name in rows[0]
-    }
+def _block_tables(
+    rows: Sequence[dict[str, list[float]]], num_more: int, least: int
+) -> tuple[Params, Tensor, Tensor]:
+    """Fields that differ from block to block, and where the blocks of each canvas begin and end.
+
+    Args:
+        rows: the fields of each canvas, all of them for every block.
+        num_more: canvases that the group is filled up with; they use the blocks of the first.
+        least: entries that the tables have at least.
+    """
+    lens = [max(map(len, row.values()), default=1) for row in rows]
+    ends = np.cumsum([0, *lens])
+    first, last = (np.append(places, [places[0]] * num_more) for places in (ends[:-1], ends[1:] - 1))
+    tables = {}
+    for name in rows[0]:
+        table = np.zeros(max(least, ends[-1]), dtype=np.float32)
+        table[: ends[-1]] = np.concatenate([row[name] for row in rows])
+        tables[name] = torch.from_numpy(table)
+    return tables, torch.from_numpy(first.astype(np.int64)), torch.from_numpy(last.astype(np.int64))
