@@ -56,8 +56,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         n: samples of the prompt; sample i has random numbers of its own. `LLM(max_n)` is the ceiling.
         ignore_eos: go on after the model's end-of-sequence tokens.
         stop: strings that end the text where they first appear. The text is looked at when a block is
-            finished; what stands behind the string is dropped. `LLM(max_stop_strings, max_stop_len)` are
-            ceilings for their number and length.
+            finished; what stands behind the string is dropped. One that is a special token's text, which no
+            text shows, is taken for its id. `LLM(max_stop_strings, max_stop_len)` are ceilings.
         stop_token_ids: ids that end the text like the model's own end-of-sequence tokens.
         include_stop_str_in_output: leave what ended the text in it.
         logprobs: 0 or 1: tell the log-probability of each token at its commit, of the whole, untempered
@@ -142,7 +142,7 @@ def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """The fields of a preset with `overrides` on top; its block length is cut to the canvas."""
     if not isinstance(name, str) or name not in PRESETS:
         raise InvalidRequest("preset", name, f"unknown preset; {did_you_mean(name, PRESETS)}")
-    fields = {"max_tokens": SamplingParams().max_tokens, **PRESETS[name], **overrides}
+    fields = {"max_tokens": SamplingParams().max_tokens, **PRESETS[name], **plain(overrides)}
     if "block_length" not in overrides and isinstance(fields["max_tokens"], int):
         block_length = PRESETS[name].get("block_length")
         fields["block_length"] = None if block_length is None else min(block_length, fields["max_tokens"])
