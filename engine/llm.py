@@ -20,6 +20,7 @@ from remask.scheduler.canvas import new_probe
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.plain import plain
+from remask.scheduler.planning import BURST_SECONDS, OVERLAPPED_BURST_SECONDS
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
 from remask.workers.attention.select import BACKENDS
@@ -187,6 +188,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             burst=burst,
             probe=new_probe(config.mask_id),
+            burst_seconds=OVERLAPPED_BURST_SECONDS if executor.facts.overlaps else BURST_SECONDS,
         )
         self._intake = Intake(config, self.tokenizer, max_len=max_len, seed=seed, limits=limits)
         self._executor, self._core = executor, EngineCore(scheduler, executor)

@@ -13,8 +13,10 @@ from remask.scheduler.canvas import Canvas
 
 AGEING_SECONDS = 60.0  # a request that has waited so much longer overtakes one priority class
 MAX_BURST = 8  # steps: long enough to hide the host, short enough to let newcomers in
-# Long enough to hide the host. In a longer burst a GPU computes rows of canvases that have ended.
-BURST_SECONDS = 0.05
+BURST_SECONDS = 0.2  # a burst gets no longer for the sake of the host, whose share is lost in it
+# If workers launch a burst while another runs, a shorter one hides the host, and computes fewer rows of
+# canvases that have ended.
+OVERLAPPED_BURST_SECONDS = 0.05
 MAX_PASSED = 32  # canvases that do not fit before the search for smaller ones ends
 REGROW_AFTER = 64  # bursts in a row that fit a worker's memory before it gets larger ones again
 
@@ -71,21 +73,29 @@ def take(candidates: Iterable[Canvas], budget: Budget) -> tuple[list[Canvas], li
     return taken, passed
 
 
-def burst_len(fixed: int | None, *, others_wait: bool, num_quiet: int, step_seconds: float) -> int:
+def burst_len(
+    fixed: int | None,
+    *,
+    others_wait: bool,
+    num_quiet: int,
+    step_seconds: float,
+    max_seconds: float = BURST_SECONDS,
+) -> int:
     """Steps of a burst: 1 while others wait for a place, then doubling as long as nobody arrives, and no more
-    than fit `BURST_SECONDS`: what is in a burst can be given to nobody else.
+    than fit `max_seconds`: what is in a burst can be given to nobody else.
 
     Args:
         fixed: what the user asked for; None: adapt.
         others_wait: whether somebody is ready who did not fit.
         num_quiet: bursts since the last arrival.
         step_seconds: what a step took last; 0: not known.
+        max_seconds: how long a burst may last.
     """
     if fixed is not None:
         return fixed
     if others_wait:
         return 1
-    fitting = int(BURST_SECONDS / step_seconds) if step_seconds > 0 else MAX_BURST
+    fitting = int(max_seconds / step_seconds) if step_seconds > 0 else MAX_BURST
     return max(1, min(1 << min(num_quiet, 30), MAX_BURST, fitting))
 
 

@@ -36,7 +36,17 @@ from remask.scheduler.errors import (
     WorkerDied,
 )
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.scheduler.planning import Allowance, Budget, Order, burst_len, order_of, regrow, shrink, take
+from remask.scheduler.planning import (
+    BURST_SECONDS,
+    Allowance,
+    Budget,
+    Order,
+    burst_len,
+    order_of,
+    regrow,
+    shrink,
+    take,
+)
 from remask.scheduler.request import Request
 
 MAX_LONE_DEATHS = 3  # a request is to blame after so many, in a row and without progress
@@ -78,10 +88,19 @@ class Scheduler:
         max_num_seqs: canvases of a burst, likewise.
         burst: denoising steps of a burst; None: see `planning.burst_len`.
         probe: a canvas of one token.
+        burst_seconds: how long a burst may last if `burst` is None.
     """
 
-    def __init__(self, *, max_num_rows: int, max_num_seqs: int, burst: int | None, probe: Canvas) -> None:
-        self._probe = probe
+    def __init__(
+        self,
+        *,
+        max_num_rows: int,
+        max_num_seqs: int,
+        burst: int | None,
+        probe: Canvas,
+        burst_seconds: float = BURST_SECONDS,
+    ) -> None:
+        self._probe, self._burst_seconds = probe, burst_seconds
         self._budget, self._burst_len = Budget(max_num_rows, max_num_seqs), burst
         self._allowances = defaultdict[int, Allowance](lambda: Allowance(self._budget))  # by worker
         self._requests: dict[str, Request] = {}
@@ -168,6 +187,7 @@ class Scheduler:
             others_wait=others_wait,
             num_quiet=self._num_quiet,
             step_seconds=self._step_seconds,
+            max_seconds=self._burst_seconds,
         )
         follows = follows if continued else None
         self._bursts[burst_id] = _Burst(worker, taken, num_steps, follows, apart=bool(suspects))
