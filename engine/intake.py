@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from remask.scheduler.canvas import new_canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
+from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.stops import StopStrings
 from remask.workers.models.config import ModelConfig
@@ -57,9 +59,9 @@ class Intake:
 
     def requests(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | dict[str, Any] | Sequence[SamplingParams | dict[str, Any]] | None,
-        priorities: Sequence[int] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | dict[str, Any] | Iterable[SamplingParams | dict[str, Any]] | None,
+        priorities: Iterable[int] | None = None,
     ) -> list[Request]:
         """Requests for one prompt or a list of them, all valid.
 
@@ -68,14 +70,9 @@ class Intake:
         """
         every = _as_list(prompts)
         params = _one_each("sampling_params", sampling_params, len(every))
-        try:
-            own_priorities = _one_each(
-                "priority", None if priorities is None else list(priorities), len(every)
-            )
-        except TypeError:
-            raise InvalidRequest(
-                "priority", priorities, "give a list of an integer for each prompt"
-            ) from None
+        own_priorities = _one_each("priority", priorities, len(every))
+        if priorities is not None and listed(priorities, 0) is None:
+            raise InvalidRequest("priority", priorities, "give a list of an integer for each prompt")
         checked = []
         for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
             try:
@@ -181,6 +178,7 @@ class Intake:
 
     def _read_prompt(self, prompt: object) -> tuple[str | None, list[int]]:
         text: object = None
+        prompt = plain(prompt)
         if isinstance(prompt, Mapping):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
             if unknown or not prompt:
@@ -207,14 +205,9 @@ class Intake:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _check_ids(self, ids: object) -> list[int]:
-        if not isinstance(ids, list | tuple) or any(
-            not isinstance(i, int) or isinstance(i, bool) for i in ids
-        ):
-            kind = (
-                "canvas prompts with holes are not supported yet; give"
-                if isinstance(ids, list)
-                else "must be"
-            )
+        if not isinstance(ids, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
+            has_parts = isinstance(ids, list) and any(isinstance(i, str | Mapping) for i in ids)
+            kind = "canvas prompts with holes are not supported yet; give" if has_parts else "must be"
             raise InvalidRequest("prompt", ids, f"{kind} text or a list of token ids")
         if not ids:
             raise InvalidRequest("prompt", ids, "is empty; give at least one token")
@@ -223,7 +216,7 @@ class Intake:
             raise InvalidRequest(
                 "prompt_token_ids", outside[0], f"is outside the vocabulary 0..{self._config.vocab_size - 1}"
             )
-        return list(ids)
+        return ids
 
     def _check_lengths(self, ids: list[int], params: ResolvedParams) -> None:
         room = self._max_len - len(ids)
@@ -273,22 +266,23 @@ class Intake:
 
 
 def _as_list(prompts: Any) -> list[Any]:
-    """One prompt (text, a dict, or a list of ids) or a list of prompts, as a list of prompts."""
+    """One prompt (text, a dict, or ids) or any list, column or iterator of prompts, as a list of prompts."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    every = listed(prompts)
+    if every is None:
         raise InvalidRequest("prompts", prompts, "give a prompt or a list of prompts")
-    if prompts and all(isinstance(entry, int) for entry in prompts):
-        return [prompts]
-    return list(prompts)
+    return [every] if every and all(isinstance(entry, Integral) for entry in every) else every
 
 
 def _one_each(name: str, values: Any, count: int) -> list[Any]:
-    if not isinstance(values, list | tuple):
+    given = None if isinstance(values, Mapping) else listed(values, count + 1)  # it may have no end
+    if given is None:
         return [values] * count
-    if len(values) != count:
-        raise InvalidRequest(name, len(values), f"give one for each of the {count} prompts")
-    return list(values)
+    if len(given) != count:
+        num_given = len(values) if isinstance(values, Sized) else len(given)
+        raise InvalidRequest(name, num_given, f"give one for each of the {count} prompts")
+    return given
 
 
 def _check_conversation(name: str, conversation: object) -> None:

@@ -18,6 +18,7 @@ from remask.intake import Intake, Message, Prompt
 from remask.outputs import RequestOutput, request_output
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import SamplingParams
+from remask.scheduler.plain import plain
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
 from remask.workers.attention.select import BACKENDS
@@ -97,6 +98,13 @@ class LLM:
         attention_backend: Literal["auto", "sdpa", "torch", "flash2", "flash3", "flash4"] = "auto",
         gpu_memory_utilization: float = 0.9,
     ) -> None:
+        # Numbers may be NumPy's.
+        seed, max_num_rows, max_num_seqs, burst, max_model_len, gpu_memory_utilization = plain(
+            [seed, max_num_rows, max_num_seqs, burst, max_model_len, gpu_memory_utilization]
+        )
+        data_parallel_size, num_cpus_per_worker, num_gpus_per_worker = plain(
+            [data_parallel_size, num_cpus_per_worker, num_gpus_per_worker]
+        )
         for name, value, supported in (
             ("trust_remote_code", trust_remote_code, (False,)),
             ("load_format", load_format, ("auto", "dummy", "object_store")),
@@ -164,20 +172,21 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams
         | dict[str, Any]
-        | Sequence[SamplingParams | dict[str, Any]]
+        | Iterable[SamplingParams | dict[str, Any]]
         | None = None,
         *,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: Iterable[int] | None = None,
     ) -> list[RequestOutput]:
         """Fills a canvas behind each prompt.
 
         Args:
-            prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list of these.
-            sampling_params: one for all prompts, or a list with one for each.
+            prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list, an array,
+                a column or an iterator of these. Ids may be an array, too.
+            sampling_params: one for all prompts, or a list or iterator with one for each.
             use_tqdm: show progress on a terminal.
             priority: an integer for each prompt, the lower the sooner; overrides that of the parameters.
 
@@ -210,6 +219,7 @@ class LLM:
         Raises:
             InvalidRequest: the engine is not on Ray, or the cluster has too little.
         """
+        num_workers = plain(num_workers)
         if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
             raise InvalidRequest("num_workers", num_workers, "must be a positive integer")
         self._executor.scale(num_workers)

@@ -7,12 +7,14 @@ honoured yet are refused by name unless they hold their neutral value.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
+from remask.scheduler.plain import plain
 from remask.scheduler.policies import PRESETS, RemaskPolicy, Threshold, UnmaskPolicy, tag
 from remask.scheduler.policies.parsing import parse_policy
 from remask.scheduler.sampling import Sampling
@@ -146,11 +148,11 @@ def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def resolve(params: SamplingParams | dict[str, Any] | None, **overrides: Any) -> ResolvedParams:
+def resolve(params: SamplingParams | Mapping[str, Any] | None, **overrides: Any) -> ResolvedParams:
     """Validates what a user wrote and fills in the defaults.
 
     Args:
-        params: an object, or its JSON form as a dict (which may name a `preset`).
+        params: an object, or its JSON form as a dict (which may name a `preset`); with NumPy values, too.
         overrides: fields that win over those of `params`.
 
     Raises:
@@ -160,14 +162,14 @@ def resolve(params: SamplingParams | dict[str, Any] | None, **overrides: Any) ->
     if params is None:
         params = SamplingParams()
     if isinstance(params, SamplingParams):
-        fields = {name: getattr(params, name) for name in SamplingParams.__struct_fields__}
-    elif isinstance(params, dict):
-        fields = dict(params)
+        fields = {name: plain(getattr(params, name)) for name in SamplingParams.__struct_fields__}
+    elif isinstance(params, Mapping):
+        fields = plain(params)
         if "preset" in fields:
             fields = with_preset(fields.pop("preset"), fields)
     else:
         raise InvalidRequest("sampling_params", params, "give SamplingParams or a dict of its fields")
-    fields |= overrides
+    fields |= plain(overrides)
     _check_names(fields)
     remask = parse_policy("remask", fields["remask"]) if fields.get("remask") not in (None, "none") else None
     unmask = parse_policy("unmask", fields["unmask"]) if fields.get("unmask") is not None else None

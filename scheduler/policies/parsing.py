@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
+from remask.scheduler.plain import plain
 from remask.scheduler.policies.base import Policy, tag
 from remask.scheduler.policies.registry import registry
 
@@ -28,7 +29,7 @@ def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
     elif isinstance(value, dict):
         fields = dict(value)
     elif isinstance(value, Policy) and type(value) in kinds.values():
-        fields = {"type": tag(value), **msgspec.structs.asdict(value)}
+        fields = {"type": tag(value), **plain(msgspec.structs.asdict(value))}
     else:
         example = "threshold:0.9" if parameter == "unmask" else "wino:t2=0.9"
         raise InvalidRequest(parameter, value, f"give a policy object, a dict or text such as {example!r}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from remask import LLM, EngineDead, InvalidRequest, SamplingParams, Schedule
@@ -35,6 +37,11 @@ ASK = SamplingParams(max_tokens=40, block_length=40)
         ([{"prompt": 5}], "prompt 0: prompt", "must be text"),
         ([{"prompt_token_ids": "abc"}], "prompt 0: prompt", "list of token ids"),
         ([["a", {"hole": 3}]], "prompt 0: prompt", "holes are not supported yet"),
+        (np.array([1.5, 2.0]), "prompt 0: prompt", "must be text or a list of token ids"),
+        ([np.array([1.5])], "prompt 0: prompt", "prompt: must be text or a list of token ids"),
+        ({"prompt": {"a", "b"}}, "prompt 0: prompt", "must be text"),
+        ({"a", "b"}, "prompts", "list of prompts"),
+        (b"123", "prompts", "list of prompts"),
         (["x" * 400], "prompt 0: max_tokens", "use max_tokens <= 112"),
         (["x" * 600], "prompt 0: max_tokens", "shorten the prompt"),
         (7, "prompts", "list of prompts"),
@@ -48,6 +55,48 @@ def test_bad_prompts_are_refused_with_their_index_and_the_fix(
         tiny_llm.generate(prompts)
     assert caught.value.parameter == named
     assert fix in str(caught.value)
+
+
+def test_prompts_may_be_arrays_columns_and_iterators(tiny_llm: LLM) -> None:
+    assert tiny_llm.tokenizer is not None
+    ids = tiny_llm.tokenizer.encode("123+456=")
+    alone: list[Any] = ["123+456=", ids, np.array(ids), [np.int64(i) for i in ids], tuple(ids), iter(ids)]
+    alone += [{"prompt_token_ids": np.array(ids)}, {"prompt": np.str_("123+456=")}]
+    many: list[Any] = [
+        np.array(["123+456="] * 2, object),
+        [np.array(ids), tuple(ids)],
+        np.array([ids, ids]),
+        ("123+456=" for _ in range(2)),
+        {1: "123+456=", 2: "123+456="}.values(),
+        iter([{"prompt_token_ids": iter(ids)}, range(ids[0], ids[0] + 1)]),
+    ]
+    for prompts, count in [*((one, 1) for one in alone), *((several, 2) for several in many)]:
+        outputs = tiny_llm.generate(prompts, {"max_tokens": np.int64(8), "temperature": np.float64(0)})
+        assert len(outputs) == count
+        assert outputs[0].outputs[0].text == "0579"
+        assert outputs[0].prompt_token_ids == ids
+        assert {type(i) for output in outputs for i in output.prompt_token_ids} == {int}
+
+
+def test_parameters_and_priorities_may_come_from_iterators(tiny_llm: LLM) -> None:
+    params = ({"max_tokens": size, "ignore_eos": True} for size in (2, 4))
+    outputs = tiny_llm.generate(["1+1="] * 2, params, priority=np.array([1, 0]))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 4]
+    with pytest.raises(InvalidRequest, match=r"one for each of the 2 prompts \(got 3\)"):
+        tiny_llm.generate(["1+1="] * 2, itertools.repeat(ASK))
+    with pytest.raises(InvalidRequest, match=r"priority: give one for each of the 2 prompts \(got 3\)"):
+        tiny_llm.generate(["1+1="] * 2, ASK, priority=itertools.count())
+    with pytest.raises(
+        InvalidRequest, match=r"sampling_params: give one for each of the 1 prompts \(got 5\)"
+    ):
+        tiny_llm.generate("1+1=", [ASK] * 5)
+
+
+def test_numbers_of_the_engine_may_be_numpys() -> None:
+    with LLM(
+        "tiny", device="cpu", seed=np.int64(3), max_num_rows=np.int64(512), max_model_len=np.int16(64)
+    ) as llm:
+        assert llm.generate("123+456=", {"max_tokens": 8})[0].outputs[0].text == "0579"
 
 
 def test_one_bad_request_stops_the_call_before_anything_runs(

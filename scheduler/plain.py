@@ -1,0 +1,58 @@
+"""Plain Python values from what NumPy, pandas, Arrow and iterators hand over.
+
+Users pass columns, arrays, NumPy numbers and generators where the engine wants lists, integers and text. None
+of these libraries is imported: arrays, columns and scalars have `tolist`, `to_list`, `to_pylist` or `as_py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MappingView, Sequence
+from itertools import islice
+from typing import Any
+
+MAX_DEPTH = 8  # conversations of messages with parts are five levels deep
+_PLAIN = frozenset({int, str, float, bool, type(None)})
+
+
+def plain(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """The value with lists for sequences, arrays, columns and iterators and dicts for mappings, all through.
+
+    Args:
+        value: anything; what stands for no plain value stays as it is.
+        depth: levels to look at; deeper ones stay as they are.
+    """
+    if type(value) in _PLAIN or depth == 0:
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key, 1): plain(entry, depth - 1) for key, entry in value.items()}
+    entries = listed(value)
+    if entries is None:
+        item = _converted(value)
+        return value if isinstance(item, list) else item  # a number or text of NumPy
+    return [entry if type(entry) in _PLAIN else plain(entry, depth - 1) for entry in entries]
+
+
+def listed(value: Any, limit: int | None = None) -> list[Any] | None:
+    """The entries of a sequence, an array, a column or an iterator; None: the value is none of these.
+
+    Sets, which have no order, and data frames, whose entries are the names of columns, are none of these.
+
+    Args:
+        value: anything.
+        limit: entries to take at most; None: all.
+    """
+    if isinstance(value, str | bytes | bytearray):
+        return None
+    if isinstance(value, Sequence | Iterator | MappingView):
+        return list(islice(value, limit))
+    entries = _converted(value)
+    return entries[:limit] if isinstance(entries, list) else None
+
+
+def _converted(value: Any) -> Any:
+    """What an array, a column or a scalar of theirs makes of itself; other values stay as they are."""
+    for name in ("tolist", "to_list", "to_pylist", "as_py"):
+        method = None if isinstance(value, type) else getattr(value, name, None)
+        if callable(method):
+            return method()
+    return value
