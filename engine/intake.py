@@ -10,7 +10,6 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import msgspec
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from remask.scheduler.canvas import new_canvas
@@ -19,6 +18,7 @@ from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
 from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.stops import StopStrings
+from remask.text import content_text, render_chat
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -149,9 +149,10 @@ class Intake:
             InvalidRequest: no tokenizer, no chat template, or a message without role and content.
         """
         self._check_template()
-        if not isinstance(messages, list | tuple) or not messages:
+        given = None if isinstance(messages, Mapping) else listed(messages)
+        if not given:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
-        conversations: list[Any] = [messages] if isinstance(messages[0], Mapping) else list(messages)
+        conversations: list[Any] = [given] if isinstance(given[0], Mapping) else given
         return [
             self.chat_prompt(conversation, name=f"messages[{index}]")
             for index, conversation in enumerate(conversations)
@@ -161,15 +162,9 @@ class Intake:
         """One conversation, as `chat_prompts`; `name` is what errors call it."""
         self._check_template()
         assert self._tokenizer is not None, "checked with the template"
-        _check_conversation(name, conversation)
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(conversation), tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            problem = f"the chat template refuses it: {error}"
-            raise InvalidRequest(name, conversation, problem) from None
-        ids = self._encode(str(text), add_special_tokens=False)
+        messages = _text_messages(name, plain(conversation))
+        text = render_chat(self._tokenizer, messages, name=name)
+        ids = self._encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 
     def _check_template(self) -> None:
@@ -285,16 +280,16 @@ def _one_each(name: str, values: Any, count: int) -> list[Any]:
     return given
 
 
-def _check_conversation(name: str, conversation: object) -> None:
-    if not isinstance(conversation, list | tuple) or not conversation:
+def _text_messages(name: str, conversation: object) -> list[dict[str, Any]]:
+    """Messages whose content is text."""
+    if not isinstance(conversation, list) or not conversation:
         raise InvalidRequest(name, conversation, "must be a list of at least one message")
     for place, message in enumerate(conversation):
-        if (
-            not isinstance(message, Mapping)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InvalidRequest(f"{name}[{place}]", message, "must have a text `role` and a text `content`")
+        content = content_text(f"{name}[{place}].content", message.get("content"))
+        conversation[place] = {**message, "content": content}
+    return conversation
 
 
 def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:

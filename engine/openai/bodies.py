@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from remask.scheduler.errors import InvalidRequest, did_you_mean
+from remask.scheduler.errors import InvalidRequest, did_you_mean, shown
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.policies import PRESETS
+from remask.text import content_text
 
 CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 ROLES = ("system", "developer", "user", "assistant")
@@ -139,7 +140,7 @@ def _own_names(fields: dict[str, Any]) -> dict[str, Any]:
     if "max_completion_tokens" in fields:
         newer = fields.pop("max_completion_tokens")
         if fields.setdefault("max_tokens", newer) != newer:
-            problem = f"and max_tokens {fields['max_tokens']!r} contradict each other; give one"
+            problem = f"and max_tokens {shown(fields['max_tokens'])} contradict each other; give one"
             raise InvalidRequest("max_completion_tokens", newer, problem)
     return fields
 
@@ -169,19 +170,4 @@ def _plain_message(place: str, message: object) -> dict[str, str]:
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InvalidRequest(f"{place}.role", role, f"must be one of {', '.join(ROLES)}")
-    if isinstance(content, list):
-        content = "\n".join(_text_part(f"{place}.content[{i}]", part) for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise InvalidRequest(f"{place}.content", content, "must be text")
-    return {"role": role, "content": content}
-
-
-def _text_part(place: str, part: object) -> str:
-    if (
-        not isinstance(part, dict)
-        or part.keys() != {"type", "text"}
-        or part["type"] != "text"
-        or not isinstance(part["text"], str)
-    ):
-        raise InvalidRequest(place, part, 'must be {"type": "text", "text": ...}; the model reads text alone')
-    return part["text"]
+    return {"role": role, "content": content_text(f"{place}.content", content)}

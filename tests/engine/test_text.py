@@ -1,0 +1,110 @@
+"""Special tokens in prompts and stop strings, message parts, and chat templates that fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from remask import LLM, InvalidRequest
+from remask.batch.run import BatchOptions, run_batch
+from remask.intake import Intake
+from remask.llm import load_tokenizer
+
+MASK, EOT = "<|mdm_mask|>", "<|eot_id|>"
+
+
+@pytest.fixture
+def with_template(tiny_llm: LLM, tmp_path: Path) -> Any:
+    """`with_template(template)`: an intake whose tokenizer has that chat template."""
+
+    def make(template: Any) -> Intake:
+        with as_file(files("remask") / "tiny") as tiny:
+            model = Path(shutil.copytree(tiny, tmp_path / "model", dirs_exist_ok=True))
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+        tokenizer = load_tokenizer(model, required=True)
+        return Intake(tiny_llm._executor.facts.config, tokenizer, max_len=512, seed=0)
+
+    return make
+
+
+@pytest.fixture
+def restored_intake(tiny_llm: LLM) -> Iterator[LLM]:
+    intake = tiny_llm._intake
+    yield tiny_llm
+    tiny_llm._intake = intake
+
+
+def user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+def test_a_chat_takes_text_parts_arrays_and_iterators(tiny_llm: LLM) -> None:
+    parts = [{"type": "text", "text": "123"}, {"type": "text", "text": "+456", "image_url": None}]
+    (output,) = tiny_llm.chat(user(parts), {"max_tokens": 1})
+    assert output.prompt == "123\n+456="
+    many: list[Any] = [
+        np.array([user("1"), user("2")], object),
+        iter([user("1"), iter(user("2"))]),
+        (tuple(user("1")), np.array(user("2"), object)),
+    ]
+    for messages in many:
+        assert [o.prompt for o in tiny_llm.chat(messages, {"max_tokens": 1})] == ["1=", "2="]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, r"messages\[0\]\[0\].content: must be text"),
+        (7, r"messages\[0\]\[0\].content: must be text"),
+        ([{"type": "image_url"}], r"messages\[0\]\[0\].content\[0\]: must be"),
+        (["x"], r"messages\[0\]\[0\].content\[0\]: must be"),
+    ],
+)
+def test_other_contents_are_refused_by_name(tiny_llm: LLM, content: Any, named: str) -> None:
+    with pytest.raises(InvalidRequest, match=named):
+        tiny_llm.chat(user(content))
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ messages[0]['content'] + 7 }}", "TypeError"),
+        ("{{ 7 / (messages | length - 1) }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages[0].content.nothing.at_all }}", "refuses it"),
+        ("{{ raise_exception('roles\nmust alternate' + 'x' * 500) }}", "refuses it: roles must alternate"),
+        ("{% if %}", "refuses it"),
+        ([{"name": "a", "template": "x"}, {"name": "b", "template": "y"}], "fails: ValueError"),
+        (7, "fails"),
+    ],
+)
+def test_a_template_that_fails_is_an_error_of_one_line(with_template: Any, template: Any, told: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        with_template(template).chat_prompts(user("x"))
+    assert caught.value.parameter == "messages[0]"
+    assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 500
+
+
+def test_lines_that_a_template_fails_for_are_recorded(
+    restored_intake: LLM, with_template: Any, tmp_path: Path
+) -> None:
+    restored_intake._intake = with_template(
+        "{{ messages[0]['content'] + (7 if 'x' in messages[0]['content'] else '=') }}"
+    )
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"messages": user(text)}) + "\n" for text in ("7+8", "x")))
+    options = BatchOptions(model="tiny", defaults={"max_tokens": 4}, record_invalid=True)
+    run_batch(source, tmp_path / "out.jsonl", lambda: nullcontext(restored_intake), options)
+    found = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert sorted(response["status_code"] for response in found) == [200, 400]
