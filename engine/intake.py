@@ -18,7 +18,7 @@ from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
 from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.stops import StopStrings
-from remask.text import content_text, render_chat
+from remask.text import content_text, encode, render_chat
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -193,11 +193,8 @@ class Intake:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert self._tokenizer is not None, "checked by the callers"
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InvalidRequest("prompt", text, "is not valid Unicode; give UTF-8 text") from None
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        mask_id = self._config.mask_id
+        return encode(self._tokenizer, text, mask_id=mask_id, add_special_tokens=add_special_tokens)
 
     def _check_ids(self, ids: object) -> list[int]:
         if not isinstance(ids, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
@@ -211,6 +208,9 @@ class Intake:
             raise InvalidRequest(
                 "prompt_token_ids", outside[0], f"is outside the vocabulary 0..{self._config.vocab_size - 1}"
             )
+        if self._config.mask_id in ids:
+            problem = "is the mask id, which a canvas alone may hold; leave it out"
+            raise InvalidRequest("prompt_token_ids", self._config.mask_id, problem)
         return ids
 
     def _check_lengths(self, ids: list[int], params: ResolvedParams) -> None:

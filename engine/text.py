@@ -1,4 +1,6 @@
-"""Conversations as text: message parts and chat templates.
+"""Between text and token ids: encoding and chat templates.
+
+The mask token is never a prompt's: a text that spells it means its characters.
 """
 
 from __future__ import annotations
@@ -12,6 +14,30 @@ from transformers import PreTrainedTokenizerBase
 from remask.scheduler.errors import InvalidRequest
 
 MAX_REASON_LEN = 200  # characters of what a chat template says
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, mask_id: int, add_special_tokens: bool
+) -> list[int]:
+    """Ids of a prompt, none of them the mask's: its token in the text is encoded as ordinary characters.
+
+    Raises:
+        InvalidRequest: the text is not valid Unicode, or the tokenizer has no other ids for the mask's
+            characters.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequest("prompt", text, "is not valid Unicode; give UTF-8 text") from None
+    ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if mask_id not in ids:
+        return ids
+    mask = str(tokenizer.decode([mask_id]))
+    characters = tokenizer.encode(mask, add_special_tokens=False, split_special_tokens=True)
+    if mask_id in characters:
+        problem = f"holds the mask token {mask!r}, which a canvas alone may hold; leave it out"
+        raise InvalidRequest("prompt", text, problem)
+    return [i for own in ids for i in (characters if own == mask_id else (own,))]
 
 
 def render_chat(

@@ -47,6 +47,34 @@ def user(content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
+def test_the_masks_text_in_a_prompt_means_its_characters(tiny_llm: LLM) -> None:
+    assert tiny_llm.tokenizer is not None
+    spelled = [token for c in MASK for token in tiny_llm.tokenizer.encode(c)]
+    outputs = tiny_llm.generate([MASK, f"1{MASK}{MASK}2{EOT}", "12"], {"max_tokens": 1})
+    assert outputs[0].prompt_token_ids == spelled
+    one, two = outputs[2].prompt_token_ids
+    assert outputs[1].prompt_token_ids == [one, *spelled, *spelled, two, 2], "other special tokens stay"
+    (chat,) = tiny_llm.chat(user(f"a{MASK}"), {"max_tokens": 1})
+    assert (chat.prompt, len(chat.prompt_token_ids)) == (f"a{MASK}=", len(MASK) + 2)
+
+
+@pytest.mark.parametrize("prompt", [[19, 0], {"prompt_token_ids": [0]}, np.array([0, 5])])
+def test_the_masks_id_in_a_prompt_is_refused_by_name(tiny_llm: LLM, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt 0: prompt_token_ids: is the mask id.*\(got 0\)"):
+        tiny_llm.generate(prompt)
+
+
+def test_a_mask_that_has_no_other_ids_is_refused_by_name(tiny_llm: LLM, monkeypatch: Any) -> None:
+    encode = type(tiny_llm.tokenizer).encode
+    monkeypatch.setattr(
+        type(tiny_llm.tokenizer),
+        "encode",
+        lambda self, text, split_special_tokens=False, **options: encode(self, text, **options),
+    )
+    with pytest.raises(InvalidRequest, match=r"prompt: holds the mask token '<\|mdm_mask\|>'"):
+        tiny_llm.generate(f"a{MASK}")
+
+
 def test_a_chat_takes_text_parts_arrays_and_iterators(tiny_llm: LLM) -> None:
     parts = [{"type": "text", "text": "123"}, {"type": "text", "text": "+456", "image_url": None}]
     (output,) = tiny_llm.chat(user(parts), {"max_tokens": 1})
