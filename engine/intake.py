@@ -18,7 +18,7 @@ from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
 from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.stops import StopStrings
-from remask.text import content_text, encode, render_chat
+from remask.text import content_text, encode, render_chat, split_stops
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -97,8 +97,7 @@ class Intake:
         text, ids = self._read_prompt(prompt)
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
         self._check_lengths(ids, resolved)
-        self._check_stops(resolved)
-        return CheckedPrompt(text, ids, self._with_own_ids(resolved))
+        return CheckedPrompt(text, ids, self._with_own_ids(self._with_stops(resolved)))
 
     def request(self, checked: CheckedPrompt, *, place: int | None = None) -> Request:
         """A request of its own id.
@@ -248,7 +247,8 @@ class Intake:
         sampling = msgspec.structs.replace(sampling, banned_ids=sorted(banned), unranked_ids=unranked)
         return msgspec.structs.replace(params, sampling=sampling)
 
-    def _check_stops(self, params: ResolvedParams) -> None:
+    def _with_stops(self, params: ResolvedParams) -> ResolvedParams:
+        """Checks what ends a text; stop strings that are a special token become its id."""
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop", params.stop, "needs a tokenizer; use stop_token_ids")
         for stop_id in params.stop_token_ids:
@@ -258,6 +258,11 @@ class Intake:
                     stop_id,
                     f"must lie in 0..{self._config.vocab_size - 1} and not be the mask id",
                 )
+        if not params.stop or self._tokenizer is None:
+            return params
+        stop, ids = split_stops(self._tokenizer, params.stop, mask_id=self._config.mask_id)
+        ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))
+        return msgspec.structs.replace(params, stop=stop, stop_token_ids=ids)
 
 
 def _as_list(prompts: Any) -> list[Any]:

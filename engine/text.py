@@ -1,6 +1,7 @@
-"""Between text and token ids: encoding and chat templates.
+"""Between text and token ids where special tokens matter: encoding, chat templates and stop strings.
 
-The mask token is never a prompt's: a text that spells it means its characters.
+The mask token is never a prompt's: a text that spells it means its characters. Special tokens are never a
+completion's: what looks for one in a text must look for its id.
 """
 
 from __future__ import annotations
@@ -79,6 +80,32 @@ def content_text(name: str, content: object) -> str:
     if not isinstance(content, str):
         raise InvalidRequest(name, content, "must be text, or a list of text parts")
     return content
+
+
+def split_stops(
+    tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], *, mask_id: int
+) -> tuple[list[str], list[int]]:
+    """Stop strings that a text may hold, and the ids of those that are a special token.
+
+    Raises:
+        InvalidRequest: a string that can never appear: the mask token, or a special token amid other text.
+    """
+    special = {
+        token.content: token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content
+    }
+    texts = [string for string in strings if string not in special]
+    ids = [special[string] for string in strings if string in special]
+    if mask_id in ids:
+        problem = "holds the mask token, which no text holds; leave it out"
+        raise InvalidRequest("stop", list(strings), problem)
+    for text in texts:
+        inside = next((token for token in special if token in text), None)
+        if inside is not None:
+            problem = f"holds the special token {inside!r}, which no text shows; use stop_token_ids"
+            raise InvalidRequest("stop", text, f"{problem} [{special[inside]}]")
+    return texts, ids
 
 
 def _part_text(name: str, part: object) -> str:

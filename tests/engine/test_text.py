@@ -75,6 +75,30 @@ def test_a_mask_that_has_no_other_ids_is_refused_by_name(tiny_llm: LLM, monkeypa
         tiny_llm.generate(f"a{MASK}")
 
 
+def test_a_stop_string_that_is_a_special_token_ends_the_text_there(tiny_llm: LLM) -> None:
+    ask = {"max_tokens": 12, "ignore_eos": True}
+    whole = tiny_llm.generate("123+456=", ask)[0].outputs[0]
+    (special,) = {1, 2} & set(whole.token_ids)
+    text = "<|endoftext|>" if special == 1 else EOT
+    for stop in (text, ["nowhere", text]):
+        sample = tiny_llm.generate("123+456=", {**ask, "stop": stop})[0].outputs[0]
+        end = whole.token_ids.index(special)
+        assert sample.token_ids == whole.token_ids[: end + 1]
+        assert (sample.text, sample.finish_reason, sample.stop_reason) == ("0579", "stop", special)
+
+
+@pytest.mark.parametrize(
+    ("stop", "problem"),
+    [
+        (f"\n{EOT}", r"stop: holds the special token '<\|eot_id\|>'.*stop_token_ids \[2\]"),
+        (["a", MASK], "stop: holds the mask token"),
+    ],
+)
+def test_a_stop_string_that_no_text_can_show_is_refused(tiny_llm: LLM, stop: Any, problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        tiny_llm.generate("1+1=", {"stop": stop})
+
+
 def test_a_chat_takes_text_parts_arrays_and_iterators(tiny_llm: LLM) -> None:
     parts = [{"type": "text", "text": "123"}, {"type": "text", "text": "+456", "image_url": None}]
     (output,) = tiny_llm.chat(user(parts), {"max_tokens": 1})
