@@ -30,6 +30,7 @@ from remask.benchmarks.environment import Steadiness, environment_stamp, unfinis
 from remask.benchmarks.plain_canvas import Decoded
 from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import Job, workload
+from remask.embedded import is_embedded
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
 Dtype = Literal["float32", "bfloat16"]
@@ -96,7 +97,7 @@ class Decoder:
 def find_model(name: str) -> tuple[Path, Literal["auto", "dummy"]]:
     """The directory of an embedded shape, of the embedded model or of a checkpoint, and how it is loaded."""
     shape, tiny = Path(str(files("remask.benchmarks"))) / "models" / name, Path(str(files("remask"))) / "tiny"
-    directory = tiny if name == "tiny" else shape if (shape / "config.json").is_file() else Path(name)
+    directory = tiny if is_embedded(name) else shape if (shape / "config.json").is_file() else Path(name)
     return directory, "auto" if any(directory.glob("*.safetensors")) else "dummy"
 
 

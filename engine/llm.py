@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from remask.core import EngineCore
+from remask.embedded import model_directory
 from remask.intake import Intake, Message, Prompt
 from remask.outputs import RequestOutput, request_output
 from remask.scheduler.errors import InvalidRequest
@@ -34,7 +33,7 @@ class LLM:
 
     Args:
         model: a local Hugging Face checkpoint directory, or "tiny" for the embedded one. Nothing is looked up
-            online.
+            online. A relative path starts from this process's folder, also for workers on Ray.
         tokenizer: a directory with the tokenizer; None: the model's. Without one, prompts are token ids.
         dtype: "auto" (the checkpoint's; float32 on a CPU that cannot multiply it), "float32", "bfloat16" or
             "float16".
@@ -144,7 +143,8 @@ class LLM:
                 directory if tokenizer is None else Path(tokenizer), tokenizer is not None
             )
             setup = WorkerSetup(
-                model=str(directory),
+                # Workers on Ray run in folders of their own; a relative path is the caller's.
+                model=str(directory.absolute() if distributed_executor_backend == "ray" else directory),
                 dtype=dtype,
                 device=device,
                 load_format=load_format,
@@ -303,13 +303,6 @@ def _executor(backend: str, setup: WorkerSetup, ray_options: dict[str, Any]) -> 
         num_gpus=num_gpus,
         placement_group=ray_options["placement_group"],
     )
-
-
-@contextmanager
-def model_directory(model: str | Path) -> Generator[Path, None, None]:
-    """The checkpoint directory of a model's name."""
-    with as_file(files("remask") / "tiny") as tiny:
-        yield tiny if model == "tiny" else Path(model)
 
 
 def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase | None:

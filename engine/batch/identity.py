@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+
+from remask.embedded import model_directory
 
 PREFIX = "batch_req_"
 _ID = re.compile(rf"{PREFIX}([0-9a-f]{{8}})([0-9a-f]{{8}})([0-9a-f]{{8}})_(0|[1-9][0-9]*)\Z")
@@ -56,8 +57,7 @@ def model_digest(model: str | Path) -> str:
     one checkpoint from the next.
     """
     digest = hashlib.blake2b(digest_size=16)
-    with as_file(files("remask") / "tiny") as tiny:
-        directory = tiny if model == "tiny" else Path(model)
+    with model_directory(model) as directory:
         for path in sorted(directory.iterdir()) if directory.is_dir() else ():  # LLM refuses a wrong one
             if path.suffix not in (".json", ".safetensors", ".jinja") or not path.is_file():
                 continue

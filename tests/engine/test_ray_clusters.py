@@ -34,6 +34,24 @@ assert ray.is_initialized(), "it is the caller's"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_relative_model_path_is_the_callers(tmp_path: Path) -> None:
+    code = """
+import shutil
+from pathlib import Path
+import ray
+from remask import LLM
+from remask.embedded import model_directory
+with model_directory("tiny") as tiny:
+    shutil.copytree(tiny, "model")
+Path("elsewhere").mkdir()
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"working_dir": "elsewhere"})
+with LLM("model", device="cpu", distributed_executor_backend="ray", max_num_rows=512) as llm:
+    print(llm.generate("123+456=", {"max_tokens": 8})[0].outputs[0].text)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "0579", done.stderr
+
+
 def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
     code = """
 import atexit, threading, time, ray
