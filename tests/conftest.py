@@ -67,7 +67,7 @@ def remask(
     def run(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
         words = [str(argument) for argument in arguments]
         monkeypatch.setattr(sys, "argv", ["remask", *words])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
         capsys.readouterr()
         status: Any = 0
         try:

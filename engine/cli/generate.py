@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from remask.cli.reading import read_lines
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.policies import PRESETS
 
@@ -133,11 +134,7 @@ def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
         raise InvalidRequest("--file", str(file), "and prompts on the command line exclude each other")
     if prompts:
         return prompts
-    try:
-        text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest("--file", str(file), f"cannot be read: {error}") from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = read_lines(file, option="--file")
     if not lines:
         raise InvalidRequest(
             "prompts", None, "give prompts as arguments, with --file or on stdin, one a line"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from remask.cli.reading import read_lines
 from remask.outputs import CompletionOutput, RequestOutput, Trace
 from remask.scheduler.errors import InvalidRequest
 
@@ -114,11 +114,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _read(file: str, request: int, sample: int) -> CompletionOutput:
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest("file", file, f"cannot be read: {error}") from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = read_lines(Path(file), option="file")
     if not 0 <= request < len(lines):
         raise InvalidRequest("--request", request, f"the file has {len(lines)} lines; they count from 0")
     try:
@@ -136,7 +132,8 @@ def _read(file: str, request: int, sample: int) -> CompletionOutput:
 
 def _pieces(tokenizer: str) -> Callable[[int], str]:
     """The text of one token."""
-    from remask.llm import load_tokenizer, model_directory
+    from remask.embedded import model_directory
+    from remask.llm import load_tokenizer
 
     with model_directory(tokenizer) as directory:
         found = load_tokenizer(directory, required=False)

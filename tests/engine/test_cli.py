@@ -41,6 +41,24 @@ def test_arguments_a_file_and_stdin_give_the_same(remask: Command, tmp_path: Pat
     assert texts(remask(*common, stdin=file.read_text())) == from_arguments
 
 
+def test_only_newlines_end_a_prompt_of_a_file(remask: Command, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeff1\u20282=\r\n3\x854\x0c5=\n \n".encode())
+    for arguments in (("--file", file), ("--file", "-"), ()):
+        run = remask("generate", "--json", "--max-tokens", "4", *arguments, stdin=file.read_bytes().decode())
+        assert [json.loads(line)["prompt"] for line in run.stdout.split("\n") if line] == [
+            "1\u20282=",
+            "3\x854\x0c5=",
+        ]
+
+
+def test_a_closed_stdin_holds_no_prompts(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from remask.cli import main; main()", "generate", "--max-tokens", "8"]
+    run = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, text=True)
+    assert (run.returncode, run.stderr.startswith("remask: error: prompts: give prompts")) == (2, True)
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
 def test_the_table_shows_text_and_figures(remask: Command) -> None:
     run = remask("generate", PUZZLE, "--max-tokens", "40", "--block-length", "40", "--unmask", "schedule")
     assert run.returncode == 0, run.stderr

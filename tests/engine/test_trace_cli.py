@@ -105,3 +105,11 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     assert "line 1 is not what" in str(result.exception)
     result = CliRunner().invoke(app, ["trace", str(tmp_path / "none")])
     assert "cannot be read" in str(result.exception)
+
+
+def test_a_prompt_may_hold_a_line_separator(traced: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text(traced.read_text().replace('"prompt":"', '"prompt":"\u2028'), encoding="utf-8")
+    assert "\u2028" in path.read_text(encoding="utf-8")
+    result = CliRunner().invoke(app, ["trace", str(path), "--request", "1"])
+    assert result.exit_code == 0, result.exception
