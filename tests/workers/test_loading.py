@@ -168,6 +168,36 @@ def broken(message: str, directory: Path) -> None:
         load_checkpoint(directory)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_head_that_repeats_the_embedding_may_be_stored_where_it_is_tied(
+    checkpoint: Path, count: int
+) -> None:
+    edit_config(checkpoint, weight_tying=True)
+    embedding = load_file(checkpoint / "model.safetensors")["model.transformer.wte.weight"]
+    edit_tensors(checkpoint, model__transformer__ff_out__weight=embedding.clone())
+    shard(checkpoint, count)
+    model = load_checkpoint(checkpoint)
+    assert model.head is None
+    assert torch.equal(model.head_weight, embedding)
+
+
+@pytest.mark.parametrize("change", ["one weight", "type"])
+def test_a_stored_head_that_differs_where_it_is_tied_is_refused(checkpoint: Path, change: str) -> None:
+    edit_config(checkpoint, weight_tying=...)  # tied, as in the published code
+    head = load_file(checkpoint / "model.safetensors")["model.transformer.wte.weight"].clone()
+    if change == "type":
+        head = head.float()
+    else:
+        head[-1, -1] += 1
+    edit_tensors(checkpoint, model__transformer__ff_out__weight=head)
+    broken("weight_tying makes the embedding the head, but .* set weight_tying to false", checkpoint)
+
+
+def test_a_head_that_is_missing_where_it_is_not_tied_is_refused(checkpoint: Path) -> None:
+    edit_tensors(checkpoint, model__transformer__ff_out__weight=None)
+    broken(r"missing tensors: model\.transformer\.ff_out\.weight; .*set weight_tying to true", checkpoint)
+
+
 def test_a_missing_or_empty_directory_is_refused(tmp_path: Path) -> None:
     broken("is not a directory", tmp_path / "nothing")
     broken("holds no config.json", tmp_path)
@@ -205,6 +235,7 @@ def test_an_unreadable_config_is_refused(checkpoint: Path) -> None:
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
         ({"rope_theta": "large"}, "rope_theta"),
         ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"weight_tying": "false"}, "'weight_tying' must be true or false"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ({"architectures": [["a"]]}, "is not supported; supported"),
     ],

@@ -9,6 +9,7 @@ from remask.scheduler.errors import InvalidRequest
 from remask.workers.models.config import TransformerConfig
 
 ARCHITECTURES = ("LLaDAModelLM",)
+EMBEDDING, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 # Options of the published modelling code that we do not compute; a checkpoint that sets one is refused.
 _EXPECTED: dict[str, tuple[object, ...]] = {
@@ -88,6 +89,11 @@ def parse_config(raw: dict[str, Any], source: str) -> TransformerConfig:
         raise InvalidRequest(
             "model", source, f"embedding_size {embedding_size} is below vocab_size {vocab_size}"
         )
+    is_tied = True if raw.get("weight_tying") is None else raw["weight_tying"]
+    if not isinstance(is_tied, bool):
+        raise InvalidRequest(
+            "model", source, f"config key 'weight_tying' must be true or false, not {is_tied!r}"
+        )
     mask_ids, eos_ids = token_ids("mask_token_id"), token_ids("eos_token_id")
     eot_id = token_ids("eot_token_id")[0] if raw.get("eot_token_id") is not None else None
     if len(mask_ids) != 1 or mask_ids[0] in (*eos_ids, eot_id):
@@ -103,7 +109,7 @@ def parse_config(raw: dict[str, Any], source: str) -> TransformerConfig:
         ffn_size=positive("mlp_hidden_size", int(positive_number("mlp_ratio", 4) * hidden_size)),
         vocab_size=vocab_size,
         embedding_size=embedding_size,
-        tied_embeddings=bool(raw.get("weight_tying", True)),
+        tied_embeddings=is_tied,
         rope_theta=positive_number("rope_theta", 10000.0),
         norm_eps=positive_number("rms_norm_eps", 1e-5),
         max_len=positive("max_sequence_length"),
@@ -119,9 +125,9 @@ def tensor_names(config: TransformerConfig) -> dict[str, str]:
 
     `blocks.3.qkv[1]` means the second part of a fused matrix (q, k, v; or gate, up).
     """
-    names = {"model.transformer.wte.weight": "embedding", "model.transformer.ln_f.weight": "final_norm"}
+    names = {EMBEDDING: "embedding", "model.transformer.ln_f.weight": "final_norm"}
     if not config.tied_embeddings:
-        names["model.transformer.ff_out.weight"] = "head"
+        names[HEAD] = "head"
     for i in range(config.num_layers):
         for theirs, ours in (
             ("attn_norm", "attn_norm"),

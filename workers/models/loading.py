@@ -13,6 +13,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,25 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 MAX_LISTED = 20  # names listed in an error
+COMPARED_ROWS = 4096  # of two tensors at a time
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: how to read its config and what its tensors are called."""
+    """A model family: how to read its config and what its tensors are called.
+
+    Attributes:
+        embedding, head: names of two tensors, of which `weight_tying` makes one.
+    """
 
     parse_config: Callable[[dict[str, Any], str], TransformerConfig]
     tensor_names: Callable[[TransformerConfig], dict[str, str]]
+    embedding: str
+    head: str
 
 
 FAMILIES: dict[str, Family] = {
-    architecture: Family(module.parse_config, module.tensor_names)
+    architecture: Family(module.parse_config, module.tensor_names, module.EMBEDDING, module.HEAD)
     for module in (llada,)
     for architecture in module.ARCHITECTURES
 }
@@ -158,14 +166,18 @@ def load_checkpoint(directory: Path, *, dtype: str = "auto", device: str = "cpu"
     names = family.tensor_names(config)
     shards = find_shards(directory)
     expected = {name: tuple(t.shape) for name, t in destinations(model, names).items()}
-    stored = check_tensors(directory, shards, expected)
+    tied = {family.head: expected[family.embedding]} if config.tied_embeddings else {}
+    stored = check_tensors(directory, shards, expected, tied, head=family.head)
+    if tied:
+        check_tied(directory, shards, family)
     torch_dtype = pick_dtype(dtype, config.dtype or stored, str(directory / "config.json"))
     model.to(torch_dtype).to_empty(device=device)
     targets = destinations(model, names)
     for shard in shards:
         with _open(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
-                targets[name].copy_(tensors.get_tensor(name))
+                if name in targets:  # a tied head may be stored, too
+                    targets[name].copy_(tensors.get_tensor(name))
     logger.info("loaded %s: %d tensors, %s on %s", directory, len(names), torch_dtype, device)
     return model.eval()
 
@@ -192,8 +204,22 @@ def find_shards(directory: Path) -> list[Path]:
     return shards
 
 
-def check_tensors(directory: Path, shards: list[Path], expected: dict[str, tuple[int, ...]]) -> str:
+def check_tensors(
+    directory: Path,
+    shards: list[Path],
+    expected: dict[str, tuple[int, ...]],
+    optional: dict[str, tuple[int, ...]],
+    *,
+    head: str,
+) -> str:
     """Compares names, shapes and types in the shards' headers with what the model needs.
+
+    Args:
+        directory: named in errors.
+        shards: the files.
+        expected: shapes of the tensors that the model needs.
+        optional: shapes of those that may be there as well.
+        head: name of the head, which `weight_tying` makes dispensable.
 
     Returns:
         The dtype of the largest tensor, under its name in `DTYPES`.
@@ -211,12 +237,13 @@ def check_tensors(directory: Path, shards: list[Path], expected: dict[str, tuple
                 if name in found:
                     repeated.append(name)
                 found[name], stored[name] = tuple(header.get_shape()), header.get_dtype()
-    wrong = [f"{n} is {found[n]}, not {s}" for n, s in expected.items() if n in found and found[n] != s]
+    known = {**expected, **optional}
+    wrong = [f"{n} is {found[n]}, not {s}" for n, s in known.items() if n in found and found[n] != s]
     problems = [
         f"{what}: {_listed(names)}"
         for what, names in (
             ("missing tensors", [name for name in expected if name not in found]),
-            ("unexpected tensors", [name for name in found if name not in expected]),
+            ("unexpected tensors", [name for name in found if name not in known]),
             ("wrong shapes", wrong),
             ("tensors in more than one shard", repeated),
             (
@@ -226,9 +253,36 @@ def check_tensors(directory: Path, shards: list[Path], expected: dict[str, tuple
         )
         if names
     ]
+    if head in expected and head not in found:
+        problems.append("if the embedding is the head, set weight_tying to true in config.json")
     if problems:
         raise InvalidRequest("model", str(directory), "; ".join(problems))
     return STORED_DTYPES[stored[max(found, key=lambda name: math.prod(found[name]))]]
+
+
+def check_tied(directory: Path, shards: list[Path], family: Family) -> None:
+    """Compares a head that is stored with the embedding that takes its place, some rows at a time.
+
+    Raises:
+        InvalidRequest: they differ.
+    """
+    with ExitStack() as opened:
+        slices: dict[str, Any] = {}
+        for shard in shards:
+            tensors = opened.enter_context(_open(shard))
+            names = {family.embedding, family.head}.intersection(tensors.keys())
+            slices |= {name: tensors.get_slice(name) for name in names}
+        if family.head not in slices:
+            return
+        embedding, head = slices[family.embedding], slices[family.head]
+        num_rows = embedding.get_shape()[0]
+        if embedding.get_dtype() == head.get_dtype() and all(
+            torch.equal(embedding[i : i + COMPARED_ROWS], head[i : i + COMPARED_ROWS])
+            for i in range(0, num_rows, COMPARED_ROWS)
+        ):
+            return
+    problem = f"{family.head} differs from {family.embedding}; set weight_tying to false in config.json"
+    raise InvalidRequest("model", str(directory), f"weight_tying makes the embedding the head, but {problem}")
 
 
 def _listed(names: list[str]) -> str:
