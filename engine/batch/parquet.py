@@ -1,6 +1,7 @@
 """Parquet in and out, by record batches; the only file that touches pyarrow, and only when it is needed.
 
-A row of the input is a plain line: columns are its fields, and null means "not given". The output has a row
+A row of the input is a plain line: columns are its fields, and null means "not given", also inside structs,
+where Parquet has every field that any row has. The output has a row
 a sample. It is made from the finished journal: a Parquet file cannot be continued after an interruption.
 """
 
@@ -43,9 +44,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for batch in file.iter_batches(batch_size=ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, {name: value for name, value in row.items() if value is not None}
+                    yield number, _given(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise InvalidRequest("--input-file", str(path), f"cannot be read as Parquet: {error}") from None
+
+
+def _given(value: Any) -> Any:
+    """The value without the fields of structs that are null."""
+    if isinstance(value, dict):
+        return {name: _given(entry) for name, entry in value.items() if entry is not None}
+    return [_given(entry) for entry in value] if isinstance(value, list) else value
 
 
 def read_ids(path: Path) -> Iterator[tuple[str, str]]:

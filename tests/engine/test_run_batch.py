@@ -129,6 +129,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"prompt": "x", "unmask": "treshold"}, "unmask: unknown policy; did you mean"),
     ({"prompt_token_ids": "x"}, "prompt_token_ids: must be a list"),
     ({"prompt": [1, 999]}, "prompt_token_ids: is outside the vocabulary"),
+    ({"prompt_token_ids": [19, 0, 21]}, "prompt_token_ids: is the mask id"),
     ({**chat_line("x"), "method": "GET"}, "method: must be POST"),
     ({**chat_line("x"), "url": "/v1/embeddings"}, "url: is not supported; use /v1/chat/completions or"),
     ({**chat_line("x"), "extra": 1}, "extra: unknown key"),
@@ -319,6 +320,52 @@ def test_parquet_goes_in_and_out(run: Run, tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(chats), tmp_path / "chats.parquet")
     run(tmp_path / "chats.parquet", tmp_path / "chats.jsonl")
     assert results(tmp_path / "chats.jsonl")["row-1"]["response"]["body"]["object"] == "chat.completion"
+
+
+def test_a_null_inside_a_struct_of_parquet_is_not_given(run: Run, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    parts = [{"type": "text", "text": "12.4", "image_url": None}, {"type": "text", "text": ""}]
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [{"role": "user", "content": parts, "name": None}],
+            "unmask": {"type": "threshold", "t": 0.5},
+        },
+        {
+            "messages": [{"role": "user", "content": parts, "name": None}],
+            "remask": {"type": "wino", "t2": 0.9},
+        },
+        {"prompt": "12.4=", "logit_bias": {"20": 1.0}, "unmask": {"type": "schedule", "steps": 2}},
+        {"prompt": "12.4=", "logit_bias": {"21": 1.0}, "unmask": {"type": "factor"}},
+        {"prompt": "12.4="},
+    ]
+    struct = pa.struct
+    schema = pa.schema(
+        {
+            "prompt": pa.string(),
+            "messages": pa.list_(
+                struct(
+                    {
+                        "role": pa.string(),
+                        "name": pa.string(),
+                        "content": pa.list_(
+                            struct({"type": pa.string(), "text": pa.string(), "image_url": pa.string()})
+                        ),
+                    }
+                )
+            ),
+            "unmask": struct({"type": pa.string(), "t": pa.float64(), "steps": pa.int64()}),
+            "remask": struct({"type": pa.string(), "t2": pa.float64(), "max_share": pa.float64()}),
+            "logit_bias": struct({"20": pa.float64(), "21": pa.float64()}),
+        }
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "in.parquet")
+    run(tmp_path / "in.parquet", tmp_path / "out.jsonl", defaults={"max_tokens": 4}, record_invalid=True)
+    found = results(tmp_path / "out.jsonl")
+    assert {name: result["response"]["status_code"] for name, result in found.items()} == {
+        f"row-{number}": 200 for number in range(1, 6)
+    }
 
 
 @pytest.mark.usefixtures("no_work")
