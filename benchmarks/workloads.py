@@ -7,6 +7,7 @@ be compared; tokens behind an end-of-text token are not counted as visible. Only
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -20,7 +21,10 @@ from remask import InvalidRequest, SamplingParams
 from remask.benchmarks.tiny.policies import POLICIES, ROOM
 from remask.benchmarks.tiny.tasks import PUZZLES, Puzzle
 from remask.scheduler.errors import did_you_mean
+from remask.text import encode
 from remask.workers.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase | None
 
@@ -30,6 +34,7 @@ CANVAS_LENS = (16, 32, 64)
 BLOCK_LENS = (8, 16, 32)
 CANVAS_STEP = 8  # that canvases of files are rounded up to
 FIXED_LEN = 64  # prompt and canvas of the `fixed` workload
+MAX_TOLD = 5  # rows of a file that a warning names
 TINY_POLICIES = ("threshold 0.9", "factor 1.0", "WINO 0.7/0.9")
 
 
@@ -103,7 +108,8 @@ def _puzzle_job(
 def sharegpt(tokenizer: Tokenizer, config: ModelConfig, count: int, path: Path) -> list[Job]:
     """First turns of a file of conversations in ShareGPT's format, with canvases as long as their answers.
 
-    Conversations that do not fit the model are passed over; where there are fewer than `count`, they repeat.
+    Rows that are no conversation, or do not fit the model, are skipped; a warning counts them and names the
+    first. Where there are fewer than `count`, they repeat.
 
     Raises:
         InvalidRequest: the file cannot be read, is no such file, or holds nothing that fits.
@@ -112,27 +118,51 @@ def sharegpt(tokenizer: Tokenizer, config: ModelConfig, count: int, path: Path) 
     if tokenizer is None:
         raise InvalidRequest("workload", name, "is text; give a model with a tokenizer")
     try:
-        conversations = json.loads(path.read_text(encoding="utf-8"))
-        turns = [[turn["value"] for turn in entry["conversations"][:2]] for entry in conversations]
-    except (OSError, ValueError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest("workload", name, f"cannot be read: {error}") from None
-    except (KeyError, TypeError) as error:
+    if not isinstance(rows, list):
         fix = "is not a list of objects with `conversations`, lists of objects with `from` and `value`"
-        raise InvalidRequest("workload", name, f"{fix} ({type(error).__name__}: {error})") from None
-    jobs = []
-    for texts in turns:
-        if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
-            continue
-        prompt, answer = (tokenizer.encode(text) for text in texts)
-        canvas_len = -(-len(answer) // CANVAS_STEP) * CANVAS_STEP
-        if len(prompt) + canvas_len <= config.max_len:
-            params = _params(canvas_len, min(32, canvas_len), {"unmask": "threshold:0.9"})
-            jobs.append(Job(prompt, params, texts[0]))
+        raise InvalidRequest("workload", name, fix)
+    jobs: list[Job] = []
+    skipped: list[str] = []
+    num_read = 0
+    for row in rows:
         if len(jobs) == count:
             break
+        num_read += 1
+        try:
+            jobs.append(_conversation_job(tokenizer, config, row))
+        except ValueError as error:
+            skipped.append(f"row {num_read} {error}")
+    told = f"{len(skipped)} of {num_read} rows skipped: {'; '.join(skipped[:MAX_TOLD])}"
+    told += "; ..." if len(skipped) > MAX_TOLD else ""
     if not jobs:
-        raise InvalidRequest("workload", name, f"holds no conversation of at most {config.max_len} tokens")
+        problem = (
+            f"holds no conversation of at most {config.max_len} tokens; {told}" if rows else "holds no rows"
+        )
+        raise InvalidRequest("workload", name, problem)
+    if skipped:
+        logger.warning("%s: %s", name, told)
     return list(islice(cycle(jobs), count))
+
+
+def _conversation_job(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, row: Any) -> Job:
+    """The first turn of a row of a ShareGPT file; raises ValueError with what is odd about it."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise ValueError("has no `conversations` of two turns")
+    texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2]]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("has a turn without a text `value`")
+    prompt, answer = (
+        encode(tokenizer, text, mask_id=config.mask_id, add_special_tokens=True) for text in texts
+    )
+    canvas_len = -(-len(answer) // CANVAS_STEP) * CANVAS_STEP
+    if not 0 < canvas_len <= config.max_len - len(prompt):
+        raise ValueError(f"takes {len(prompt)} + {canvas_len} tokens")
+    params = _params(canvas_len, min(32, canvas_len), {"unmask": "threshold:0.9"})
+    return Job(prompt, params, texts[0])
 
 
 WORKLOADS: dict[str, Callable[[Tokenizer, ModelConfig, int], list[Job]]] = {

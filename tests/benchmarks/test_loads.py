@@ -200,14 +200,42 @@ def test_conversations_become_requests(tiny_llm: LLM, tmp_path: Path) -> None:
     assert found[0].prompt == tokenizer.encode("hello")  # type: ignore[union-attr]
 
 
+def test_odd_rows_of_a_file_of_conversations_are_skipped_and_counted(
+    tiny_llm: LLM, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, good = tmp_path / "conversations.json", {"value": "x"}
+    odd: list[Any] = [
+        None,
+        "text",
+        {"id": 3},
+        {"conversations": None},
+        {"conversations": {"a": 1}},
+        {"conversations": [good]},
+        {"conversations": [good, "x"]},
+        {"conversations": [good, {"from": "gpt"}]},
+        {"conversations": [{"value": 5}, good]},
+        {"conversations": [good, {"value": "\ud800"}]},
+        {"conversations": [{"value": "y" * 600}, good]},
+    ]
+    masked = {"conversations": [{"value": "<|mdm_mask|>"}, good, None]}
+    path.write_text(json.dumps([*odd, {"conversations": [good, good]}, masked, None]), encoding="utf-8-sig")
+    config = tiny_llm._executor.facts.config
+    found = workloads.workload(f"sharegpt:{path}", tiny_llm.tokenizer, config, 2)
+    assert [job.text for job in found] == ["x", "<|mdm_mask|>"]
+    assert config.mask_id not in found[1].prompt
+    assert "11 of 13 rows skipped: row 1 has no `conversations` of two turns; row 2" in caplog.text
+    assert "row 6" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
         (None, "cannot be read"),
         ("[", "cannot be read"),
         ('{"a": 1}', "is not a list"),
-        ('[{"conversations": 3}]', "is not a list"),
+        ('[{"conversations": 3}]', "holds no conversation .*row 1 has no `conversations`"),
         ('[{"conversations": []}]', "holds no conversation"),
+        ("[]", "holds no rows"),
     ],
 )
 def test_a_file_that_holds_no_conversations_is_refused(
