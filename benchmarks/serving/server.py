@@ -7,14 +7,19 @@ import json
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from typing import Any
 
 from remask import Unavailable
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, Answer, Target
 from remask.benchmarks.workloads import Job
+from remask.scheduler.errors import shown
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0
+MAX_TOLD = 300  # bytes of an error's body
 
 
 class ServerTarget(Target):
@@ -32,14 +37,14 @@ class ServerTarget(Target):
         self.name = self._url = url.rstrip("/").removesuffix("/v1")
         try:
             with urllib.request.urlopen(f"{self._url}/v1/models", timeout=CONNECT_SECONDS) as response:
-                models = json.load(response)["data"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                models = [each["id"] for each in json.load(response)["data"]]
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
             raise Unavailable(
                 f"{self._url} does not answer as an OpenAI-compatible server: {error}"
             ) from None
         if model is None and not models:
             raise Unavailable(f"{self._url} serves no model")
-        self._model = model or models[0]["id"]
+        self._model = model or models[0]
         self._threads = ThreadPoolExecutor(MAX_CONCURRENCY)  # made as they are needed
 
     async def answer(self, job: Job) -> Answer:
@@ -62,26 +67,81 @@ class ServerTarget(Target):
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        started, first, parts, num_tokens = time.perf_counter(), None, [], None
+        started = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-                for line in response:
-                    data = line.removeprefix(b"data:").strip()
-                    if not data or data == b"[DONE]" or line.startswith(b":"):
-                        continue
-                    event = json.loads(data)
-                    if event.get("usage"):
-                        num_tokens = event["usage"]["completion_tokens"]
-                    text = "".join(choice.get("text") or "" for choice in event.get("choices", ()))
-                    if text and first is None:
-                        first = time.perf_counter() - started
-                    parts.append(text)
+                return read_answer(response, started)
         except urllib.error.HTTPError as error:
-            told = error.read(300).decode(errors="replace")
+            told = error.read(MAX_TOLD).decode(errors="replace")
             raise Unavailable(f"status {error.code}: {told}") from None
-        text = "".join(parts)
-        if num_tokens is None:
-            raise Unavailable(
-                "the server does not tell the tokens of an answer (stream_options.include_usage)"
-            )
-        return Answer(text, num_tokens, first_token_seconds=first)
+
+
+def read_answer(lines: Iterable[bytes], started: float) -> Answer:
+    """An answer from an event stream of completions; nothing behind `[DONE]` is read.
+
+    Args:
+        lines: of the stream, with their ends.
+        started: when the request was sent, on `time.perf_counter`.
+
+    Raises:
+        Unavailable: the server reports an error, breaks off, or does not tell the number of tokens.
+    """
+    first, parts, num_tokens, ended, num_events = None, [], None, False, 0
+    for data in events(lines):
+        if data == "[DONE]":
+            ended = True
+            break
+        num_events += 1
+        event = _object(data)
+        if event.get("error") or event.get("object") == "error":
+            raise Unavailable(f"the server reports: {shown(event.get('error') or event)}")
+        usage, choices = event.get("usage"), event.get("choices")
+        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+            num_tokens = usage["completion_tokens"]
+        choices = [each for each in choices if isinstance(each, dict)] if isinstance(choices, list) else []
+        ended = ended or any(choice.get("finish_reason") for choice in choices)
+        text = "".join(text for choice in choices if isinstance(text := choice.get("text"), str))
+        if text and first is None:
+            first = time.perf_counter() - started
+        parts.append(text)
+    if not ended:
+        what = "ended before [DONE]" if num_events else "is no event stream"
+        raise Unavailable(f"the server's answer {what}")
+    if num_tokens is None:
+        raise Unavailable("the server does not tell the tokens of an answer (stream_options.include_usage)")
+    return Answer("".join(parts), num_tokens, first_token_seconds=first)
+
+
+def events(lines: Iterable[bytes]) -> Iterator[str]:
+    """The data of each event of a stream of server-sent events; events without data are left out.
+
+    A blank line ends an event; newlines join its lines of data. Comments and other fields mean nothing here.
+    `[DONE]` does not wait for its blank line: some servers send none and leave the connection open.
+    """
+    data: list[str] = []
+    for text in _lines(lines):
+        name, _, value = text.partition(":")
+        if name == "data":
+            data.append(value.removeprefix(" "))
+        if (not text or data == ["[DONE]"]) and any(data):
+            yield "\n".join(data)
+            data.clear()
+    if any(data):
+        yield "\n".join(data)
+
+
+def _lines(lines: Iterable[bytes]) -> Iterator[str]:
+    r"""Lines that "\n", "\r\n" or "\r" end, of lines that "\n" ends."""
+    for number, line in enumerate(lines):
+        text = line.decode("utf-8-sig" if number == 0 else "utf-8", errors="replace")
+        yield from text.removesuffix("\n").removesuffix("\r").split("\r")
+
+
+def _object(data: str) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except (ValueError, RecursionError):
+        event = None
+    if not isinstance(event, dict):
+        raise Unavailable(f"the server sent an event that is no JSON object: {shown(data)}")
+    return event

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +21,7 @@ from remask.benchmarks import workloads
 from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget, VllmTarget
 from remask.benchmarks.serving.load import Run, closed_loop, figures
 from remask.benchmarks.serving.peer import ADAPTERS, PeerTarget
-from remask.benchmarks.serving.server import ServerTarget
+from remask.benchmarks.serving.server import ServerTarget, read_answer
 from remask.benchmarks.serving.targets import Answer, EngineTarget, Target
 from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY
 from remask.benchmarks.tiny.policies import POLICIES
@@ -100,6 +101,9 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             events.append({"choices": [], "usage": {"completion_tokens": 4}})
             lines = [f"data: {json.dumps(event)}\n\n" for event in events]
             self._send("".join([": ping\n\n", *lines, "data: [DONE]\n\n"]), "text/event-stream")
+            if asked[-1]["prompt"] == "stays open":
+                self.wfile.flush()
+                time.sleep(4)
 
         def _send(self, text: str, kind: str) -> None:
             self.send_response(200)
@@ -130,6 +134,57 @@ def test_a_server_gets_as_many_requests_at_once_as_it_shall(server: tuple[str, l
     jobs = [Job([1], JOB.params, "all at once")] * 40
     found = figures(asyncio.run(closed_loop(ServerTarget(server[0]), jobs, 40)))
     assert (found["completed"], found["failed"]) == (40, 0)
+
+
+TEXT = b'data: {"choices": [{"text": "0579"}]}\n\n'
+LAST = b'data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n'
+USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 4}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        TEXT + USAGE + DONE,
+        b"event: message\nid: 7\nretry: 3000\n" + TEXT + USAGE + DONE,
+        b"retry: 3000\n\nevent: ping\n\ndata\n\ndata:\n\n: comment\n" + TEXT + USAGE + DONE,
+        b'data: {"choices": [\ndata: {"text": "0579"}]}\n\n' + USAGE + DONE,
+        TEXT + b'data:{"choices": null, "usage": {"completion_tokens": 4}}\n\n' + DONE,
+        TEXT + b'data: {"usage": null}\n\n' + USAGE + b"data: [DONE]\n",
+        (b"\xef\xbb\xbf" + TEXT + USAGE + DONE).replace(b"\n", b"\r\n"),
+        (TEXT + USAGE + DONE).replace(b"\n", b"\r"),
+        TEXT + LAST + USAGE,
+    ],
+)
+def test_legal_event_streams_are_answers(stream: bytes) -> None:
+    answer = read_answer(stream.splitlines(keepends=True) if b"\n" in stream else [stream], 0.0)
+    assert (answer.text, answer.num_tokens) == ("0579", 4)
+
+
+@pytest.mark.parametrize(
+    ("stream", "problem"),
+    [
+        (TEXT + USAGE, r"ended before \[DONE\]"),
+        (TEXT + DONE, "does not tell the tokens"),
+        (b'{"choices": [{"text": "0579"}]}', "is no event stream"),
+        (b"", "is no event stream"),
+        (TEXT + b"data: {\n\n" + DONE, "no JSON object"),
+        (b"data: [1]\n\n" + DONE, "no JSON object"),
+        (TEXT + b'data: {"error": {"message": "out of memory"}}\n\n' + DONE, "reports: .*out of memory"),
+        (b'data: {"object": "error", "message": "too long"}\n\n' + DONE, "reports: .*too long"),
+    ],
+)
+def test_a_stream_that_fails_is_told(stream: bytes, problem: str) -> None:
+    with pytest.raises(Unavailable, match=problem):
+        read_answer(stream.splitlines(keepends=True), 0.0)
+
+
+def test_an_answer_ends_where_the_server_says_so(server: tuple[str, list[Any]]) -> None:
+    found = figures(
+        asyncio.run(closed_loop(ServerTarget(server[0]), [Job([1], JOB.params, "stays open")], 1))
+    )
+    assert found["completed"] == 1
+    assert found["mean_e2el_ms"] < 2000
 
 
 class OfflineVllm:
