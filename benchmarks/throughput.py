@@ -14,6 +14,7 @@ tokens; what was generated stands beside them, with the forwards it took.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -260,4 +261,17 @@ def cells(name: str, result: dict[str, Any]) -> list[str]:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(as_json(report, indent=1) + "\n")
+
+
+def as_json(report: dict[str, Any], indent: int | None = None) -> str:
+    """A report as strict JSON: what is no finite number is null."""
+    return json.dumps(_finite(report), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,8 @@
 
 A *closed loop* keeps a number of requests with the target: the next one goes in when one has come back. In an
 *open loop* requests arrive on their own, by a Poisson process or in bursts (gaps from a gamma distribution,
-whose shape is the burstiness; 1 is Poisson, less is burstier), whether or not the target keeps up.
+whose shape is the burstiness; 1 is Poisson, less is burstier, infinity is evenly spaced), whether or not the
+target keeps up.
 
 Keys are those of vLLM's serving benchmark. Visible tokens are counted; where a target does not stream, the
 first token comes with the last and the time per output token is left out.
@@ -89,7 +90,9 @@ def arrival_times(count: int, rate: float, burstiness: float = 1.0, seed: int = 
     """Seconds after the first of `count` requests, `rate` a second in the mean; an infinite rate: at once."""
     if np.isinf(rate):
         return [0.0] * count
-    gaps = np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), size=count - 1)
+    if np.isinf(burstiness):
+        return [place / rate for place in range(count)]
+    gaps = np.random.default_rng(seed).gamma(burstiness, size=count - 1) / burstiness / rate
     return [0.0, *np.cumsum(gaps).tolist()]
 
 

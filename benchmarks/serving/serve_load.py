@@ -43,7 +43,8 @@ class LoadOptions:
         served_model: what a server calls its model; None: its first.
         peer, peer_python: another engine for the same model, see `PeerTarget`; in place of a target.
         max_concurrency: a closed loop; None: an open one.
-        request_rate, burstiness: of the open loop; an infinite rate sends all at once.
+        request_rate, burstiness: of the open loop; an infinite rate sends all at once, with an infinite
+            burstiness arrivals are evenly spaced. JSON has no infinity: the report tells null.
     """
 
     target: str = "remask"
@@ -137,7 +138,7 @@ async def _measure(options: LoadOptions, told: Callable[[], None], keep: Keep) -
         "num_prompts": options.num_prompts,
         "max_concurrency": options.max_concurrency,
         "request_rate": None if math.isinf(options.request_rate) else options.request_rate,
-        "burstiness": options.burstiness,
+        "burstiness": None if math.isinf(options.burstiness) else options.burstiness,
         **figures(run),
         **counted,
         "notes": [*notes, *steadiness.notes()],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import math
 import os
 import sys
@@ -97,7 +96,9 @@ def serve_load(
     num_prompts: Annotated[int, typer.Option(help="Requests of the workload.")] = 64,
     max_concurrency: Annotated[int | None, typer.Option(help="Keep so many requests under way.")] = None,
     request_rate: Annotated[float, typer.Option(help="Arrivals a second; inf: all at once.")] = math.inf,
-    burstiness: Annotated[float, typer.Option(help="1: Poisson arrivals; less: in bursts.")] = 1.0,
+    burstiness: Annotated[
+        float, typer.Option(help="1: Poisson arrivals; less: in bursts; inf: evenly spaced.")
+    ] = 1.0,
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     output: Output = None,
@@ -247,7 +248,9 @@ def check_output(path: Path) -> None:
 
 def _print(report: dict[str, Any], table: Table, json: bool) -> None:
     if json:
-        sys.stdout.write(json_module.dumps(report) + "\n")
+        from remask.benchmarks.throughput import as_json
+
+        sys.stdout.write(as_json(report) + "\n")
         return
     Console().print(table)
     for note in (*map(": ".join, report.get("crossovers", {}).items()), *report.get("notes", ())):

@@ -17,6 +17,7 @@ from remask.benchmarks.serving import compare, serve_load
 from remask.benchmarks.serving.load import Run, Served, arrival_times, closed_loop, figures, open_loop
 from remask.benchmarks.serving.serve_load import LoadOptions, measure
 from remask.benchmarks.serving.targets import Answer, Target
+from remask.benchmarks.throughput import as_json
 from remask.benchmarks.tiny.tasks import ADDITION
 from remask.benchmarks.workloads import Job
 
@@ -31,6 +32,8 @@ def test_arrivals_have_their_rate_and_their_burstiness() -> None:
         assert gaps.mean() == pytest.approx(0.2, rel=0.05)
         assert gaps.std() / gaps.mean() == pytest.approx(variation, rel=0.05)
     assert arrival_times(3, math.inf) == [0.0, 0.0, 0.0]
+    assert arrival_times(4, 4.0, math.inf) == [0.0, 0.25, 0.5, 0.75]
+    assert arrival_times(4, 4.0, 1e300) == pytest.approx([0.0, 0.25, 0.5, 0.75])
     assert arrival_times(9, 1.0, seed=1) == arrival_times(9, 1.0, seed=1) != arrival_times(9, 1.0, seed=2)
 
 
@@ -142,6 +145,22 @@ def test_a_load_is_measured_on_each_target(tmp_path: Path) -> None:
     assert "transformers generate" in page
     assert "p99_e2el_ms" in page
     assert files[1].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_report_is_strict_json(remask: Any, tmp_path: Path) -> None:
+    def strict(text: str) -> Any:
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    run = remask(
+        *("bench", "serve-load", "--num-prompts", 3, "--request-rate", 10, "--burstiness", "inf", "--json"),
+        *("--output", tmp_path / "load.json"),
+    )
+    assert run.returncode == 0, run.stderr
+    found = strict(run.stdout)
+    assert found["burstiness"] is None
+    assert found["duration"] >= 0.2
+    assert strict((tmp_path / "load.json").read_text()) == found
+    assert strict(as_json({"a": [math.nan, (1.5, {"b": -math.inf})]})) == {"a": [None, [1.5, {"b": None}]]}
 
 
 def test_an_interrupted_load_keeps_what_has_come_back() -> None:
