@@ -56,7 +56,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         n: samples of the prompt; sample i has random numbers of its own.
         ignore_eos: go on after the model's end-of-sequence tokens.
         stop: strings that end the text where they first appear. The text is looked at when a block is
-            finished; what stands behind the string is dropped.
+            finished; what stands behind the string is dropped. One that is a special token's text, which no
+            text shows, is taken for its id.
         stop_token_ids: ids that end the text like the model's own end-of-sequence tokens.
         include_stop_str_in_output: leave what ended the text in it.
         logprobs: 0 or 1: tell the log-probability of each token at its commit, of the whole, untempered
