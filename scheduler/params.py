@@ -142,7 +142,7 @@ def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """The fields of a preset with `overrides` on top; its block length is cut to the canvas."""
     if not isinstance(name, str) or name not in PRESETS:
         raise InvalidRequest("preset", name, f"unknown preset; {did_you_mean(name, PRESETS)}")
-    fields = {"max_tokens": SamplingParams().max_tokens, **PRESETS[name], **overrides}
+    fields = {"max_tokens": SamplingParams().max_tokens, **PRESETS[name], **plain(overrides)}
     if "block_length" not in overrides and isinstance(fields["max_tokens"], int):
         block_length = PRESETS[name].get("block_length")
         fields["block_length"] = None if block_length is None else min(block_length, fields["max_tokens"])

@@ -118,3 +118,11 @@ def test_parameters_may_be_numpy_numbers_and_arrays() -> None:
     fields["unmask"] = Threshold(np.float64(0.5))  # type: ignore[arg-type]
     assert resolve(SamplingParams(**fields)) == expected
     assert resolve(MappingProxyType(fields)) == expected  # type: ignore[arg-type]
+
+
+def test_a_preset_is_cut_to_a_numpy_canvas() -> None:
+    for params in (
+        SamplingParams.preset("wino", max_tokens=np.int64(8)),
+        {"preset": "wino", "max_tokens": np.int8(8)},
+    ):
+        assert resolve(params).block_length == 8  # type: ignore[arg-type]
