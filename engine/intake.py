@@ -18,7 +18,7 @@ from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
 from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.stops import StopStrings
-from remask.text import content_text, encode, render_chat, split_stops
+from remask.text import content_text, encode, render_chat, special_tokens, split_stops
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -51,6 +51,7 @@ class Intake:
     ) -> None:
         self._config, self._tokenizer, self._max_len, self._seed = config, tokenizer, max_len, seed
         self.decode = None if tokenizer is None else _decoder(tokenizer)
+        self._special = {} if tokenizer is None else special_tokens(tokenizer)
         self._ordinals, self._canvas_ordinals = itertools.count(), itertools.count()
         eot = config.eot_id
         if eot is None and tokenizer is not None:
@@ -258,9 +259,9 @@ class Intake:
                     stop_id,
                     f"must lie in 0..{self._config.vocab_size - 1} and not be the mask id",
                 )
-        if not params.stop or self._tokenizer is None:
+        if not params.stop:
             return params
-        stop, ids = split_stops(self._tokenizer, params.stop, mask_id=self._config.mask_id)
+        stop, ids = split_stops(params.stop, self._special, mask_id=self._config.mask_id)
         ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))
         return msgspec.structs.replace(params, stop=stop, stop_token_ids=ids)
 
