@@ -252,17 +252,15 @@ class Intake:
         """Checks what ends a text; stop strings that are a special token become its id."""
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop", params.stop, "needs a tokenizer; use stop_token_ids")
-        for stop_id in params.stop_token_ids:
+        stop, ids = split_stops(params.stop, self._special, mask_id=self._config.mask_id)
+        ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))
+        for stop_id in ids:
             if stop_id >= self._config.vocab_size or stop_id == self._config.mask_id:
                 raise InvalidRequest(
                     "stop_token_ids",
                     stop_id,
                     f"must lie in 0..{self._config.vocab_size - 1} and not be the mask id",
                 )
-        if not params.stop:
-            return params
-        stop, ids = split_stops(params.stop, self._special, mask_id=self._config.mask_id)
-        ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))
         return msgspec.structs.replace(params, stop=stop, stop_token_ids=ids)
 
 
