@@ -1,4 +1,4 @@
-"""Between text and token ids where special tokens matter: encoding, chat templates and stop strings.
+"""Text and token ids around special tokens: encoding, chat templates and stop strings.
 
 The mask token is never a prompt's: a text that spells it means its characters. Special tokens are never a
 completion's: what looks for one in a text must look for its id.
