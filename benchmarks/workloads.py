@@ -109,7 +109,7 @@ def sharegpt(tokenizer: Tokenizer, config: ModelConfig, count: int, path: Path) 
     """First turns of a file of conversations in ShareGPT's format, with canvases as long as their answers.
 
     Rows that are no conversation, or do not fit the model, are skipped; a warning counts them and names the
-    first. Where there are fewer than `count`, they repeat.
+    first. If fewer than `count` fit, they repeat.
 
     Raises:
         InvalidRequest: the file cannot be read, is no such file, or holds nothing that fits.

@@ -21,7 +21,7 @@ from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.scheduler.sampling import BIAS, TOKEN, id_array
 from remask.stops import StopStrings
-from remask.text import content_text, encode, render_chat, split_stops
+from remask.text import content_text, encode, render_chat, special_tokens, split_stops
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -63,6 +63,7 @@ class Intake:
         self._limits = limits
         self.decode = None if tokenizer is None else _decoder(tokenizer)
         self._silent_ids = [] if tokenizer is None else _silent_ids(tokenizer)
+        self._special = {} if tokenizer is None else special_tokens(tokenizer)
         self._ordinals, self._canvas_ordinals = itertools.count(), itertools.count()
         eot = config.eot_id
         if eot is None and tokenizer is not None:
@@ -277,17 +278,15 @@ class Intake:
         """Checks what ends a text; stop strings that are a special token become its id."""
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop", params.stop, "needs a tokenizer; use stop_token_ids")
-        for stop_id in params.stop_token_ids:
+        stop, ids = split_stops(params.stop, self._special, mask_id=self._config.mask_id)
+        ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))
+        for stop_id in ids:
             if stop_id >= self._config.vocab_size or stop_id == self._config.mask_id:
                 raise InvalidRequest(
                     "stop_token_ids",
                     stop_id,
                     f"must lie in 0..{self._config.vocab_size - 1} and not be the mask id",
                 )
-        if not params.stop or self._tokenizer is None:
-            return params
-        stop, ids = split_stops(self._tokenizer, params.stop, mask_id=self._config.mask_id)
-        ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))
         return msgspec.structs.replace(params, stop=stop, stop_token_ids=ids)
 
 

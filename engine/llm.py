@@ -233,7 +233,10 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """The assistant's next turn of one conversation or of many; see `generate`."""
+        """The assistant's next turn of one conversation or of many; see `generate`.
+
+        The content of a message is text, or a list of parts `{"type": "text", "text": ...}`.
+        """
         return self.generate(self._intake.chat_prompts(messages), sampling_params, use_tqdm=use_tqdm)
 
     def scale(self, num_workers: int) -> None:

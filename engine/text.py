@@ -1,4 +1,4 @@
-"""Between text and token ids where special tokens matter: encoding, chat templates and stop strings.
+"""Text and token ids around special tokens: encoding, chat templates and stop strings.
 
 The mask token is never a prompt's: a text that spells it means its characters. Special tokens are never a
 completion's: what looks for one in a text must look for its id.
@@ -82,19 +82,25 @@ def content_text(name: str, content: object) -> str:
     return content
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the tokens that decoding leaves out, by their text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: token_id for token_id, token in added if token.special and token.content}
+
+
 def split_stops(
-    tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], *, mask_id: int
+    strings: Sequence[str], special: dict[str, int], *, mask_id: int
 ) -> tuple[list[str], list[int]]:
     """Stop strings that a text may hold, and the ids of those that are a special token.
+
+    Args:
+        strings: what shall end a text.
+        special: see `special_tokens`.
+        mask_id: what no text ends with.
 
     Raises:
         InvalidRequest: a string that can never appear: the mask token, or a special token amid other text.
     """
-    special = {
-        token.content: token_id
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token.content
-    }
     texts = [string for string in strings if string not in special]
     ids = [special[string] for string in strings if string in special]
     if mask_id in ids:

@@ -6,7 +6,7 @@ of these libraries is imported: arrays, columns and scalars have `tolist`, `to_l
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Iterator, KeysView, Mapping, Sequence, ValuesView
 from itertools import islice
 from typing import Any
 
@@ -43,7 +43,7 @@ def listed(value: Any, limit: int | None = None) -> list[Any] | None:
     """
     if isinstance(value, str | bytes | bytearray):
         return None
-    if isinstance(value, Sequence | Iterator | KeysView | ValuesView | ItemsView):
+    if isinstance(value, Sequence | Iterator | KeysView | ValuesView):
         return list(islice(value, limit))
     entries = _converted(value)
     return entries[:limit] if isinstance(entries, list) else None

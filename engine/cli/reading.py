@@ -12,7 +12,7 @@ def read_lines(file: Path | None, *, option: str) -> list[str]:
     r"""The lines that are not blank. Only "\n" and "\r\n" end one: a prompt may hold U+2028 and its kind.
 
     Args:
-        file: None or "-": stdin, which holds no lines where it is closed.
+        file: None or "-": stdin; a closed one holds no lines.
         option: what an error calls the file.
 
     Raises:

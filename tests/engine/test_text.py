@@ -16,6 +16,7 @@ import pytest
 from remask import LLM, InvalidRequest
 from remask.batch.run import BatchOptions, run_batch
 from remask.intake import Intake
+from remask.limits import Limits
 from remask.llm import load_tokenizer
 
 MASK, EOT = "<|mdm_mask|>", "<|eot_id|>"
@@ -31,7 +32,7 @@ def with_template(tiny_llm: LLM, tmp_path: Path) -> Any:
         config = json.loads((model / "tokenizer_config.json").read_text())
         (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
         tokenizer = load_tokenizer(model, required=True)
-        return Intake(tiny_llm._executor.facts.config, tokenizer, max_len=512, seed=0)
+        return Intake(tiny_llm._executor.facts.config, tokenizer, max_len=512, seed=0, limits=Limits())
 
     return make
 
