@@ -97,6 +97,8 @@ class Launched:
                 self.results = Fetched(self.state.results())
             except BaseException as error:
                 self.error = error
+                if is_out_of_memory(error):
+                    error.__traceback__ = None  # it holds the tensors of the step that did not fit
                 if not isinstance(error, Exception):
                     raise
 
