@@ -108,7 +108,7 @@ def shown(value: Any) -> str:
     return text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_an_extreme_field_costs_neighbours_no_more_than_ordinary_requests_of_as_many_rows(
     llm: LLM, capsys: pytest.CaptureFixture[str]
