@@ -66,7 +66,7 @@ def find_stop(
         strings: what to look for.
         decode: text of token ids; that of a piece is that of the whole text but for `EDGE_LEN` characters at
             the beginning.
-        start: so many tokens are known to complete none.
+        start: number of leading tokens known to complete none.
     """
     first, num_known = _safe_offset(ids[:start], max(map(len, strings)), decode)
 

@@ -82,7 +82,7 @@ def burst_len(
     max_seconds: float = BURST_SECONDS,
 ) -> int:
     """Steps of a burst: 1 while others wait for a place, then doubling as long as nobody arrives, and no more
-    than fit `max_seconds`: what is in a burst can be given to nobody else.
+    than fit `max_seconds`: no other worker can take the canvases of a burst.
 
     Args:
         fixed: what the user asked for; None: adapt.

@@ -83,7 +83,7 @@ class SamplingTables(HoldsTensors):
         reranked: bool [R]: canvases that rank by another softmax than the untempered one.
         entropy_floor: fp32 [R]: what is added to a probability inside the logarithm (Dream's code: 1e-10).
         edits: the bias, and ids that are banned; None: no canvas has any.
-        unranked: int64 [R, ids] padded with -1, or None where nobody has any.
+        unranked: int64 [R, ids] padded with -1; None if no canvas has any.
     """
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:

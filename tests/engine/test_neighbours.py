@@ -81,7 +81,7 @@ def neighbours_seconds(llm: LLM, ahead: list[tuple[list[int], dict[str, Any]]]) 
 
 
 def ordinary_ones(num_rows: int, priority: int) -> list[tuple[list[int], dict[str, Any]]]:
-    """Ordinary requests of so many rows together; one of them has a longer prompt, if need be."""
+    """Ordinary requests with a given number of rows together; one may have a longer prompt."""
     count, more = divmod(num_rows, NUM_ROWS)
     prompts = [PROMPT] * (count - 1) + [PROMPT + [20] * more]
     return [(prompt, {**ORDINARY, "priority": priority}) for prompt in prompts]
