@@ -23,13 +23,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from remask import LLM, SamplingParams
+from remask import LLM
 from remask.benchmarks.environment import Steadiness, environment_stamp
 from remask.benchmarks.simulation import Requests
 from remask.benchmarks.throughput import find_model, spread, write_report
 from remask.benchmarks.workloads import Job, workload
+from remask.embedded import model_directory
 from remask.scheduler.messages import StepBatch
 from remask.workers.executor import Finished
+from remask.workers.ray_executor import RayExecutor
+from remask.workers.start import WorkerSetup
 
 MODEL = "llada-124m"
 DTYPE = "float32"
@@ -106,27 +109,40 @@ def compare(num_workers: int, num_requests: int, repetitions: int, steadiness: S
 
 def round_trip() -> dict[str, float]:
     """Milliseconds of a burst beyond its compute."""
-    with LLM(
-        "tiny", dtype="float32", device="cpu", distributed_executor_backend="ray", max_num_rows=1 << 20
-    ) as llm:
-        llm.generate([[5]], SamplingParams(max_tokens=4), use_tqdm=False)  # the worker has joined
-        executor, requests = llm._executor, Requests()
-        (worker,) = executor.workers
-        made = [requests.make(36, 40, unmask="schedule") for _ in range(NUM_CANVASES)]
-        canvases = [canvas for request in made for canvas in request.canvases]
-        batch = StepBatch(
-            burst_id=0,
-            num_steps=1,
-            specs=[canvas.spec for canvas in canvases],
-            states=[canvas.state for canvas in canvases],
+    with model_directory("tiny") as directory:
+        setup = WorkerSetup(
+            model=str(directory.absolute()),
+            dtype="float32",
+            device="cpu",
+            load_format="auto",
+            batch_invariant=False,
+            max_num_rows=1 << 20,
+            attention_backend="auto",
+            quantization=None,
+            gpu_memory_utilization=0.9,
         )
-        beyond = []
+        executor = RayExecutor(setup, num_workers=1, num_cpus=1, num_gpus=None, placement_group=None)
+    requests = Requests()
+    made = [requests.make(36, 40, unmask="schedule") for _ in range(NUM_CANVASES)]
+    canvases = [canvas for request in made for canvas in request.canvases]
+    batch = StepBatch(
+        burst_id=0,
+        num_steps=1,
+        specs=[canvas.spec for canvas in canvases],
+        states=[canvas.state for canvas in canvases],
+    )
+    beyond = []
+    try:
+        while not executor.workers:
+            executor.next_event()
         for _ in range(ROUND_TRIPS):
             started = time.perf_counter()
-            executor.submit(batch, worker)
+            executor.submit(batch, executor.workers[0])
             while not isinstance(event := executor.next_event(), Finished):
                 pass
             beyond.append(1000 * (time.perf_counter() - started - event.result.seconds))
+    finally:
+        executor.close()
     return spread(beyond)
 
 

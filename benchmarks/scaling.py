@@ -49,7 +49,7 @@ class InstantExecutor(Executor):
     def submit(self, batch: StepBatch, worker: int) -> None:
         self._pending.append((worker, batch))
 
-    def next_event(self) -> Event:
+    def next_event(self, timeout: float | None = None) -> Event:
         worker, batch = self._pending.popleft()
         kept = self._last.get(worker, [])
         states = [kept[state] if isinstance(state, int) else state for state in batch.states]
@@ -63,9 +63,6 @@ class InstantExecutor(Executor):
             msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=StepResult)
             self.encoding_ms.append(1000 * (time.perf_counter() - started))
         return Finished(worker, result)
-
-    def forget(self) -> None:
-        self._pending.clear()
 
     def scale(self, num_workers: int) -> None:
         self.workers = range(num_workers)

@@ -21,7 +21,7 @@ from remask import InvalidRequest, SamplingParams
 from remask.benchmarks.tiny.policies import POLICIES, ROOM
 from remask.benchmarks.tiny.tasks import PUZZLES, Puzzle
 from remask.scheduler.errors import did_you_mean
-from remask.text import encode
+from remask.text import PromptEncoder
 from remask.workers.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -155,9 +155,8 @@ def _conversation_job(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, r
     texts = [turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2]]
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError("has a turn without a text `value`")
-    prompt, answer = (
-        encode(tokenizer, text, mask_id=config.mask_id, add_special_tokens=True) for text in texts
-    )
+    encoder = PromptEncoder(tokenizer, config.mask_id)
+    prompt, answer = (encoder.encode(text, add_special_tokens=True) for text in texts)
     canvas_len = -(-len(answer) // CANVAS_STEP) * CANVAS_STEP
     if not 0 < canvas_len <= config.max_len - len(prompt):
         raise ValueError(f"takes {len(prompt)} + {canvas_len} tokens")

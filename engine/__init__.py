@@ -11,6 +11,7 @@ from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput, Trac
 from remask.scheduler.errors import (
     EngineDead,
     InvalidRequest,
+    Overloaded,
     RemaskError,
     RequestFailed,
     RequestTooLarge,
@@ -58,6 +59,7 @@ __all__ = [
     "LowProb",
     "MemoryField",
     "OracleLoo",
+    "Overloaded",
     "RandomRemask",
     "Rcr",
     "RemaskError",

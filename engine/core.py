@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Iterable
 
-from remask.scheduler.errors import EngineDead, RemaskError, Unavailable
+from remask.scheduler.errors import EngineDead, RemaskError
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
 from remask.workers.executor import Event, Executor, Finished, Joined
 
-
-@contextmanager
-def uninterrupted() -> Generator[None, None, None]:
-    """Holds a keyboard interrupt back until the block is over.
-
-    Only the main thread is interrupted, so elsewhere there is nothing to hold back.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held and callable(handler):
-            handler(*held[0])
+LISTEN_SECONDS = 0.02  # a step of workers elsewhere ends by then, to let newcomers go to idle ones
 
 
 class EngineCore:
@@ -42,6 +21,11 @@ class EngineCore:
         self._scheduler, self._executor = scheduler, executor
         self._num_in_flight: Counter[int] = Counter()  # bursts of each worker whose result was not taken yet
         self._dead: RemaskError | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has something to wait for."""
+        return self._scheduler.num_live > 0 or self._num_in_flight.total() > 0
 
     def add(self, request: Request) -> None:
         """Takes a validated request.
@@ -59,35 +43,29 @@ class EngineCore:
         self._scheduler.abort(request_ids)
 
     def step(self) -> list[Request]:
-        """Fills the workers' queues and waits until something happens; returns the requests that ended by it
-        (none where there is nothing to do).
+        """Fills the workers' queues and waits until something happens, or for a moment; returns the requests
+        that ended by it. If there is nothing to do, it looks after the workers and does not wait.
 
-        An interrupt drops the bursts in flight: their canvases are ready again as they were before.
+        Raises:
+            EngineDead: every burst fails, or the executor has failed.
+            Unavailable: there is no worker, and none is coming.
         """
         try:
-            with uninterrupted():
-                self._fill()
-                ended = self._scheduler.take_convicted()
-            if not ended and (self._scheduler.num_live or self._num_in_flight.total()):
-                event = self._executor.next_event()
-                with uninterrupted():
-                    ended = self._apply(event)
-            now = time.monotonic()
-            for request in ended:
-                request.finish_time = now
-            return ended
-        except KeyboardInterrupt:
-            self._executor.forget()
-            for worker in list(self._num_in_flight):
-                self._scheduler.lose(worker, died=False)
-            self._num_in_flight.clear()
-            raise
-        except (EngineDead, Unavailable) as error:
+            self._fill()
+            ended = self._scheduler.take_convicted()
+            if not ended:
+                event = self._executor.next_event(LISTEN_SECONDS if self.is_busy else 0.0)
+                ended = [] if event is None else self._apply(event)
+        except RemaskError as error:
             self._die(error)
             raise
         except BaseException as error:
             self._die(EngineDead(f"a burst failed: {error!r}; make a new LLM"))
             raise
+        now = time.monotonic()
+        for request in ended:
+            request.finish_time = now
+        return ended
 
     def _fill(self) -> None:
         """Gives every worker one burst before any gets another."""

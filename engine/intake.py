@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from numbers import Integral
@@ -21,7 +21,7 @@ from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.scheduler.sampling import BIAS, TOKEN, id_array
 from remask.stops import StopStrings
-from remask.text import content_text, encode, render_chat, special_tokens, split_stops
+from remask.text import PromptEncoder, content_text, render_chat, special_tokens, split_stops
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -37,7 +37,7 @@ class CheckedPrompt(NamedTuple):
 
 
 class Intake:
-    """Makes requests for one model.
+    """Makes requests for one model; from any thread.
 
     Args:
         config: the model's shape and special ids.
@@ -61,10 +61,12 @@ class Intake:
     ) -> None:
         self._config, self._tokenizer, self._max_len, self._seed = config, tokenizer, max_len, seed
         self._limits = limits
+        self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, config.mask_id)
         self.decode = None if tokenizer is None else _decoder(tokenizer)
         self._silent_ids = [] if tokenizer is None else _silent_ids(tokenizer)
         self._special = {} if tokenizer is None else special_tokens(tokenizer)
-        self._ordinals, self._canvas_ordinals = itertools.count(), itertools.count()
+        self._num_requests = self._num_canvases = 0  # under the lock
+        self._lock = threading.Lock()
         eot = config.eot_id
         if eot is None and tokenizer is not None:
             eot = tokenizer.get_vocab().get("<|eot_id|>")
@@ -95,7 +97,15 @@ class Intake:
                 num_tokens = self._limits.check(checked[-1].params, num_tokens)
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
-        return [self.request(entry) for entry in checked]
+        first = self.reserve(len(checked))
+        return [self.request(entry, first + index) for index, entry in enumerate(checked)]
+
+    def reserve(self, num_requests: int = 1) -> int:
+        """The first ordinal of requests that follow each other, whatever other threads do meanwhile."""
+        with self._lock:
+            first = self._num_requests
+            self._num_requests += num_requests
+        return first
 
     def check(
         self, prompt: Prompt, params: SamplingParams | dict[str, Any] | None, priority: int | None = None
@@ -116,16 +126,23 @@ class Intake:
         self._check_lengths(ids, resolved)
         return CheckedPrompt(text, ids, self._with_own_ids(self._with_stops(resolved)))
 
-    def request(self, checked: CheckedPrompt, *, place: int | None = None) -> Request:
+    def request(
+        self, checked: CheckedPrompt, ordinal: int | None = None, *, place: int | None = None
+    ) -> Request:
         """A request of its own id.
 
         Args:
             checked: what `check` returned.
-            place: what a request without a seed derives its seed from, with `LLM(seed)`. None: how many were
-                made before it. A caller that may leave requests out (a resumed batch file) says their places.
+            ordinal: its number, which `reserve` gave; None: the next.
+            place: what a request without a seed derives its seed from, with `LLM(seed)`; None: the ordinal.
+                A caller that may leave requests out (a resumed batch file) says their places.
         """
         text, ids, params = checked
-        ordinal = next(self._ordinals)
+        if ordinal is None:
+            ordinal = self.reserve()
+        with self._lock:
+            canvas_ordinal = self._num_canvases
+            self._num_canvases += params.n
         seed = params.seed
         if seed is None:
             seed = _derived_seed(self._seed, ordinal if place is None else place)
@@ -134,7 +151,7 @@ class Intake:
         stop_token_ids = frozenset(params.stop_token_ids).difference(end_ids)
         first = new_canvas(
             request_id,
-            next(self._canvas_ordinals),
+            canvas_ordinal,
             ids,
             params,
             seed=seed,
@@ -145,7 +162,7 @@ class Intake:
         more = [
             Canvas(
                 request_id,
-                next(self._canvas_ordinals),
+                canvas_ordinal + sample,
                 msgspec.structs.replace(first.spec, sample=sample),
                 first.state,
             )
@@ -190,7 +207,8 @@ class Intake:
         assert self._tokenizer is not None, "checked with the template"
         messages = _text_messages(name, plain(conversation))
         text = render_chat(self._tokenizer, messages, name=name)
-        ids = self._encode(text, add_special_tokens=False)
+        assert self._encoder is not None, "there is a tokenizer"
+        ids = self._encoder.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 
     def _check_template(self) -> None:
@@ -212,15 +230,10 @@ class Intake:
         if ids is None:
             if not isinstance(text, str):
                 raise InvalidRequest("prompt", text, "must be text or a list of token ids")
-            if self._tokenizer is None:
+            if self._encoder is None:
                 raise InvalidRequest("prompt", text, "the model has no tokenizer; give token ids")
-            ids = self._encode(text, add_special_tokens=True) if text else []
+            ids = self._encoder.encode(text, add_special_tokens=True) if text else []
         return text if isinstance(text, str) else None, self._check_ids(ids)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        assert self._tokenizer is not None, "checked by the callers"
-        mask_id = self._config.mask_id
-        return encode(self._tokenizer, text, mask_id=mask_id, add_special_tokens=add_special_tokens)
 
     def _check_ids(self, ids: object) -> list[int]:
         if not isinstance(ids, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):

@@ -1,4 +1,5 @@
-"""Ceilings for what one call may ask for: options of the engine, checked before anything of the call runs."""
+"""Ceilings for what one call, and all calls together, may ask for: options of the engine, checked before
+anything of a call runs."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.errors import InvalidRequest, Overloaded
 from remask.scheduler.params import ResolvedParams
 
 
@@ -18,6 +19,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_n: int | None = 1024
     max_stop_strings: int | None = 16  # of a request; equal ones count once
     max_stop_len: int | None = 256  # characters of each
+    max_queued_requests: int | None = None  # that have not ended, of all calls together
+    max_queued_tokens: int | None = None  # of their canvases
 
     @classmethod
     def of(cls, **options: Any) -> Limits:
@@ -37,6 +40,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if ceiling is not None and num_prompts > ceiling:
             fix = f"are more than the engine's max_prompts_per_call; use at most {ceiling} a call"
             raise InvalidRequest("prompts", num_prompts, fix)
+
+    def check_live(self, *, num_requests: int, num_tokens: int, more: tuple[int, int]) -> None:
+        """Raises Overloaded if `more`, requests and tokens of their canvases, do not fit beside the live."""
+        for name, num_live, num_more, ceiling in (
+            ("max_queued_requests", num_requests, more[0], self.max_queued_requests),
+            ("max_queued_tokens", num_tokens, more[1], self.max_queued_tokens),
+        ):
+            if ceiling is not None and num_live + num_more > ceiling:
+                kind = name.removeprefix("max_queued_")
+                raise Overloaded(
+                    f"{num_live} {kind} have not ended, and {num_more} more are above the engine's {name} "
+                    f"{ceiling}; try again later, or use a smaller call"
+                )
 
     def check(self, params: ResolvedParams, num_tokens_before: int = 0) -> int:
         """Checks a request's parameters; returns the tokens of the call's canvases so far.

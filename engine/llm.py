@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import queue
+import weakref
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,12 +19,13 @@ from remask.intake import Intake, Message, Prompt
 from remask.limits import Limits
 from remask.outputs import RequestOutput, request_output
 from remask.scheduler.canvas import new_probe
-from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.errors import InvalidRequest, RemaskError
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.plain import plain
 from remask.scheduler.planning import BURST_SECONDS, OVERLAPPED_BURST_SECONDS
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
+from remask.thread import EngineThread
 from remask.workers.attention.select import BACKENDS
 from remask.workers.executor import Executor, InProcessExecutor
 from remask.workers.start import WorkerSetup
@@ -72,8 +75,11 @@ class LLM:
         max_n: `n` of a request.
         max_stop_strings: strings in `stop` of a request.
         max_stop_len: characters of each.
+        max_queued_requests: requests that have not ended, of all calls together; a call that brings more is
+            refused with Overloaded, and nothing of it runs. None: no ceiling.
+        max_queued_tokens: tokens of their canvases, likewise.
 
-    An engine serves one call at a time; give each thread an engine of its own.
+    Calls may come from any thread, and share every step. A forked process makes an engine of its own.
 
     The other arguments are names to rely on; values that are not supported yet are refused.
 
@@ -110,6 +116,8 @@ class LLM:
         max_n: int | None = 1024,
         max_stop_strings: int | None = 16,
         max_stop_len: int | None = 256,
+        max_queued_requests: int | None = None,
+        max_queued_tokens: int | None = None,
     ) -> None:
         # Numbers may be NumPy's.
         seed, max_num_rows, max_num_seqs, burst, max_model_len, gpu_memory_utilization = plain(
@@ -148,6 +156,8 @@ class LLM:
             max_n=max_n,
             max_stop_strings=max_stop_strings,
             max_stop_len=max_stop_len,
+            max_queued_requests=max_queued_requests,
+            max_queued_tokens=max_queued_tokens,
         )
         if not isinstance(gpu_memory_utilization, int | float) or not 0 < gpu_memory_utilization <= 1:
             fix = "must lie above 0 and not above 1"
@@ -191,7 +201,9 @@ class LLM:
             burst_seconds=OVERLAPPED_BURST_SECONDS if executor.facts.overlaps else BURST_SECONDS,
         )
         self._intake = Intake(config, self.tokenizer, max_len=max_len, seed=seed, limits=limits)
-        self._executor, self._core = executor, EngineCore(scheduler, executor)
+        self._executor = executor
+        self._thread = EngineThread(EngineCore(scheduler, executor), limits)
+        self._close = weakref.finalize(self, self._thread.close)
 
     def generate(
         self,
@@ -218,8 +230,11 @@ class LLM:
 
         Raises:
             InvalidRequest: naming the prompt's index and the parameter; nothing of the call has run.
-            EngineDead: the engine was closed or has failed.
+            Overloaded: more is live than the engine's options allow; nothing of the call has run.
+            EngineDead: the engine was closed, also from another thread, or has failed.
+            Unavailable: there is no worker, and none is coming.
         """
+        self._thread.check_alive()
         requests = self._intake.requests(prompts, sampling_params, priority)
         return self._run(requests, show_progress=use_tqdm)
 
@@ -251,8 +266,9 @@ class LLM:
         self._executor.scale(num_workers)
 
     def close(self) -> None:
-        """Frees the model and the workers; idempotent. Afterwards `generate` raises EngineDead."""
-        self._core.close()
+        """Frees the model and the workers; idempotent, from any thread. Calls that run, and later ones, raise
+        EngineDead."""
+        self._close()
 
     def __enter__(self) -> LLM:
         return self
@@ -280,21 +296,24 @@ class LLM:
         Closing the generator, or an error in it, forgets what has not finished.
         """
         source = iter(requests)
+        ended: queue.SimpleQueue[Request | RemaskError] = queue.SimpleQueue()
         live: set[str] = set()
         try:
             while True:
-                room = None if max_live is None else max_live - len(live)
-                for request in itertools.islice(source, room):
-                    live.add(request.request_id)
-                    self._core.add(request)
+                more = list(itertools.islice(source, None if max_live is None else max_live - len(live)))
+                live.update(request.request_id for request in more)
                 if not live:
                     return
-                for request in self._core.step():
-                    if request.request_id in live:
-                        live.discard(request.request_id)
-                        yield request_output(request, self._intake.decode)
+                if more:
+                    self._thread.add(more, ended.put)
+                request = ended.get()
+                if isinstance(request, RemaskError):
+                    self._thread.check_alive()
+                    raise request
+                live.discard(request.request_id)
+                yield request_output(request, self._intake.decode)
         finally:
-            self._core.abort(live)
+            self._thread.abort(live)
 
 
 def _executor(backend: str, setup: WorkerSetup, ray_options: dict[str, Any]) -> Executor:

@@ -17,28 +17,37 @@ from remask.scheduler.errors import InvalidRequest
 MAX_REASON_LEN = 200  # characters of what a chat template says
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, mask_id: int, add_special_tokens: bool
-) -> list[int]:
-    """Ids of a prompt, none of them the mask's: its token in the text is encoded as ordinary characters.
+class PromptEncoder:
+    """Encodes prompts, from any thread.
 
-    Raises:
-        InvalidRequest: the text is not valid Unicode, or the tokenizer has no other ids for the mask's
-            characters.
+    The mask's ids as ordinary characters are found once: splitting special tokens is a setting of the
+    tokenizer that all threads would see.
     """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidRequest("prompt", text, "is not valid Unicode; give UTF-8 text") from None
-    ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    if mask_id not in ids:
-        return ids
-    mask = str(tokenizer.decode([mask_id]))
-    characters = tokenizer.encode(mask, add_special_tokens=False, split_special_tokens=True)
-    if mask_id in characters:
-        problem = f"holds the mask token {mask!r}, which a canvas alone may hold; leave it out"
-        raise InvalidRequest("prompt", text, problem)
-    return [i for own in ids for i in (characters if own == mask_id else (own,))]
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
+        self._tokenizer, self._mask_id = tokenizer, mask_id
+        self._mask = str(tokenizer.decode([mask_id]))
+        self._mask_as_text = tokenizer.encode(self._mask, add_special_tokens=False, split_special_tokens=True)
+        tokenizer.encode("", add_special_tokens=False)  # which takes the setting back
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a prompt, none of them the mask's: its token in the text is encoded as ordinary characters.
+
+        Raises:
+            InvalidRequest: the text is not valid Unicode, or the tokenizer has no other ids for the mask's
+                characters.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InvalidRequest("prompt", text, "is not valid Unicode; give UTF-8 text") from None
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if self._mask_id not in ids:
+            return ids
+        if self._mask_id in self._mask_as_text:
+            problem = f"holds the mask token {self._mask!r}, which a canvas alone may hold; leave it out"
+            raise InvalidRequest("prompt", text, problem)
+        return [i for own in ids for i in (self._mask_as_text if own == self._mask_id else (own,))]
 
 
 def render_chat(

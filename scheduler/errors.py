@@ -44,6 +44,12 @@ class InvalidRequest(RemaskError, ValueError):
         return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)
 
 
+class Overloaded(RemaskError):
+    """The engine has as many requests or tokens waiting as its options allow; try again later."""
+
+    status = 429
+
+
 class RequestTooLarge(RemaskError):
     """A step of the request does not fit into a worker's memory, also if it runs alone."""
 

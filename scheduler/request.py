@@ -46,6 +46,11 @@ class Request:
         self.num_open = len(self.canvases)
 
     @property
+    def num_canvas_tokens(self) -> int:
+        """Slots of its canvases together."""
+        return sum(canvas.spec.canvas_len for canvas in self.canvases)
+
+    @property
     def error(self) -> str | None:
         """The message of the failure."""
         return str(self.failure) if self.failure is not None else None

@@ -55,20 +55,23 @@ class Executor(ABC):
         """Hands a burst to a worker."""
 
     @abstractmethod
-    def next_event(self) -> Event:
-        """Waits until something happens.
+    def next_event(self, timeout: float | None = None) -> Event | None:
+        """Waits until something happens, and looks after the workers.
+
+        Args:
+            timeout: seconds; None: no limit. A worker in the caller's process ends its burst first.
+
+        Returns:
+            None if nothing has happened by then.
 
         Raises:
+            EngineDead: the workers are out of reach for good.
             Unavailable: there is no worker, and none is coming.
         """
 
     @abstractmethod
-    def forget(self) -> None:
-        """Drops the bursts that have not come back; their results are never returned."""
-
-    @abstractmethod
     def scale(self, num_workers: int) -> None:
-        """Wants another number of workers."""
+        """Wants another number of workers; from any thread. It takes effect in `next_event`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -76,7 +79,7 @@ class Executor(ABC):
 
 
 class InProcessExecutor(Executor):
-    """One worker in the caller's process and thread; never starts Ray.
+    """One worker in the caller's process; never starts Ray.
 
     A burst runs when a result is asked for. On a GPU the next one is then launched too, before the host waits
     for the first.
@@ -92,15 +95,13 @@ class InProcessExecutor(Executor):
     def submit(self, batch: StepBatch, worker: int) -> None:
         self._queue.append(batch)
 
-    def next_event(self) -> Event:
+    def next_event(self, timeout: float | None = None) -> Event | None:
         assert self._worker is not None, "the executor is closed"
+        if not (self._queue or self._launched):
+            return None
         while self._queue and len(self._launched) < self.queue_depth:
             self._launched.append(self._worker.launch(self._queue.popleft()))
         return Finished(0, self._worker.collect(self._launched.popleft()))
-
-    def forget(self) -> None:
-        self._queue.clear()
-        self._launched.clear()
 
     def scale(self, num_workers: int) -> None:
         fix = "there is one worker, in this process; set distributed_executor_backend='ray'"
@@ -108,4 +109,5 @@ class InProcessExecutor(Executor):
 
     def close(self) -> None:
         self._worker = None
-        self.forget()
+        self._queue.clear()
+        self._launched.clear()

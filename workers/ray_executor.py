@@ -165,7 +165,7 @@ class RayExecutor(Executor):
             self._check_resources(num_workers)
         self._target, self._failed_starts = num_workers, 0
 
-    def next_event(self) -> Event:
+    def next_event(self, timeout: float | None = None) -> Event | None:
         while True:
             self._reconcile()
             event = self._stalled()
@@ -179,10 +179,6 @@ class RayExecutor(Executor):
                 event = self._take(ref, *refs[ref])
                 if event is not None:
                     return event
-
-    def forget(self) -> None:
-        for held in self._held.values():
-            held.bursts.clear()
 
     def close(self) -> None:
         if self._closed:

@@ -64,7 +64,7 @@ def test_who_gives_up_aborts_the_request(how: str) -> None:
         generator = engine.generate(PROMPTS[0], long)
         task = asyncio.ensure_future(anext(generator))
         await asyncio.sleep(0.5)
-        assert engine._llm._core._scheduler.num_live == 1
+        assert engine._llm._thread.num_live == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -72,7 +72,7 @@ def test_who_gives_up_aborts_the_request(how: str) -> None:
             await generator.aclose()
         output = await only(engine, PROMPTS[1], ASK)
         assert output.finished
-        assert engine._llm._core._scheduler.num_live == 0
+        assert engine._llm._thread.num_live == 0
 
     run(test, burst=1)
 
@@ -90,7 +90,9 @@ def test_a_bad_request_is_refused_and_harms_no_other() -> None:
 def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def dies(self: InProcessExecutor) -> Left:
+    def dies(self: InProcessExecutor, timeout: float | None) -> Left | None:
+        if not self._queue:
+            return None
         self._queue.clear()
         return Left(0, died=True)
 
@@ -100,7 +102,7 @@ def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
         with pytest.raises(WorkerDied, match="1 workers in a row died"):
             await only(engine, PROMPTS[0], ASK)
 
-        def fails(_: InProcessExecutor) -> None:
+        def fails(*_: object) -> None:
             raise RuntimeError("out of memory")
 
         monkeypatch.setattr(InProcessExecutor, "next_event", fails)

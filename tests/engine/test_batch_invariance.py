@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,13 +128,13 @@ def test_neighbours_that_are_aborted_change_no_bit(make: Any, alone: list[tuple[
     with make(burst=2) as llm:
         ask = asks(65)
         requests = llm._intake.requests([prompt for prompt, _ in ask], [params for _, params in ask])
-        for request in requests:
-            llm._core.add(request)
-        finished = [request for _ in range(3) for request in llm._core.step()]
-        llm._core.abort(request.request_id for request in requests[::2])
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        llm._thread.add(requests, ended.put)
+        ended.get()  # some are done, some are not
+        llm._thread.abort(request.request_id for request in requests[::2])
         kept = requests[1::2]
         while any(request.finish_time is None for request in kept):
-            finished += llm._core.step()
+            ended.get()
         found = [told(request_output(request, None).outputs[0]) for request in kept]
         assert found == alone[1::2]
 

@@ -13,8 +13,8 @@ import pytest
 
 from remask import LLM, EngineDead, InvalidRequest, SamplingParams, Schedule
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
-from remask.core import EngineCore
 from remask.scheduler.messages import StepBatch
+from remask.thread import EngineThread
 from remask.workers.executor import InProcessExecutor
 from remask.workers.worker import Worker
 
@@ -105,7 +105,7 @@ def test_one_bad_request_stops_the_call_before_anything_runs(
     def never(*_: object) -> None:
         raise AssertionError("work has started")
 
-    monkeypatch.setattr(EngineCore, "step", never)
+    monkeypatch.setattr(EngineThread, "add", never)
     with pytest.raises(InvalidRequest, match=r"prompt 1: unmask\.t"):
         tiny_llm.generate([PUZZLE, PUZZLE], [ASK, SamplingParams(unmask="threshold:7")])
 
@@ -262,47 +262,6 @@ def test_no_prompts_give_no_outputs(tiny_llm: LLM) -> None:
     assert tiny_llm.generate([]) == []
 
 
-def test_an_interrupted_call_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM("tiny", device="cpu", burst=1) as llm:
-        slow = SamplingParams(max_tokens=40, block_length=40, unmask=Schedule())
-        (expected,) = llm.generate(PUZZLE, slow)
-        run: Callable[..., Any] = InProcessExecutor.next_event
-        calls = iter([run, run, KeyboardInterrupt])
-
-        def interrupted(self: InProcessExecutor) -> Any:
-            action = next(calls)
-            if action is KeyboardInterrupt:
-                raise KeyboardInterrupt
-            return action(self)
-
-        monkeypatch.setattr(InProcessExecutor, "next_event", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([PUZZLE] * 3, slow)
-        monkeypatch.undo()
-        (output,) = llm.generate(PUZZLE, slow)
-        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
-
-
-def test_a_call_after_an_interrupt_runs_nothing_of_the_interrupted_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with LLM("tiny", device="cpu", burst=64, max_num_rows=4096) as llm:
-        launch: Callable[..., Any] = Worker.launch
-        ran: list[int] = []
-
-        def counted(self: Worker, batch: StepBatch) -> Any:
-            ran.append(len(batch.specs))
-            if len(ran) == 1:
-                raise KeyboardInterrupt
-            return launch(self, batch)
-
-        monkeypatch.setattr(Worker, "launch", counted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([PUZZLE] * 30, ASK)
-        llm.generate(PUZZLE, ASK)
-        assert ran == [30, 1]
-
-
 def test_a_second_burst_in_the_queue_changes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bursts that go on with what the worker kept, from the scheduler to the text."""
     asked = [
@@ -334,12 +293,13 @@ def test_a_second_burst_in_the_queue_changes_no_output(monkeypatch: pytest.Monke
 def test_a_failed_engine_says_why_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM("tiny", device="cpu")
 
-    def fail(_: InProcessExecutor) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(InProcessExecutor, "next_event", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    monkeypatch.setattr(InProcessExecutor, "submit", fail)
+    with pytest.raises(EngineDead, match="out of memory") as caught:
         llm.generate(PUZZLE, ASK)
+    assert isinstance(caught.value.__cause__, RuntimeError)
     monkeypatch.undo()
     with pytest.raises(EngineDead, match="out of memory"):
         llm.generate(PUZZLE, ASK)

@@ -18,6 +18,7 @@ from remask import LLM, InvalidRequest
 from remask.batch.check import CustomIds, InvalidBatch
 from remask.batch.run import BatchOptions, Summary, run_batch
 from remask.core import EngineCore
+from remask.thread import EngineThread
 
 Run = Callable[..., Summary]
 
@@ -49,7 +50,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("work has started")
 
-    monkeypatch.setattr(EngineCore, "step", never)
+    monkeypatch.setattr(EngineThread, "add", never)
 
 
 def test_results_are_openai_objects_with_forwards_and_seed(run: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from remask import InvalidRequest
 from remask.batch.identity import RunName, model_digest, parse_id
 from remask.batch.journal import BatchStopped, Journal
 from remask.batch.run import Summary
-from remask.core import EngineCore
+from remask.thread import EngineThread
 
 Run = Callable[..., Summary]
 MakeFile = Callable[[int], Path]
@@ -25,7 +25,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def never(*_: object) -> None:
         raise AssertionError("work has started")
 
-    return lambda: monkeypatch.setattr(EngineCore, "step", never)
+    return lambda: monkeypatch.setattr(EngineThread, "add", never)
 
 
 def test_resume_starts_a_run_that_has_no_output_and_does_nothing_on_a_finished_one(

@@ -18,6 +18,7 @@ from remask.batch.run import BatchOptions, run_batch
 from remask.intake import Intake
 from remask.limits import Limits
 from remask.llm import load_tokenizer
+from remask.text import PromptEncoder
 
 MASK, EOT = "<|mdm_mask|>", "<|eot_id|>"
 
@@ -72,8 +73,18 @@ def test_a_mask_that_has_no_other_ids_is_refused_by_name(tiny_llm: LLM, monkeypa
         "encode",
         lambda self, text, split_special_tokens=False, **options: encode(self, text, **options),
     )
+    encoder = PromptEncoder(tiny_llm.tokenizer, mask_id=0)
+    assert encoder.encode("a", add_special_tokens=True) == tiny_llm.tokenizer.encode("a")
     with pytest.raises(InvalidRequest, match=r"prompt: holds the mask token '<\|mdm_mask\|>'"):
-        tiny_llm.generate(f"a{MASK}")
+        encoder.encode(f"a{MASK}", add_special_tokens=True)
+
+
+def test_encoding_changes_no_setting_that_other_threads_see(tiny_llm: LLM) -> None:
+    backend = tiny_llm.tokenizer._tokenizer
+    encoder = PromptEncoder(tiny_llm.tokenizer, mask_id=0)
+    assert not backend.encode_special_tokens
+    encoder.encode(f"a{MASK}", add_special_tokens=True)
+    assert not backend.encode_special_tokens
 
 
 def test_a_stop_string_that_is_a_special_token_ends_the_text_there(tiny_llm: LLM) -> None:
