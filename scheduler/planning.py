@@ -17,6 +17,7 @@ BURST_SECONDS = 0.2  # a burst gets no longer for the sake of the host, whose sh
 # If workers launch a burst while another runs, a shorter one hides the host, and computes fewer rows of
 # canvases that have ended.
 OVERLAPPED_BURST_SECONDS = 0.05
+WAITING_BURST_SECONDS = 0.05  # while others wait for a place; they wait for a step in any case
 MAX_PASSED = 32  # canvases that do not fit before the search for smaller ones ends
 REGROW_AFTER = 64  # bursts in a row that fit a worker's memory before it gets larger ones again
 
@@ -35,6 +36,18 @@ class Allowance(NamedTuple):
 
     budget: Budget
     num_fitting: int = 0  # bursts in a row that fitted since the budget last changed
+
+
+class Pace(NamedTuple):
+    """How fast a worker was in its last burst."""
+
+    step_seconds: float
+    num_rows: int  # of a step
+
+    def step_seconds_of(self, num_rows: int) -> float:
+        """Seconds of a step of that many rows: in proportion if they are more. Not less if they are fewer: a
+        small step waits for weights and not for arithmetic."""
+        return self.step_seconds * max(1.0, num_rows / self.num_rows)
 
 
 def order_of(priority: int, arrival_time: float, ordinal: int) -> Order:
@@ -81,20 +94,22 @@ def burst_len(
     step_seconds: float,
     max_seconds: float = BURST_SECONDS,
 ) -> int:
-    """Steps of a burst: 1 while others wait for a place, then doubling as long as nobody arrives, and no more
-    than fit `max_seconds`: no other worker can take the canvases of a burst.
+    """Steps of a burst: doubling as long as nobody arrives, and no more than fit `max_seconds`, because no
+    other worker can take the canvases of a burst. While others wait for a place: as many as are over in
+    `WAITING_BURST_SECONDS`.
 
     Args:
         fixed: what the user asked for; None: adapt.
         others_wait: whether somebody is ready who did not fit.
         num_quiet: bursts since the last arrival.
-        step_seconds: what a step took last; 0: not known.
+        step_seconds: what a step is expected to take; 0: not known.
         max_seconds: how long a burst may last.
     """
     if fixed is not None:
         return fixed
     if others_wait:
-        return 1
+        fitting = int(WAITING_BURST_SECONDS / step_seconds) if step_seconds > 0 else 1
+        return max(1, min(MAX_BURST, fitting))
     fitting = int(max_seconds / step_seconds) if step_seconds > 0 else MAX_BURST
     return max(1, min(1 << min(num_quiet, 30), MAX_BURST, fitting))
 

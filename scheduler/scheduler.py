@@ -41,6 +41,7 @@ from remask.scheduler.planning import (
     Allowance,
     Budget,
     Order,
+    Pace,
     burst_len,
     order_of,
     regrow,
@@ -115,7 +116,7 @@ class Scheduler:
         self._accused: list[Request] = []  # since a burst came back
         self._accused_of: list[str] = []  # the class of error of the last of them, for each in a row
         self._wants_probe, self._probe_deaths = False, 0
-        self._step_seconds = 0.0  # of the last of them
+        self._paces: dict[int, Pace] = {}  # by worker
 
     @property
     def num_live(self) -> int:
@@ -182,11 +183,12 @@ class Scheduler:
         continued = sum(id(canvas) in places for canvas in taken)
         others_wait = self._first_ready() is not None or continued < sum(map(_goes_on, before))
         burst_id = self._tails[worker] = next(self._burst_ids)
+        pace = self._paces.get(worker)
         num_steps = burst_len(
             self._burst_len,
             others_wait=others_wait,
             num_quiet=self._num_quiet,
-            step_seconds=self._step_seconds,
+            step_seconds=pace.step_seconds_of(sum(c.num_rows for c in taken)) if pace is not None else 0.0,
             max_seconds=self._burst_seconds,
         )
         follows = follows if continued else None
@@ -237,7 +239,7 @@ class Scheduler:
         finished = self._convict()
         if burst.is_probe:
             return finished
-        self._step_seconds = result.seconds / burst.num_steps
+        self._note_pace(burst, result)
         self._allowances[burst.worker] = regrow(self._allowances[burst.worker], self._budget)
         for canvas, state in zip(burst.canvases, result.states, strict=True):
             in_next = canvas.last_burst != result.burst_id
@@ -258,6 +260,15 @@ class Scheduler:
             elif not in_next:
                 heapq.heappush(self._queue, (canvas.order, canvas))
         return finished
+
+    def _note_pace(self, burst: _Burst, result: StepResult) -> None:
+        """Notes how fast the worker was, by the steps that were taken."""
+        pairs = zip(burst.canvases, result.states, strict=True)
+        gains = (s.num_forwards - c.state.num_forwards for c, s in pairs if _goes_on(c))
+        taken = max(gains, default=0)
+        if taken > 0:
+            num_rows = sum(canvas.num_rows for canvas in burst.canvases)
+            self._paces[burst.worker] = Pace(result.seconds / taken, num_rows)
 
     def take_convicted(self) -> list[Request]:
         """Accused requests that end because nothing else is live; they have a `failure`."""
@@ -294,6 +305,7 @@ class Scheduler:
                     heapq.heappush(self._queue, (canvas.order, canvas))
         self._tails.pop(worker, None)
         self._allowances.pop(worker, None)
+        self._paces.pop(worker, None)
         if self._probe_deaths >= MAX_PROBE_DEATHS:
             raise Unavailable(NO_WORKER_LIVES.format(self._probe_deaths))
         return self._suspect(suspects, were_alone)

@@ -12,6 +12,7 @@ from remask.scheduler.planning import (
     MAX_BURST,
     MAX_PASSED,
     Budget,
+    Pace,
     burst_len,
     order_of,
     take,
@@ -71,13 +72,24 @@ def test_the_search_for_smaller_canvases_ends() -> None:
     assert (len(taken), len(passed)) == (1, MAX_PASSED)
 
 
+@pytest.mark.parametrize(("num_quiet", "expected"), [(0, 1), (1, 2), (2, 4), (10**6, MAX_BURST)])
+def test_bursts_grow_while_nobody_waits_or_comes(num_quiet: int, expected: int) -> None:
+    assert burst_len(None, others_wait=False, num_quiet=num_quiet, step_seconds=0.001) == expected
+    assert burst_len(3, others_wait=False, num_quiet=num_quiet, step_seconds=9.0) == 3
+
+
 @pytest.mark.parametrize(
-    ("others_wait", "num_quiet", "expected"),
-    [(True, 0, 1), (True, 100, 1), (False, 0, 1), (False, 1, 2), (False, 2, 4), (False, 10**6, MAX_BURST)],
+    ("step_seconds", "expected"), [(0.0, 1), (0.001, MAX_BURST), (0.01, 5), (0.02, 2), (0.06, 1)]
 )
-def test_bursts_grow_while_nobody_waits_or_comes(others_wait: bool, num_quiet: int, expected: int) -> None:
-    assert burst_len(None, others_wait=others_wait, num_quiet=num_quiet, step_seconds=0.001) == expected
-    assert burst_len(3, others_wait=others_wait, num_quiet=num_quiet, step_seconds=9.0) == 3
+def test_a_burst_is_over_in_a_moment_while_others_wait(step_seconds: float, expected: int) -> None:
+    for num_quiet in (0, 100):
+        found = burst_len(None, others_wait=True, num_quiet=num_quiet, step_seconds=step_seconds)
+        assert found == expected
+
+
+def test_a_step_of_more_rows_is_expected_to_take_longer_and_one_of_fewer_not_less() -> None:
+    pace = Pace(step_seconds=0.01, num_rows=100)
+    assert [pace.step_seconds_of(rows) for rows in (1, 100, 250)] == [0.01, 0.01, 0.025]
 
 
 @pytest.mark.parametrize(("step_seconds", "expected"), [(0.0, 8), (0.02, 8), (0.05, 4), (0.15, 1), (9.0, 1)])

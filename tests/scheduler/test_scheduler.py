@@ -257,6 +257,20 @@ def test_bursts_grow_while_all_is_quiet_and_shrink_when_somebody_comes_or_waits(
     assert [steps() for _ in range(3)] == [1, 1, 1], "it does not fit and waits"
 
 
+def test_the_time_of_a_step_is_known_of_each_worker_and_counts_the_steps_that_were_taken() -> None:
+    scheduler, requests = scheduler_of(1000, 1, burst=None), Requests()
+    for _ in range(3):
+        scheduler.add(requests.make(10, 300))
+    workers = [SimulatedWorker(), SimulatedWorker()]
+    expected = {0: [1, 5], 1: [1, 1]}
+    for worker, step_seconds in ((0, 0.01), (1, 1.0)):
+        for num_steps in expected[worker]:
+            batch = next_of(scheduler, worker)
+            assert batch.num_steps == num_steps, "others wait"
+            result = workers[worker].run(msgspec.structs.replace(batch, num_steps=1))  # a canvas paused
+            scheduler.update(msgspec.structs.replace(result, seconds=step_seconds))
+
+
 def test_a_running_canvas_that_was_displaced_counts_as_waiting() -> None:
     scheduler, requests = scheduler_of(50, 8, burst=None), Requests()
     scheduler.add(requests.make(10, 30, priority=1))
