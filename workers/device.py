@@ -1,11 +1,18 @@
-"""What the device is called: measurements are stamped with it and kept under it."""
+"""Devices: which one kernels run on, and what it is called, with which measurements are stamped."""
 
 from __future__ import annotations
 
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one of this thread: that is where Triton launches kernels, graphs are captured
+    and events are recorded, wherever their tensors live."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def device_name(device: torch.device) -> str:

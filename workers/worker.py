@@ -19,6 +19,7 @@ from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.burst import BurstState, Results
 from remask.workers.carry import can_carry, put, take
+from remask.workers.device import on_device
 from remask.workers.enqueue import StepQueue
 from remask.workers.graphs import Shape, StepGraphs
 from remask.workers.memory import is_out_of_memory, loses_device
@@ -144,6 +145,10 @@ class Worker:
 
     def launch(self, batch: StepBatch) -> Launched | NotRun:
         """Starts a burst. It may follow the one that was launched before it, collected or not."""
+        with on_device(self._model.device):
+            return self._try_launch(batch)
+
+    def _try_launch(self, batch: StepBatch) -> Launched | NotRun:
         if self._last is not None:
             self._last.enqueue_rest()
             if self._last.error is not None:
@@ -165,7 +170,8 @@ class Worker:
         """Waits for a burst; from any thread, while others are launched from one."""
         if not isinstance(launched, NotRun):
             try:
-                states = launched.wait()
+                with on_device(self._model.device):
+                    states = launched.wait()
             except Exception as error:
                 launched = not_run(launched.burst_id, error, time.perf_counter() - launched.started)
             else:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -12,7 +16,9 @@ from remask import SamplingParams
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.workers import worker as module
 from remask.workers.burst import BurstState
+from remask.workers.device import on_device
 from remask.workers.enqueue import StepQueue
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.step import denoise, plan_packs
@@ -210,3 +216,37 @@ def test_what_ends_the_process_or_loses_the_gpu_is_raised(
     monkeypatch.setattr(golden_model.model, "forward", forward)
     with pytest.raises(type(error)):
         Worker(golden_model).run(first_burst([make(0, 12)], 2))
+
+
+def test_all_work_runs_with_the_models_device_as_the_current_one(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton, graphs and events use the thread's current GPU, and `cuda:1` is not it by itself."""
+    entered: list[torch.device] = []
+    inside: list[bool] = []
+
+    @contextmanager
+    def recorded(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    def noted(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            inside.append(entered[-1:] == [golden_model.device])
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(module, "on_device", recorded)
+    for name in ("denoise", "Fetched", "BurstState"):
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    Worker(golden_model).run(first_burst([make(0, 8)], 2))
+    assert len(inside) >= 3
+    assert all(inside)
+
+
+def test_the_current_device_is_a_gpus_own() -> None:
+    assert isinstance(on_device(torch.device("cuda:1")), torch.cuda.device)
+    with on_device(torch.device("cpu")):
+        pass
