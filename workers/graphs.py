@@ -63,7 +63,8 @@ class Graph(Protocol):
         """Takes it once more, with what stands in its memory."""
 
 
-# Records a step, which need not run meanwhile: the graph, what the step returns, and the bytes that it holds.
+# Records a step, which need not run meanwhile: the graph, what the step returns, and the bytes by which the
+# working memory that all graphs share has grown.
 Capture: TypeAlias = Callable[[Callable[[], int]], tuple[Graph, int, int]]
 
 
@@ -72,18 +73,23 @@ class Shape:
     """A shape that was met.
 
     Attributes:
+        main_rows: rows of its canvases.
         buffer: memory for bursts of this shape; None: met once.
         graph: None: not captured yet, or too large.
         num_rows: rows of a step.
-        num_bytes: what buffer and graph hold.
         is_plain: no graph of it could be made.
     """
 
+    main_rows: int
     buffer: Buffer | None = None
     graph: Graph | None = None
     num_rows: int = 0
-    num_bytes: int = 0
     is_plain: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """What it holds beside the working memory."""
+        return 0 if self.buffer is None else self.buffer.words.nbytes
 
 
 class Placed(NamedTuple):
@@ -100,16 +106,19 @@ class StepGraphs:
     Args:
         device: where they run.
         capture: how a step is captured.
-        budget_bytes: memory that they may hold; those that were not used for longest give way.
+        budget_bytes: memory that they may hold. The buffers that were not used for longest give way. Working
+            memory is shared and freed only with all graphs: if it is too large, so are the bursts that are
+            captured.
     """
 
     def __init__(self, device: torch.device, capture: Capture, budget_bytes: int = GRAPH_BYTES) -> None:
         self._device, self._capture, self._budget = device, capture, budget_bytes
         self._shapes: OrderedDict[Hashable, Shape] = OrderedDict()
+        self._max_rows, self._working_bytes = MAX_ROWS, 0
 
     def place(self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState]) -> Placed | None:
         """Canvases on the device, filled up; None where no graph would serve them."""
-        room = room_for(specs, [state.sequence_len for state in states])
+        room = room_for(specs, [state.sequence_len for state in states], self._max_rows)
         if room is None:
             return None
         num_more = room.group_size - len(specs)
@@ -119,7 +128,7 @@ class StepGraphs:
         key = (signature(tensors), _constants(*tree))
         shape = self._shapes.get(key)
         if shape is None:
-            self._shapes[key] = Shape()
+            self._shapes[key] = Shape(room.main_rows)
             while len(self._shapes) > MAX_SHAPES:
                 self._shapes.popitem(last=False)
         else:
@@ -128,12 +137,12 @@ class StepGraphs:
             return Placed(*to_device(tree, self._device), shape=None)
         if shape.buffer is None:
             shape.buffer = new_buffer(tensors, self._device)
-            shape.num_bytes = shape.buffer.words.nbytes
         return Placed(*load(tree, shape.buffer), shape=shape)
 
     def clear(self) -> None:
         """Frees the graphs and their memory; shapes are met anew."""
         self._shapes.clear()
+        self._working_bytes = 0
 
     def step(self, shape: Shape, step: Callable[[], int]) -> int:
         """Takes a step of a burst that stands in a shape's memory; returns the rows forwarded."""
@@ -157,15 +166,27 @@ class StepGraphs:
                 error,
             )
             return
-        shape.num_bytes += num_bytes
-        logger.info("captured a step of %d rows in %d bytes", shape.num_rows, shape.num_bytes)
+        self._working_bytes += num_bytes
+        logger.info(
+            "captured a step of %d rows; graphs work in %d bytes", shape.num_rows, self._working_bytes
+        )
+        if self._working_bytes > self._budget:
+            self._max_rows = shape.main_rows // 2
+            logger.warning(
+                "the working memory of captured steps is above %d bytes; bursts of more than %d rows run "
+                "without graphs",
+                self._budget,
+                self._max_rows,
+            )
+            shape.graph, shape.is_plain = None, True
+            self.clear()
+            return
         for key, other in list(self._shapes.items()):
-            if sum(each.num_bytes for each in self._shapes.values()) <= self._budget:
+            held = self._working_bytes + sum(each.num_bytes for each in self._shapes.values())
+            if held <= self._budget:
                 break
             if other is not shape:
                 del self._shapes[key]
-        if shape.num_bytes > self._budget:
-            shape.graph, shape.is_plain = None, True
 
 
 def graphs_for(model: Denoiser) -> StepGraphs | None:
@@ -183,23 +204,24 @@ def capture_cuda(device: torch.device) -> Capture:
 
     def capture(step: Callable[[], int]) -> tuple[Graph, int, int]:
         graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.memory_reserved(device)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved(device)  # entering has freed what the cache held
             num_rows = step()
         return graph, num_rows, max(0, torch.cuda.memory_reserved(device) - before)
 
     return capture
 
 
-def room_for(specs: Sequence[CanvasSpec], lens: Sequence[int]) -> Room | None:
-    """The sizes that canvases are filled up to, with at least one more canvas; None: the plain path.
+def room_for(specs: Sequence[CanvasSpec], lens: Sequence[int], max_rows: int = MAX_ROWS) -> Room | None:
+    """The sizes that canvases are filled up to, with at least one more canvas; None: the plain path, which
+    also takes more than `max_rows` rows.
 
     Rows grow in steps of at most an eighth, everything else in larger ones, because it costs little.
     """
     plain = any(s.is_guided or s.num_copies or s.needs_logits or s.trace for s in specs)
     num_canvases = _power(len(specs) + 1)
     num_rows = sum(lens)
-    if plain or num_rows > MAX_ROWS:
+    if plain or num_rows > max_rows:
         return None
     row_step = max(SLOT_STEP, _power(num_rows) // 16)
     widest = _power(max(spec.block_length for spec in specs))

@@ -338,31 +338,44 @@ def test_what_a_graph_holds_beside_shapes_sets_it_apart(model: TransformerDenois
     assert len(recorder.tapes) == len(kinds)
 
 
-def test_graphs_that_were_not_used_for_longest_give_way_to_the_budget(model: TransformerDenoiser) -> None:
-    recorder = Recorder(num_bytes=1 << 20)
-    graphs = StepGraphs(model.device, recorder, budget_bytes=5 << 19)
-    worker = Worker(model, graphs)
+def test_buffers_that_were_not_used_for_longest_give_way_to_the_budget(model: TransformerDenoiser) -> None:
     sizes = [[make(0, 12)], [make(0, 70)], [make(0, 140)]]
-    for canvases in sizes:
+
+    def twice(worker: Worker, canvases: list[Canvas]) -> None:
         for _ in range(2):
             worker.run(burst(canvases, 2))
-    held = [shape for shape in graphs._shapes.values() if shape.graph is not None]
-    assert len(recorder.tapes) == 3
-    assert len(held) == 2, "two and a half fit"
+
+    unbounded = StepGraphs(model.device, Recorder())
+    for canvases in sizes:
+        twice(Worker(model, unbounded), canvases)
+    num_bytes = [shape.num_bytes for shape in unbounded._shapes.values()]
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder, budget_bytes=sum(num_bytes)))  # and 3 of tapes
+    for canvases in sizes:
+        twice(worker, canvases)
     worker.run(burst(sizes[2], 2))
-    assert recorder.tapes[2].num_replays == 1 + 2
-    worker.run(burst(sizes[0], 2))
-    worker.run(burst(sizes[0], 2))
+    assert [tape.num_replays for tape in recorder.tapes] == [1, 1, 1 + 2]
+    twice(worker, sizes[0])
     assert len(recorder.tapes) == 4, "it has to be captured again"
+    worker.run(burst(sizes[2], 2))
+    assert recorder.tapes[2].num_replays == 1 + 2 + 2
 
 
-def test_a_graph_larger_than_the_budget_is_given_up(model: TransformerDenoiser) -> None:
+def test_bursts_whose_working_memory_is_above_the_budget_are_captured_no_more(
+    model: TransformerDenoiser,
+) -> None:
     recorder = Recorder(num_bytes=1 << 30)
     worker = Worker(model, StepGraphs(model.device, recorder, budget_bytes=1 << 20))
-    expected = Worker(model).run(burst([make(0, 12)])).states
+    large, small = [make(i, 70) for i in range(6)], [make(0, 12)]
+    expected = Worker(model).run(burst(large)).states
     for _ in range(4):
-        same(worker.run(burst([make(0, 12)])).states, expected)
+        same(worker.run(burst(large)).states, expected)
     assert len(recorder.tapes) == 1
+    recorder.num_bytes = 1
+    for _ in range(3):
+        worker.run(burst(small))
+    assert len(recorder.tapes) == 2, "smaller ones are"
+    assert recorder.tapes[1].num_replays > 0
 
 
 @pytest.mark.parametrize(
