@@ -25,6 +25,7 @@ from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import SamplingParams, resolve
 from remask.workers.device import device_name
+from remask.workers.graphs import StepGraphs
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.models.fp8 import ScaledWeight
 from remask.workers.worker import Worker
@@ -36,16 +37,21 @@ MAX_CANVAS_ROWS = 128  # prompt and canvas of the requests it is measured with
 MIN_ROWS = 2048  # looked at in any case where time allows: a slow moment must not look like a knee
 MAX_DOUBLINGS = 10
 REPETITIONS = 3
+GRAPH_STEPS = 8  # by which a burst on a GPU is longer than the one that it is compared with
 SECONDS = 15.0  # a measurement ends after that long, with the forward that it is at
 
 
-def knee(model: TransformerDenoiser) -> int:
+def knee(model: TransformerDenoiser, graphs: StepGraphs | None = None) -> int:
     """Rows of the knee: from the cache, or measured and put there.
+
+    Args:
+        model: as it will run.
+        graphs: of its steps, as they will run; None: without.
 
     A cache that cannot be read or written is no error: then each start measures. So does a start after one
     that ran out of time.
     """
-    key = _key(model)
+    key = {**_key(model), "graphs": graphs is not None}
     path = _cache_path(key)
     try:
         if path is not None and (rows := int(json.loads(path.read_text())["knee"])) > 0:
@@ -53,7 +59,7 @@ def knee(model: TransformerDenoiser) -> int:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     logger.info("looking for the best number of rows on %s; this takes some seconds, once", key["device"])
-    points, complete = measure(model)
+    points, complete = measure(model, graphs)
     rows = find_knee(points)
     if complete and path is not None:
         _write(path, {"knee": rows, "rows_and_rows_per_second": points, "of": key})
@@ -75,21 +81,23 @@ def num_flat(points: Sequence[tuple[int, float]]) -> int:
     return count
 
 
-def measure(model: TransformerDenoiser) -> tuple[list[tuple[int, float]], bool]:
-    """Rows and rows per second of one-step bursts of 1, 2, 4, ... equal canvases; and whether time sufficed
-    to get past the knee.
+def measure(
+    model: TransformerDenoiser, graphs: StepGraphs | None = None
+) -> tuple[list[tuple[int, float]], bool]:
+    """Rows and rows per second of steps of 1, 2, 4, ... equal canvases; and whether time sufficed to get past
+    the knee.
 
     The number doubles until two doublings in a row have gained nothing. Then all sizes are measured again in
     turn and the best of each counts, because other work on the machine only ever slows one down.
     """
     canvas_rows = min(MAX_CANVAS_ROWS, model.config.max_len)
     canvas = _example(canvas_rows, model.config.mask_id)
-    worker = Worker(model)
-    worker.run(_burst(canvas, 1))  # the first forward also allocates
+    worker = Worker(model, graphs)
+    worker.run(_burst(canvas, 1, 1))  # the first forward also allocates
     deadline = time.perf_counter() + SECONDS
 
     def rate(num_rows: int) -> float:
-        return num_rows / _seconds(worker, _burst(canvas, num_rows // canvas_rows))
+        return num_rows / _step_seconds(worker, canvas, num_rows // canvas_rows)
 
     points: list[tuple[int, float]] = []
     for num_rows in (canvas_rows << i for i in range(MAX_DOUBLINGS)):
@@ -111,6 +119,21 @@ def measure(model: TransformerDenoiser) -> tuple[list[tuple[int, float]], bool]:
     return points, True
 
 
+def _step_seconds(worker: Worker, canvas: Canvas, num_canvases: int) -> float:
+    """Seconds of a step of equal canvases.
+
+    A GPU computes a burst while the host packs the next one, so there packing does not count: it is the same
+    in a long burst and in a short one, and their difference is the device's alone.
+    """
+    short = _burst(canvas, num_canvases, 1)
+    if not worker.overlaps:
+        return _seconds(worker, short)
+    for _ in range(2):  # a shape is captured when it is met again
+        _seconds(worker, short)
+    longer = _seconds(worker, _burst(canvas, num_canvases, 1 + GRAPH_STEPS)) - _seconds(worker, short)
+    return max(longer / GRAPH_STEPS, 1e-9)
+
+
 def _seconds(worker: Worker, batch: StepBatch) -> float:
     started = time.perf_counter()
     result = worker.run(batch)
@@ -122,14 +145,15 @@ def _seconds(worker: Worker, batch: StepBatch) -> float:
 def _example(num_rows: int, mask_id: int) -> Canvas:
     canvas_len = max(1, num_rows // 2)
     prompt = [0 if mask_id != 0 else 1] * (num_rows - canvas_len)
-    params = resolve(SamplingParams(max_tokens=canvas_len))
+    # One token a step: no canvas ends before the burst.
+    params = resolve(SamplingParams(max_tokens=canvas_len, unmask="schedule"))
     return new_canvas("knee", 0, prompt, params, seed=0, sample=0, mask_id=mask_id, stop_ids=[])
 
 
-def _burst(canvas: Canvas, num_canvases: int) -> StepBatch:
+def _burst(canvas: Canvas, num_canvases: int, num_steps: int) -> StepBatch:
     return StepBatch(
         burst_id=0,
-        num_steps=1,
+        num_steps=num_steps,
         specs=[canvas.spec] * num_canvases,
         states=[canvas.state] * num_canvases,
     )

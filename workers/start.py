@@ -66,9 +66,11 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
             attention_backend=setup.attention_backend,
             quantization=setup.quantization,
         )
+    worker = Worker(model, graphs_for(model) if not setup.batch_invariant else None)
     max_num_rows = setup.max_num_rows
     if max_num_rows is None:
-        max_num_rows = knee(model) if isinstance(model, TransformerDenoiser) else model.pack_rows
+        graphs = graphs_for(model)  # which are freed with it
+        max_num_rows = knee(model, graphs) if isinstance(model, TransformerDenoiser) else model.pack_rows
     if isinstance(model, TransformerDenoiser):
         limit = row_limit(model, setup.gpu_memory_utilization, lambda batch: Worker(model).run(batch))
         max_num_rows = min(max_num_rows, limit) if limit is not None else max_num_rows
@@ -81,6 +83,6 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
         config=config,
         max_num_rows=max_num_rows,
         attention_backend=attention,
-        overlaps=model.device.type == "cuda",
+        overlaps=worker.overlaps,
     )
-    return Worker(model, graphs_for(model) if not setup.batch_invariant else None), facts
+    return worker, facts

@@ -135,6 +135,11 @@ class Worker:
         self._tensors: Unpacked | None = None  # what it left where the model is
         self._failed: int | None = None  # the last burst, where it did not run
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether launching a burst returns before it has run."""
+        return self._model.device.type == "cuda"
+
     def run(self, batch: StepBatch) -> StepResult:
         """Takes up to `batch.num_steps` denoising steps; a pure function of the canvases and the weights.
 

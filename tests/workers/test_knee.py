@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from remask import LLM
+from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers import knee as module
 from remask.workers.knee import find_knee, knee, measure, num_flat
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.worker import Worker
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,30 @@ def test_measuring_stops_where_nothing_is_gained(
     assert find_knee(points) == next(point[0] for point in points if point[0] >= 700 * 0.95)
     assert 2048 <= points[-1][0] <= 4096
     assert len(asked) == 3 * len(points)
+
+
+def test_on_a_gpu_packing_does_not_count_and_a_step_is_one_that_was_captured(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A burst takes 5 ms of packing and 2 ms a step, or 50 ms a step until its shape was met twice."""
+    now, met = [0.0], [0]
+
+    def run(worker: Worker, batch: StepBatch) -> StepResult:
+        assert not batch.states[0].finished  # type: ignore[union-attr]
+        met[0] += 1
+        now[0] += 0.005 + batch.num_steps * (0.050 if met[0] <= 2 else 0.002)
+        return StepResult(burst_id=0, states=[], num_rows=0, seconds=0.0)
+
+    monkeypatch.setattr(Worker, "run", run)
+    monkeypatch.setattr(Worker, "overlaps", True)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    canvas = module._example(128, golden_model.mask_id)
+    assert module._step_seconds(Worker(golden_model), canvas, 4) == pytest.approx(0.002)
+    state = canvas.state
+    assert len(state.token_array()) == 128
+    monkeypatch.undo()
+    (after,) = Worker(golden_model).run(module._burst(canvas, 1, 1 + module.GRAPH_STEPS)).states
+    assert (after.num_forwards, after.finished) == (1 + module.GRAPH_STEPS, False), "no canvas ends before"
 
 
 def test_a_slow_moment_does_not_move_the_knee(
@@ -144,7 +170,7 @@ def test_without_a_home_the_knee_is_measured_and_not_kept(
 def test_an_engine_takes_the_knee_unless_told(
     golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(_: object) -> int:
+    def never(*_: object) -> int:
         raise AssertionError("measured")
 
     monkeypatch.setattr("remask.workers.start.knee", never)
