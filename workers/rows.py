@@ -13,7 +13,7 @@ adds what the current step needs. There are plans that fit (`fitting_rows`) and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -47,6 +47,24 @@ class PackedRows:
     candidate_layout: VarlenLayout
     slots_N: Tensor
     num_main_slots: int
+
+    def padded(self, padded_len: Callable[[int], int]) -> PackedRows:
+        """The pack with further rows and candidates behind the others. No row sees them, and their hidden
+        states mean nothing.
+
+        Args:
+            padded_len: how many there shall be, of how many there are.
+        """
+
+        def longer(values: Tensor) -> Tensor:
+            return torch.nn.functional.pad(values, (0, padded_len(len(values)) - len(values)))
+
+        return replace(
+            self,
+            ids_T=longer(self.ids_T),
+            positions_T=longer(self.positions_T),
+            candidates_H=longer(self.candidates_H),
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from remask.benchmarks.gpu import run, timing
 from remask.benchmarks.gpu.stages import Report
 from remask.benchmarks.utilization import linear_flops
-from remask.workers.models.denoiser import TransformerDenoiser, multiplies
+from remask.workers.models.cpu import multiplies
+from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.worker import Worker
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.py"

@@ -18,7 +18,7 @@ from remask.benchmarks.tiny.tasks import ADDITION, SUDOKU_4X4
 from remask.benchmarks.tiny.text import TEXT
 from remask.benchmarks.tiny.tokenizer import EOS_ID, MASK_ID
 from remask.benchmarks.tiny.train import Trainer
-from remask.workers.models.denoiser import multiplies
+from remask.workers.models.cpu import multiplies
 
 has_bfloat16 = multiplies(torch.bfloat16, torch.device("cpu"))
 trains_here = pytest.mark.skipif(not has_bfloat16, reason="training multiplies bf16, and this CPU cannot")

@@ -13,7 +13,7 @@ import torch
 
 from remask import LLM, CompletionOutput
 from remask.outputs import request_output
-from remask.workers.models.denoiser import multiplies
+from remask.workers.models.cpu import multiplies
 
 POLICIES: tuple[dict[str, Any], ...] = (
     {"unmask": "schedule:score=margin"},

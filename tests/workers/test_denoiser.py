@@ -1,54 +1,76 @@
-"""What loading a model sets up in the process."""
+"""What loading a model sets up, and what a CPU needs."""
 
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from remask.workers.models.denoiser import load_denoiser, multiplies
+from remask import SamplingParams
+from remask.scheduler.canvas import CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
+from remask.workers.models.cpu import padded_len
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.models.transformer import Transformer
+from remask.workers.rows import PackedRows
+from remask.workers.worker import Worker
 
-CODE = """
-import os
-import torch
-from remask import LLM
-
-def resident_mb():
-    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) / 1000
-
-environment = dict(os.environ)
-llm = LLM("tiny", device="cpu")
-assert dict(os.environ) == environment, "the host's environment is not ours to change"
-weight = torch.randn(768, 192, dtype=torch.bfloat16)
-def products(lens):
-    for rows in lens:
-        torch.nn.functional.linear(torch.ones(rows, 192, dtype=torch.bfloat16), weight)
-products(range(500, 600))
-before = resident_mb()
-products(range(600, 1400))
-print(resident_mb() - before)
-"""
+POLICIES: list[dict[str, Any]] = [
+    {"unmask": "threshold:0.5"},
+    {"unmask": "capped_threshold:0.3", "remask": "wino:t2=0.95"},
+    {"unmask": "schedule:6", "cfg_scale": 1.0},
+    {"unmask": "capped_threshold:0.3", "remask": "oracle_loo:0.9"},
+]
 
 
-HAS_BFLOAT16 = multiplies(torch.bfloat16, torch.device("cpu"))
+def run(model: TransformerDenoiser, num_canvases: int = 4) -> list[CanvasState]:
+    """Canvases of different lengths and policies, to their ends."""
+    canvases = []
+    for i in range(num_canvases):
+        params = resolve(SamplingParams(max_tokens=9 + 5 * i, block_length=8, **POLICIES[i % 4]))
+        prompt = [5, 11, 7, 9][: 1 + i % 4]
+        canvases.append(new_canvas("r", i, prompt, params, seed=i, sample=0, mask_id=0, stop_ids=[]))
+    states: list[CanvasState | int] = [canvas.state for canvas in canvases]
+    batch = StepBatch(burst_id=0, num_steps=100, specs=[c.spec for c in canvases], states=states)
+    return Worker(model).run(batch).states
 
 
-@pytest.mark.skipif(not HAS_BFLOAT16, reason="a CPU that cannot multiply bf16 has no such kernels")
-def test_products_of_ever_new_shapes_take_no_more_memory() -> None:
-    unset = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
-    run = subprocess.run(
-        [sys.executable, "-c", CODE],
-        env={**unset, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert float(run.stdout) < 100, "560 where the caches are not bounded"
+def test_padded_packs_write_what_others_write(golden_checkpoint: Path) -> None:
+    model = load_denoiser(golden_checkpoint, dtype="float32", device="cpu")
+    expected = run(model)
+    model._pads = True
+    for found, own in zip(run(model), expected, strict=True):
+        assert found.tokens == own.tokens
+        assert found.commit_steps == own.commit_steps
+        numbers = (torch.frombuffer(bytearray(s.confidences), dtype=torch.float32) for s in (found, own))
+        torch.testing.assert_close(*numbers, rtol=1e-4, atol=1e-5)
+
+
+def test_products_in_bfloat16_have_few_sizes(
+    golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: set[int] = set()
+    forward, logits = Transformer.forward, Transformer.logits
+
+    def noted_forward(self: Transformer, rows: PackedRows, *others: Any) -> torch.Tensor:
+        sizes.update((len(rows.ids_T), len(rows.candidates_H)))
+        return forward(self, rows, *others)
+
+    def noted_logits(self: Transformer, hidden_ND: torch.Tensor) -> torch.Tensor:
+        sizes.add(len(hidden_ND))
+        return logits(self, hidden_ND)
+
+    monkeypatch.setattr(Transformer, "forward", noted_forward)
+    monkeypatch.setattr(Transformer, "logits", noted_logits)
+    model = load_denoiser(golden_checkpoint, dtype="bfloat16", device="cpu")
+    assert all(state.finished for state in run(model, 8))
+    assert len(sizes) > 3
+    assert sizes == set(map(padded_len, sizes))
+    assert len(set(map(padded_len, range(1, 1025)))) == 40
 
 
 @pytest.mark.parametrize("supported", [False, True])

@@ -35,5 +35,9 @@ class SdpaAttention(AttentionBackend):
                     q[:, :, own], seen_k, seen_v, attn_mask=shadow.mask, enable_gqa=grouped
                 )
             )
+        # Rows behind all sequences pad the pack.
+        num_padding = len(q_QHd) - sum(part.shape[2] for part in out)
+        if num_padding:
+            out.append(q.new_zeros(1, q.shape[1], num_padding, q.shape[3]))
         # SDPA writes its output row by row behind a transposed view; joined in that order it is copied once.
         return torch.cat([part.transpose(1, 2).squeeze(0) for part in out])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from remask.workers.attention.select import pick_attention
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.head import Statistics, head_statistics
 from remask.workers.models.config import ModelConfig, TransformerConfig
+from remask.workers.models.cpu import keep_freed_memory, multiplies, padded_len
 from remask.workers.models.dummy import dummy_model
 from remask.workers.models.fp8 import quantize_layers
 from remask.workers.models.loading import load_checkpoint
@@ -78,13 +78,27 @@ class TransformerDenoiser(Denoiser):
         self.config, self.fixed_shapes, self.kernels = model.config, fixed_shapes, kernels
         self.ops = triton_ops() if kernels else EAGER
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
+        self._pads = self.device.type == "cpu" and model.embedding.dtype != torch.float32
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
-        hidden_HD = self.model(rows, self.attention, self.ops)
+        if self._pads:
+            hidden_HD = self.model(rows.padded(padded_len), self.attention, self.ops)[
+                : len(rows.candidates_H)
+            ]
+        else:
+            hidden_HD = self.model(rows, self.attention, self.ops)
         return self._fused(hidden_HD, query) if self.kernels else self._whole_logits(hidden_HD, query)
 
     def _whole_logits(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
-        return head_statistics(hidden_HD, self.model.logits, self.config.vocab_size, query, self.mask_id)
+        return head_statistics(hidden_HD, self._logits, self.config.vocab_size, query, self.mask_id)
+
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, D]."""
+        if not self._pads:
+            return self.model.logits(hidden_ND)
+        count = len(hidden_ND)
+        padded = torch.nn.functional.pad(hidden_ND, (0, 0, 0, padded_len(count) - count))
+        return self.model.logits(padded)[:count]
 
     def _fused(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
         """What one pass over the vocabulary can answer; the special slots' logits are looked at again."""
@@ -170,7 +184,6 @@ def denoiser_of(
     on_cpu = weight.device.type == "cpu"
     if on_cpu:
         keep_freed_memory()
-        bound_kernel_caches()
     kernels = not on_cpu and find_spec("triton") is not None
     logger.info(
         "attention by %s, %s", attention.name, "Triton kernels" if kernels else "no kernels of our own"
@@ -182,44 +195,6 @@ def denoiser_of(
         fixed_shapes=not on_cpu,
         kernels=kernels,
     )
-
-
-def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has kernels for a dtype; without them a CPU takes some hundred times as long."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return True
-    return {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }.get(dtype, lambda: True)()
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library keep up to 64 MB of freed memory instead of returning it layer by layer.
-
-    glibc raises its thresholds to the largest block (of at most 32 MB) that was ever freed; until then every
-    forward faults all its activations in again.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def bound_kernel_caches() -> None:
-    """Lets oneDNN and torch's bindings to it keep 16 prepared kernels instead of 1,024.
-
-    They keep one for every shape of a bf16 product. Packs and candidates rarely have the same number of rows
-    twice, so the caches fill with kernels that are not met again: 300 MB beside the embedded model. The
-    capacities are environment variables that are read when the first product runs; they are set for as long
-    as that takes, unless the user has set them. Where a product has run before, nothing changes.
-    """
-    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-    ours = [name for name in names if name not in os.environ]
-    os.environ.update(dict.fromkeys(ours, "16"))
-    try:
-        matrix = torch.ones(64, 64, dtype=torch.bfloat16)
-        torch.nn.functional.linear(matrix, matrix)
-    finally:
-        for name in ours:
-            del os.environ[name]
 
 
 def pick_device(device: str) -> str:
