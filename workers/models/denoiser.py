@@ -81,12 +81,8 @@ class TransformerDenoiser(Denoiser):
         self._pads = self.device.type == "cpu" and model.embedding.dtype != torch.float32
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
-        if self._pads:
-            hidden_HD = self.model(rows.padded(padded_len), self.attention, self.ops)[
-                : len(rows.candidates_H)
-            ]
-        else:
-            hidden_HD = self.model(rows, self.attention, self.ops)
+        packed = rows.padded(padded_len) if self._pads else rows
+        hidden_HD = self.model(packed, self.attention, self.ops)[: len(rows.candidates_H)]
         return self._fused(hidden_HD, query) if self.kernels else self._whole_logits(hidden_HD, query)
 
     def _whole_logits(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
