@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ MakeFile = Callable[[int], Path]
 
 @pytest.fixture
 def run(tiny_llm: LLM) -> Run:
-    """`run(source, output, **options)` on the embedded model, loaded once."""
+    """`run(source, output, **options)` on the embedded model, loaded once, and again in a forked process."""
+    pid = os.getpid()
+
+    def engine() -> AbstractContextManager[LLM]:
+        is_forked = os.getpid() != pid
+        return LLM("tiny", device="cpu", max_num_rows=4096) if is_forked else nullcontext(tiny_llm)
 
     def run(source: Path, output: Path, **options: Any) -> Summary:
-        return run_batch(source, output, lambda: nullcontext(tiny_llm), BatchOptions(model="tiny", **options))
+        return run_batch(source, output, engine, BatchOptions(model="tiny", **options))
 
     return run
 
