@@ -1,11 +1,13 @@
 """The head: from hidden states of candidate rows to a few numbers a row, in chunks of bounded memory.
 
-The [rows, V] tensor never exists whole. Probabilities are fp32 softmax over all V ids, the mask id included;
-the mask id is excluded from proposals only.
+The [rows, V] tensor never exists whole. Log-probabilities are those of the fp32 softmax over all V ids, the
+mask id included; the mask id is excluded from proposals only. A row's largest logit stands apart from the sum
+of the others: a log-probability near 0 is minus that sum, so that 1 - 1e-9 and 1 - 2e-9 differ.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,10 +29,10 @@ class Statistics(NamedTuple):
 
     Attributes:
         ids: int64 [2, N]: `proposal`, the token to commit, and `top_token`, the most probable; never M.
-        reals: fp32 [7, N]: `proposal_prob`, `top_prob` (the largest of a token that is not M), `given_prob`
-            (of the token asked about), `margin` (top_prob minus the second largest; 0 where not needed) and
-            `neg_entropy` (sum p log p, in nats; 0 where not needed), of the softmax that is ranked by; and
-            `proposal_logprob`, `top_logprob` of the whole, untempered softmax.
+        reals: fp32 [7, N]. Of the softmax that is ranked by: `log_proposal`, `log_top` (the largest of a
+            token that is not M), `log_given` (of the token asked about), `log_margin` (log of the largest
+            probability minus the second largest; -inf where not needed) and `neg_entropy` (sum p log p, in
+            nats; 0 where not needed). Of the whole, untempered softmax: `proposal_logprob`, `top_logprob`.
     """
 
     ids: Tensor
@@ -38,11 +40,10 @@ class Statistics(NamedTuple):
 
     @classmethod
     def blank(cls, num_rows: int, device: torch.device) -> Statistics:
-        """Zeros, to be filled row by row."""
-        return cls(
-            torch.zeros(2, num_rows, dtype=torch.int64, device=device),
-            torch.zeros(7, num_rows, device=device),
-        )
+        """Ids of 0 without probability or entropy, to be filled row by row."""
+        reals = torch.full((7, num_rows), -torch.inf, device=device)
+        reals[4].zero_()
+        return cls(torch.zeros(2, num_rows, dtype=torch.int64, device=device), reals)
 
     def part(self, rows: slice) -> Statistics:
         """The statistics of some rows."""
@@ -61,19 +62,19 @@ class Statistics(NamedTuple):
         return self.ids[1]
 
     @property
-    def proposal_prob(self) -> Tensor:
+    def log_proposal(self) -> Tensor:
         return self.reals[0]
 
     @property
-    def top_prob(self) -> Tensor:
+    def log_top(self) -> Tensor:
         return self.reals[1]
 
     @property
-    def given_prob(self) -> Tensor:
+    def log_given(self) -> Tensor:
         return self.reals[2]
 
     @property
-    def margin(self) -> Tensor:
+    def log_margin(self) -> Tensor:
         return self.reals[3]
 
     @property
@@ -101,14 +102,13 @@ def head_statistics(
         query: what is asked.
         mask_id: M.
     """
-    count = len(query.given)
-    out = Statistics.blank(count, hidden_HD.device)
-    chunk_len = _chunk_len(hidden_HD.device, vocab_size)
-    for start in range(0, count, chunk_len):
-        part = slice(start, start + chunk_len)
-        logits_NV = _guided_logits(hidden_HD, logits_of, query, part)
-        out.put(part, logits_statistics(logits_NV, query, part, mask_id))
-    return out
+    count, chunk_len = len(query.given), _chunk_len(hidden_HD.device, vocab_size)
+    parts = [slice(start, start + chunk_len) for start in range(0, max(1, count), chunk_len)]
+    found = [
+        logits_statistics(_guided_logits(hidden_HD, logits_of, query, part), query, part, mask_id)
+        for part in parts
+    ]
+    return Statistics(*(torch.cat(tensors, dim=1) for tensors in zip(*found, strict=True)))
 
 
 def _guided_logits(
@@ -140,15 +140,13 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
     owners, sampling = query.owners[rows], query.sampling
     sampling.edit(logits_NV, owners)
     excluded_NK = _excluded(query, rows, mask_id)
-    found, norm_N, held_NK = _ranking(logits_NV, query.given[rows], query.needs, excluded_NK)
+    found, log_norm_N, held_NK = _ranking(logits_NV, query.given[rows], query.needs, excluded_NK)
     is_hot = query.temperature[rows] > 0
     hot = _those(is_hot, query)
     if len(hot) and (sampling.any_hot or query.live is None):
         drawn = torch.where(is_hot[hot], _draw(logits_NV, query, rows, hot), found.proposal[hot])
         found.proposal[hot] = drawn
-        logit = logits_NV[hot].gather(1, drawn.unsqueeze(1)).squeeze(1)
-        found.proposal_prob[hot] = logit.exp() / norm_N[hot]
-        found.proposal_logprob[hot] = logit - norm_N[hot].log()
+        found.log_proposal[hot] = found.proposal_logprob[hot] = logits_NV[hot, drawn] - log_norm_N[hot]
     if sampling.any_reranked:
         again = _those(sampling.reranked[owners], query)
         for part in again.split(_chunk_len(logits_NV.device, logits_NV.shape[1], GUMBEL_SHARE)):
@@ -162,9 +160,9 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
             # The proposal stays; its probability, the largest, margin and entropy are those of the ranking.
             is_again = sampling.reranked[own]
             for kind, values in (
-                (0, ranked.given_prob),
-                (1, ranked.top_prob),
-                (3, ranked.margin),
+                (0, ranked.log_given),
+                (1, ranked.log_top),
+                (3, ranked.log_margin),
                 (4, ranked.neg_entropy),
             ):
                 found.reals[kind, part] = torch.where(is_again, values, found.reals[kind, part])
@@ -194,57 +192,87 @@ def _ranking(
     excluded_NK: Tensor,
     entropy_floor_N: Tensor | None = None,
 ) -> tuple[Statistics, Tensor, Tensor]:
-    """Statistics with the most probable tokens as proposals, the softmax's norm, and the logits of what is
-    excluded.
+    """Statistics with the most probable tokens as proposals, the log of the softmax's norm, and the logits of
+    what is excluded.
 
     The logits become relative to the row's largest, and those of what is excluded -inf.
     """
-    # Relative to the largest, so that probabilities near 1 keep their last bits: policies compare those.
+    given_N1 = logits_NV.gather(1, given_N.unsqueeze(1))
+    held_NK, apart_NK = _exclude(logits_NV, excluded_NK)
+    apart_N1 = apart_NK if apart_NK.shape[1] == 1 else apart_NK.logsumexp(1, keepdim=True)
+    top_N1, proposal_N1 = logits_NV.max(-1, keepdim=True)
     # (A row of which nothing may be ranked has probabilities of 0.)
-    logits_NV -= logits_NV.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    exp_NV = logits_NV.exp()
-    norm_N = exp_NV.sum(-1).clamp(min=1)
-    neg_entropy = margin = torch.zeros_like(norm_N)
+    base_N1 = torch.maximum(top_N1, apart_N1).clamp_(min=torch.finfo(torch.float32).min)
+    logits_NV -= base_N1
+    exp_NV = logits_NV.exp().scatter_(1, proposal_N1, 0.0)
+    others_N1 = exp_NV.sum(-1, keepdim=True).add_((torch.minimum(top_N1, apart_N1) - base_N1).exp_())
+    log_norm_N1 = others_N1.log1p()
+    top_N1 -= base_N1
+    log_top = top_N1 - log_norm_N1
     if "entropy" in needs:
-        neg_entropy = _neg_entropy(exp_NV, logits_NV, norm_N, entropy_floor_N)
+        few = torch.cat([top_N1, apart_NK - base_N1], dim=1)
+        neg_entropy = _neg_entropy(exp_NV, logits_NV, few, log_norm_N1, entropy_floor_N)
+    else:
+        neg_entropy = torch.zeros_like(log_top)
     del exp_NV
-    given_prob = logits_NV.gather(1, given_N.unsqueeze(1)).squeeze(1).exp() / norm_N
-    held_NK = _exclude(logits_NV, excluded_NK)
-    top_logit, proposal = logits_NV.max(-1)
-    top_prob = top_logit.exp() / norm_N
     if "margin" in needs:
-        margin = top_prob - logits_NV.topk(2, dim=-1).values[:, 1].exp() / norm_N
-    logprob = top_logit - norm_N.log()
-    return (
-        Statistics(
-            torch.stack([proposal, proposal]),
-            torch.stack([top_prob, top_prob, given_prob, margin, neg_entropy, logprob, logprob]),
-        ),
-        norm_N,
-        held_NK,
-    )
+        logits_NV.scatter_(1, proposal_N1, -torch.inf)
+        log_margin = _log_margin(log_top, top_N1 - logits_NV.amax(-1, keepdim=True))
+        logits_NV.scatter_(1, proposal_N1, top_N1)
+    else:
+        log_margin = torch.full_like(log_top, -torch.inf)
+    log_given = (given_N1 - base_N1).sub_(log_norm_N1)
+    reals = torch.cat([log_top, log_top, log_given, log_margin, neg_entropy, log_top, log_top])
+    ids, count = torch.cat([proposal_N1, proposal_N1]), len(logits_NV)
+    return Statistics(ids.view(2, count), reals.view(7, count)), log_norm_N1.squeeze(1), held_NK.sub_(base_N1)
 
 
-def _neg_entropy(exp_NV: Tensor, logits_NV: Tensor, norm_N: Tensor, floor_N: Tensor | None) -> Tensor:
-    """sum p log p, or sum p log(p + floor) where there is one; overwrites `exp_NV`."""
+def _neg_entropy(
+    exp_NV: Tensor, logits_NV: Tensor, few: Tensor, log_norm_N1: Tensor, floor_N: Tensor | None
+) -> Tensor:
+    """sum p log p, or sum p log(p + floor) where there is one, fp32 [N, 1]; overwrites `exp_NV`.
+
+    Args:
+        exp_NV: weights of most tokens; 0 for those of the few.
+        logits_NV: their logarithms.
+        few: logarithms of those of the few that stand apart, the largest among them.
+        log_norm_N1: that of the sum of all weights.
+        floor_N: see `SamplingTables.entropy_floor`.
+    """
     if floor_N is None:
-        return exp_NV.mul_(logits_NV).nansum(-1) / norm_N - norm_N.log()
-    p_NV = exp_NV.div_(norm_N.unsqueeze(1))
-    return (p_NV * (p_NV + floor_N.unsqueeze(1)).log()).nansum(-1)
+        moment_N1 = exp_NV.mul_(logits_NV).nansum(-1, keepdim=True)
+        moment_N1 += few.mul_(few.exp()).nansum(-1, keepdim=True)
+        return moment_N1 / log_norm_N1.exp() - log_norm_N1
+    floor_N1, p_NV, log_few = floor_N.unsqueeze(1), exp_NV.div_(log_norm_N1.exp()), few - log_norm_N1
+    most = (p_NV * (p_NV + floor_N1).log()).nansum(-1, keepdim=True)
+    p_few = log_few.exp()
+    return most + (p_few * (log_few + (floor_N1 / p_few).log1p())).nansum(-1, keepdim=True)
 
 
-def _exclude(logits_NV: Tensor, excluded_NK: Tensor) -> Tensor:
-    """Sets the logits of ids to -inf, in place, and returns what they were; the first of them is M.
+def _log_margin(log_top: Tensor, gap: Tensor) -> Tensor:
+    """log(p1 - p2) of log p1 and log p1 - log p2; -inf where both probabilities are 0."""
+    log_share = torch.where(gap < math.log(2), (-(-gap).expm1()).log(), (-(-gap).exp()).log1p())
+    return torch.where(log_top.isneginf(), log_top, log_top + log_share)
+
+
+def _exclude(logits_NV: Tensor, excluded_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Sets the logits of ids to -inf, in place; the first of them is M, which later ones may repeat.
 
     Where nothing would be left to propose, only M is excluded.
+
+    Returns:
+        What the logits were, and of those that stay excluded the same with -inf for repetitions, [N, K] each.
     """
     held_NK = logits_NV.gather(1, excluded_NK)
     logits_NV.scatter_(1, excluded_NK, -torch.inf)
-    if excluded_NK.shape[1] > 1:
-        is_empty = logits_NV.amax(-1, keepdim=True).isneginf()
-        may_return = is_empty & (excluded_NK != excluded_NK[:, :1])
-        logits_NV.scatter_(1, excluded_NK, torch.where(may_return, held_NK, -torch.inf))
-    return held_NK
+    if excluded_NK.shape[1] == 1:
+        return held_NK, held_NK
+    is_empty = logits_NV.amax(-1, keepdim=True).isneginf()
+    is_mask = excluded_NK == excluded_NK[:, :1]
+    logits_NV.scatter_(1, excluded_NK, torch.where(is_empty & ~is_mask, held_NK, -torch.inf))
+    apart_NK = torch.where(is_empty | is_mask, -torch.inf, held_NK)
+    apart_NK[:, 0] = held_NK[:, 0]
+    return held_NK, apart_NK
 
 
 def _draw(logits_NV: Tensor, query: HeadQuery, rows: slice, hot: Tensor) -> Tensor:

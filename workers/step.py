@@ -21,7 +21,7 @@ from remask.workers.head import Statistics
 from remask.workers.keyed_random import Purpose, stream_keys, uniform_at
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.rows import ActiveBlocks, Plan, StepInputs, group_canvases
-from remask.workers.strategies.view import BlockView
+from remask.workers.strategies.view import BlockView, prob
 
 Plans: TypeAlias = Sequence[Plan]
 
@@ -43,7 +43,7 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     blocks = state.active_blocks(slots, valid, model.mask_id)
     shape = slots.shape
     main = Statistics.blank(slots.numel(), state.device)
-    verified = torch.ones(shape, device=state.device)
+    log_verified = torch.zeros(shape, device=state.device)
     keys = stream_keys(state.keys.unsqueeze(1), Purpose.TOKEN, state.num_forwards.unsqueeze(1), slots)
     num_rows = 0
     step = StepInputs(state.tokens, blocks, model.mask_id, state.sampling, keys, state.needs, state.removed)
@@ -53,19 +53,19 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
         num_rows += len(rows.ids_T)
         own, verifying = slice(rows.num_main_slots), slice(rows.num_main_slots, None)
         main.put(rows.slots_N[own], found.part(own))
-        verified.view(-1)[rows.slots_N[verifying]] = found.given_prob[verifying]
-    view = _block_view(state, blocks, main, verified, slots)
+        log_verified.view(-1)[rows.slots_N[verifying]] = found.log_given[verifying]
+    view = _block_view(state, blocks, main, log_verified, slots)
     outcome = _without_faults(state, blocks, view, main, _decide(state, view))
     _update(state, slots, blocks, view, main, outcome, model.mask_id)
     return num_rows
 
 
 def _block_view(
-    state: BurstState, blocks: ActiveBlocks, main: Statistics, verified: Tensor, slots: Tensor
+    state: BurstState, blocks: ActiveBlocks, main: Statistics, log_verified: Tensor, slots: Tensor
 ) -> BlockView:
     shape = slots.shape
-    confidence = torch.where(
-        state.sampling.rank_by_top.unsqueeze(1), main.top_prob.view(shape), main.proposal_prob.view(shape)
+    log_confidence = torch.where(
+        state.sampling.rank_by_top.unsqueeze(1), main.log_top.view(shape), main.log_proposal.view(shape)
     )
     committed = blocks.valid & ~blocks.masked
     unread = torch.zeros(shape, device=state.device)
@@ -78,12 +78,12 @@ def _block_view(
     return BlockView(
         masked=blocks.masked,
         committed=committed,
-        confidence=torch.where(blocks.masked, confidence, -torch.inf),
-        verified=torch.where(committed, verified, 1.0),
-        margin=main.margin.view(shape),
+        log_confidence=torch.where(blocks.masked, log_confidence, -torch.inf),
+        log_verified=torch.where(committed, log_verified, 0.0),
+        log_margin=main.log_margin.view(shape),
         neg_entropy=main.neg_entropy.view(shape),
-        visible=torch.where(blocks.read & committed, main.given_prob.view(shape), 1.0),
-        top=torch.where(blocks.read, main.top_prob.view(shape), 0.0),
+        log_visible=torch.where(blocks.read & committed, main.log_given.view(shape), 0.0),
+        log_top=torch.where(blocks.read, main.log_top.view(shape), -torch.inf),
         order=order,
         accept=accept,
         remask_draw=remask_draw,
@@ -125,8 +125,8 @@ def _without_faults(
 ) -> _Outcome:
     """The decisions about canvases without a fault. One that has a fault pauses and keeps what it holds."""
     shape, running = blocks.masked.shape, ~state.paused
-    unread = main.top_prob.view(shape).isnan() | main.proposal_prob.view(shape).isnan()
-    is_nan = running & ((unread & blocks.read) | view.verified.isnan()).any(1)
+    unread = main.log_top.view(shape).isnan() | main.log_proposal.view(shape).isnan()
+    is_nan = running & ((unread & blocks.read) | view.log_verified.isnan()).any(1)
     is_idle = state.always_commits & blocks.masked.any(1) & ~outcome.commit.any(1)
     is_idle &= running & ~is_nan
     state.fault += is_nan * NOT_NUMBERS + is_idle * NO_COMMIT
@@ -154,7 +154,7 @@ def _update(
     logprob = torch.where(
         takes_top, main.top_logprob.view(slots.shape), main.proposal_logprob.view(slots.shape)
     )
-    confidence = torch.where(takes_top, view.top, view.confidence)
+    confidence = prob(torch.where(takes_top, view.log_top, view.log_confidence)).float()
     if len(state.events.canvases):
         _record(state, slots, blocks, view, outcome, proposal, confidence)
     tokens = torch.where(remask, mask_id, torch.where(commit, proposal, blocks.tokens))
@@ -196,8 +196,12 @@ def _record(
     that at its own row, where the policy asks for them; else the confidence that it was committed with."""
     doubt = torch.where(
         state.verifies.unsqueeze(1),
-        view.verified,
-        torch.where(state.reads_committed.unsqueeze(1), view.visible, state.confidences.gather(1, slots)),
+        prob(view.log_verified).float(),
+        torch.where(
+            state.reads_committed.unsqueeze(1),
+            prob(view.log_visible).float(),
+            state.confidences.gather(1, slots),
+        ),
     )
     state.events.add(
         step=state.num_forwards,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
@@ -74,8 +75,8 @@ class Saber(RemaskPolicy, frozen=True, tag="saber"):
     commits: ClassVar[bool] = True
     memory: ClassVar[tuple[MemoryField, ...]] = (
         MemoryField("ever", per_slot=True, initial=0.0),
-        MemoryField("last_confidence", per_slot=True, initial=0.0),
-        MemoryField("top_before", per_slot=True, initial=0.0),
+        MemoryField("log_confidence", per_slot=True, initial=0.0),
+        MemoryField("log_top", per_slot=True, initial=-math.inf),
     )
 
     def needs_committed_rows(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,13 +50,94 @@ def test_statistics_equal_the_dense_ones(scale: float) -> None:
     assert torch.equal(found.proposal, top.indices[:, 0])
     entropy = -torch.special.entr(p).sum(-1)
     for ours, dense in (
-        (found.top_prob, top.values[:, 0]),
-        (found.proposal_prob, top.values[:, 0]),
-        (found.given_prob, p.gather(1, asked.given.unsqueeze(1)).squeeze(1)),
-        (found.margin, top.values[:, 0] - top.values[:, 1]),
+        (found.log_top.exp(), top.values[:, 0]),
+        (found.log_proposal.exp(), top.values[:, 0]),
+        (found.log_given.exp(), p.gather(1, asked.given.unsqueeze(1)).squeeze(1)),
+        (found.log_margin.exp(), top.values[:, 0] - top.values[:, 1]),
         (found.neg_entropy, entropy),
     ):
         torch.testing.assert_close(ours.double(), dense, rtol=2e-5, atol=2e-6)
+
+
+DOUBTS = [0.3, 1e-3, 1e-6, 2e-9, 1e-9, 3e-12, 1e-12, 3e-16, 1e-16, 1e-30]
+
+
+def nearly_sure(doubts: list[float], vocab: int, mask_share: float) -> Tensor:
+    """Logits [N, V] whose first token has a probability of 1 - doubt; M has a share of the doubt, the others
+    share the rest equally but for the second, which has twice as much."""
+    shares = torch.full((vocab,), (1 - mask_share) / (vocab - 1), dtype=torch.float64)
+    shares[1], shares[MASK], shares[0] = 2 * shares[1], mask_share, 0
+    p = torch.tensor(doubts, dtype=torch.float64).unsqueeze(1) * shares
+    p[:, 0] = 1 - torch.tensor(doubts, dtype=torch.float64)
+    return p.log().float()
+
+
+def exact(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the softmax of logits whose largest is the first: log p1, log(p1 - p2) and sum p log p, fp64 with no
+    digits lost."""
+    gaps = logits[:, 1:].double() - logits[:, :1].double()
+    others = gaps.exp().sum(1)
+    moment = torch.nansum(gaps.exp() * gaps, 1)
+    gaps[:, MASK - 1] = -torch.inf
+    log_margin = -others.log1p() + (-gaps.amax(1).exp()).log1p()
+    return -others.log1p(), log_margin, moment / (1 + others) - others.log1p()
+
+
+@pytest.mark.parametrize("mask_share", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "sampling", [PLAIN, Sampling(unranked_ids=[90]), Sampling(ranks_as_drawn=True)], ids=str
+)
+def test_probabilities_that_differ_by_less_than_1e_9_have_different_logarithms(
+    sampling: Sampling, mask_share: float
+) -> None:
+    logits = nearly_sure(DOUBTS, 97, mask_share)
+    log_top, log_margin, neg_entropy = exact(logits)
+    asked = query(len(DOUBTS), 97, sampling=sampling)
+    asked.given.zero_()
+    found = statistics(logits, asked)
+    rtol = 0.02 if sampling.unranked_ids else 1e-6  # what is ranked by has lost one of the small tokens
+    for ours in (found.log_top, found.log_proposal):
+        torch.testing.assert_close(ours.double(), log_top, rtol=rtol, atol=0)
+        assert (ours.diff() > 0).all()
+    for ours in (found.log_given, found.top_logprob, found.proposal_logprob):
+        torch.testing.assert_close(ours.double(), log_top, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.log_margin.double(), log_margin, rtol=rtol, atol=0)
+    assert (found.log_margin.diff() > 0).all()
+    # Dream's floor of 1e-10 weighs where probabilities are no larger.
+    few, rtol = slice(2 if sampling.ranks_as_drawn else None), max(rtol, 1e-4)
+    torch.testing.assert_close(found.neg_entropy[few].double(), neg_entropy[few], rtol=rtol, atol=0)
+    assert (found.neg_entropy.diff() > 0).all()
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-6, 1e-3, 0.5, 0.7, 3.0, 40.0])
+def test_the_margin_of_two_tokens_keeps_its_digits_whether_they_are_close_or_far(gap: float) -> None:
+    logits = torch.full((1, 10), -torch.inf)
+    logits[0, [7, 2]] = torch.tensor([0.0, -gap])
+    gap = -float(logits[0, 2])
+    expected = math.log(-math.expm1(-gap)) - math.log1p(math.exp(-gap)) if gap else -math.inf
+    assert float(statistics(logits, query(1, 10)).log_margin) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_excluded_counts_once_however_often_it_is_listed() -> None:
+    """A slot's removed ids are filled up with M."""
+    logits = torch.tensor([[0.0, 9.0, -2.0, 5.0, 1.0], [0.0, -2.0, 1.0, 9.0, 5.0]])
+    asked = replace(query(2, 5), removed=torch.tensor([[1, -1, -1], [4, 2, -1]]), given=torch.tensor([1, 3]))
+    found = statistics(logits.clone(), asked)
+    log_p = logits.double().log_softmax(-1)
+    assert found.proposal.tolist() == [4, 0]
+    torch.testing.assert_close(found.log_top.double(), log_p[[0, 1], [4, 0]], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.log_given.double(), log_p[[0, 1], [1, 3]], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.neg_entropy.double(), (log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=0)
+
+
+def test_a_row_with_nothing_to_propose_has_no_probability() -> None:
+    logits = torch.full((2, 5), -torch.inf)
+    logits[1, MASK] = 2.0
+    found = statistics(logits, query(2, 5))
+    assert (found.log_top == -torch.inf).all()
+    assert (found.log_proposal == -torch.inf).all()
+    assert (found.log_margin == -torch.inf).all()
+    assert found.neg_entropy.tolist() == [0, 0]
 
 
 def test_ties_go_to_the_lower_id_and_the_mask_is_never_proposed() -> None:
@@ -72,7 +155,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = statistics(logits, query(50, 97, heat=0.7))
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 97 * 7)
     found = statistics(logits, query(50, 97, heat=0.7))
-    for name in ("proposal", "proposal_prob", "top_prob", "given_prob", "margin", "neg_entropy"):
+    for name in ("ids", "reals"):
         assert torch.equal(getattr(whole, name), getattr(found, name))
 
 

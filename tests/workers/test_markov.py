@@ -126,7 +126,7 @@ def test_what_verifies_is_the_exact_leave_one_out(remask: str) -> None:
         removed=None,
     )
     rows, query = plan.pack(step)
-    found = model.statistics(rows, query).given_prob[rows.num_main_slots :]
+    found = model.statistics(rows, query).log_given.exp()[rows.num_main_slots :]
     for value, place in zip(found.tolist(), (1, 3, 4), strict=True):
         hidden = [MASK if i == place else token for i, token in enumerate(ids)]
         fits = [

@@ -134,7 +134,7 @@ def test_a_row_is_changed_by_its_own_parameters_alone(seed: int) -> None:
             ),
             MASK,
         )
-        for name in ("proposal", "proposal_prob", "top_prob", "given_prob", "margin", "neg_entropy"):
+        for name in ("proposal", "log_proposal", "log_top", "log_given", "log_margin", "neg_entropy"):
             assert torch.equal(getattr(alone, name)[0], getattr(together, name)[row]), (row, name)
 
 
@@ -147,7 +147,7 @@ def test_edits_come_before_the_softmax() -> None:
     edited[8] = -torch.inf
     p = edited.softmax(-1)
     found = answer(logits.expand(VOCAB, VOCAB).clone(), [sampling], [0] * VOCAB)
-    torch.testing.assert_close(found.given_prob.double(), p, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.log_given.exp().double(), p, rtol=1e-5, atol=1e-7)
     p[MASK] = -1
     assert found.proposal.tolist() == [int(p.argmax())] * VOCAB
 
@@ -208,7 +208,7 @@ def test_only_allowed_ids_are_proposed() -> None:
     limited = logits[::2][:, [1, MASK, 9]].double().softmax(-1)
     place = (found.proposal[::2] == 9).long() * 2
     torch.testing.assert_close(
-        found.proposal_prob[::2].double(),
+        found.log_proposal[::2].exp().double(),
         limited.gather(1, place.unsqueeze(1)).squeeze(1),
         rtol=1e-5,
         atol=1e-7,
@@ -225,14 +225,18 @@ def test_an_end_that_is_proposed_ranks_last_and_the_others_are_renormalised() ->
     ranked = logits.double()
     ranked[:, [7, 8]] = -torch.inf
     p = ranked.softmax(-1)
-    assert float(found.proposal_prob[0]) == 0
-    assert float(found.proposal_prob[1]) == pytest.approx(float(p[1, 2]), rel=1e-5)
-    assert float(found.top_prob[0]) == pytest.approx(float(p[0, 0]), rel=1e-5)
-    assert float(found.margin[1]) == pytest.approx(float(p[1, 2] - p[1, 0]), rel=1e-4)
+    assert float(found.log_proposal[0].exp()) == 0
+    assert float(found.log_proposal[1].exp()) == pytest.approx(float(p[1, 2]), rel=1e-5)
+    assert float(found.log_top[0].exp()) == pytest.approx(float(p[0, 0]), rel=1e-5)
+    assert float(found.log_margin[1].exp()) == pytest.approx(float(p[1, 2] - p[1, 0]), rel=1e-4)
     assert float(found.neg_entropy[1]) == pytest.approx(-float(torch.special.entr(p[1]).sum()), rel=1e-4)
     plain = logits[1].double().softmax(-1)
-    assert float(found.given_prob[1]) == pytest.approx(float(plain[1]), rel=1e-5), "ranking alone changes"
-    assert float(found.proposal_prob[2]) == pytest.approx(float(logits[2].double().softmax(-1)[2]), rel=1e-5)
+    assert float(found.log_given[1].exp()) == pytest.approx(float(plain[1]), rel=1e-5), (
+        "ranking alone changes"
+    )
+    assert float(found.log_proposal[2].exp()) == pytest.approx(
+        float(logits[2].double().softmax(-1)[2]), rel=1e-5
+    )
 
 
 def test_what_was_removed_is_not_proposed_and_keeps_its_probability() -> None:
@@ -244,10 +248,10 @@ def test_what_was_removed_is_not_proposed_and_keeps_its_probability() -> None:
     assert found.proposal.tolist()[:2] == [first, second]
     assert found.proposal.tolist()[3] == third
     for row, token in ((0, first), (1, second), (3, third)):
-        assert float(found.proposal_prob[row]) == pytest.approx(float(p[token]), rel=1e-5)
-        assert float(found.top_prob[row]) == float(found.proposal_prob[row])
+        assert float(found.log_proposal[row].exp()) == pytest.approx(float(p[token]), rel=1e-5)
+        assert float(found.log_top[row].exp()) == float(found.log_proposal[row].exp())
         assert float(found.proposal_logprob[row]) == pytest.approx(float(p[token].log()), rel=1e-5)
-    assert float(found.margin[1]) == pytest.approx(float(p[second] - p[third]), rel=1e-4)
+    assert float(found.log_margin[1].exp()) == pytest.approx(float(p[second] - p[third]), rel=1e-4)
     draws = 500
     many = row_of(11).expand(draws, VOCAB).clone()
     hot = answer(many, [Sampling(temperature=2.0)], [0] * draws, removed=[[first, -1]] * draws)
@@ -291,19 +295,19 @@ def test_a_policy_that_ranks_as_drawn_sees_the_tempered_and_filtered_softmax(
     drawn[unranked] = 0
     drawn = drawn / drawn.sum().clamp(min=1e-30)
     proposal = int(found.proposal[0])
-    assert float(found.proposal_prob[0]) == pytest.approx(float(drawn[proposal]), rel=1e-4, abs=1e-7)
+    assert float(found.log_proposal[0].exp()) == pytest.approx(float(drawn[proposal]), rel=1e-4, abs=1e-7)
     proposable = drawn.clone()
     proposable[MASK] = 0
     best = proposable.topk(2).values
-    assert float(found.top_prob[0]) == pytest.approx(float(best[0]), rel=1e-4, abs=1e-7)
-    assert float(found.margin[0]) == pytest.approx(float(best[0] - best[1]), rel=1e-3, abs=1e-6)
+    assert float(found.log_top[0].exp()) == pytest.approx(float(best[0]), rel=1e-4, abs=1e-7)
+    assert float(found.log_margin[0].exp()) == pytest.approx(float(best[0] - best[1]), rel=1e-3, abs=1e-6)
     entropy = float((drawn * (drawn + 1e-10).log()).sum())
     if float(drawn.sum()) > 0:
         assert float(found.neg_entropy[0]) == pytest.approx(entropy, rel=1e-3, abs=1e-5)
     whole = raw.double().log_softmax(-1)
     assert float(found.proposal_logprob[0]) == pytest.approx(float(whole[proposal]), rel=1e-4)
     plain = answer(raw.unsqueeze(0), [Sampling()], [0])
-    for name in ("proposal", "proposal_prob", "top_prob", "margin", "neg_entropy", "proposal_logprob"):
+    for name in ("proposal", "log_proposal", "log_top", "log_margin", "neg_entropy", "proposal_logprob"):
         assert torch.equal(getattr(plain, name)[0], getattr(found, name)[1])
 
 

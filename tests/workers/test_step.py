@@ -349,7 +349,7 @@ def test_a_policy_that_asks_for_committed_rows_gets_their_own_probabilities(
     hidden = golden_model.model(rows, golden_model.attention)
     p = golden_model.model.logits(hidden[:8]).float().softmax(-1)
     tokens = torch.from_numpy(states[0].token_array()[12:20].astype(np.int64))
-    torch.testing.assert_close(found.given_prob[:8], p.gather(1, tokens.unsqueeze(1)).squeeze(1))
+    torch.testing.assert_close(found.log_given.exp()[:8], p.gather(1, tokens.unsqueeze(1)).squeeze(1))
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_in_one_layer_a_lone_shadow_row_is_the_exact_leave_one_out(tmp_path: Pat
             layout = VarlenLayout(bounds, bounds, ())
             alone = PackedRows(hole, every, layout, every, layout, every, 16)
             p = model.model.logits(model.model(alone, model.attention))[4 + slot].softmax(-1)
-            difference = float(found.given_prob[place] - p[tokens[4 + slot]])
+            difference = float(found.log_given.exp()[place] - p[tokens[4 + slot]])
             errors[tile] = max(errors[tile], abs(difference))
         assert len(committed) == 5
     assert errors["self"] < 1e-5
@@ -457,4 +457,4 @@ def test_the_oracle_asks_once_for_each_committed_token_without_it(golden_model: 
         hole[slot] = 0
         alone = PackedRows(hole, every, layout, every, layout, every, 20)
         p = golden_model.model.logits(golden_model.model(alone, golden_model.attention))[slot].softmax(-1)
-        assert float(found.given_prob[place]) == pytest.approx(float(p[tokens[slot]]), rel=1e-4)
+        assert float(found.log_given.exp()[place]) == pytest.approx(float(p[tokens[slot]]), rel=1e-4)

@@ -34,7 +34,7 @@ from remask.workers.keyed_random import stream_keys, uniform_at
 from remask.workers.strategies.groups import PolicyGroup, group_policies
 from remask.workers.strategies.view import BlockView, Decision
 
-CPU = torch.device("cpu")
+KINDS = st.sampled_from(["any", "coarse", "sure"])
 UNMASKS = (
     Schedule(),
     Schedule(5),
@@ -56,13 +56,18 @@ UNMASKS = (
 )
 
 
-def random_view(seed: int, rows: int, width: int, *, coarse: bool = False) -> BlockView:
-    """Random states; `coarse` rounds the numbers so that there are ties."""
+def random_view(seed: int, rows: int, width: int, kind: str = "any") -> BlockView:
+    """Random states; "coarse" rounds the numbers so that there are ties, under "sure" all probabilities but
+    those near 1 are rare."""
     generator = torch.Generator().manual_seed(seed)
 
     def random() -> Tensor:
         numbers = torch.rand(rows, width, generator=generator)
-        return (numbers * 4).round() / 4 if coarse else numbers
+        return (numbers * 4).round() / 4 if kind == "coarse" else numbers
+
+    def log_prob() -> Tensor:
+        numbers = random()
+        return -(10 ** (1 - 13 * numbers.double())).float() if kind == "sure" else numbers.log()
 
     masked = random() < 0.6
     masked[torch.arange(rows), torch.randint(width, (rows,), generator=generator)] = True
@@ -70,12 +75,12 @@ def random_view(seed: int, rows: int, width: int, *, coarse: bool = False) -> Bl
     return BlockView(
         masked=masked,
         committed=committed,
-        confidence=torch.where(masked, random(), -torch.inf),
-        verified=torch.where(committed, random(), 1.0),
-        margin=random(),
+        log_confidence=torch.where(masked, log_prob(), -torch.inf),
+        log_verified=torch.where(committed, log_prob(), 0.0),
+        log_margin=log_prob(),
         neg_entropy=-random(),
-        visible=torch.where(committed, random(), 1.0),
-        top=torch.where(masked | committed, random(), 0.0),
+        log_visible=torch.where(committed, log_prob(), 0.0),
+        log_top=torch.where(masked | committed, log_prob(), -torch.inf),
         order=random(),
         accept=random().clamp(0.01, 0.99),
         remask_draw=random(),
@@ -99,28 +104,29 @@ def commits(policy: Any, view: BlockView) -> Tensor:
 
 
 def expected_commits(policy: Any, view: BlockView, row: int) -> set[int]:
-    """The rules of the papers and reference decoders in plain Python, one canvas at a time."""
+    """The rules of the papers and reference decoders in plain Python (fp64), one canvas at a time."""
     masked = [j for j, m in enumerate(view.masked[row].tolist()) if m]
-    c = view.confidence[row].tolist()
-    by_confidence = sorted(masked, key=lambda j: (-c[j], j))
+    log_c, log_margin = view.log_confidence[row].tolist(), view.log_margin[row].tolist()
+    c = [math.exp(x) for x in log_c]
+    by_confidence = sorted(masked, key=lambda j: (-log_c[j], j))
     if isinstance(policy, Threshold):
         return {j for j in masked if c[j] >= policy.t} | {by_confidence[0]}
     if isinstance(policy, CappedThreshold):
         cap = min(max(int(0.7 * len(masked)), 5), 20)
-        good = [j for j in by_confidence if c[j] > torch.tensor(policy.t1)]
+        good = [j for j in by_confidence if c[j] > policy.t1]
         return set(good[:cap]) or {by_confidence[0]}
     if isinstance(policy, Schedule):
-        scores = {"confidence": c, "margin": view.margin[row].tolist(), "random": view.order[row].tolist()}
+        scores = {"confidence": log_c, "margin": log_margin, "random": view.order[row].tolist()}
         score = scores.get(policy.score, view.neg_entropy[row].tolist())
         steps_left = (policy.steps or view.masked.shape[1]) - int(view.block_forwards[row])
         count = -(-len(masked) // steps_left) if steps_left > 0 else 1
         return set(sorted(masked, key=lambda j: (-score[j], j))[:count])
     if isinstance(policy, Bernoulli):
-        drawn = {j for j in masked if view.accept[row, j] < view.confidence[row, j] ** policy.k}
+        drawn = {j for j in masked if float(view.accept[row, j]) < c[j] ** policy.k}
         return drawn or {by_confidence[0]}
     if isinstance(policy, EntropyBound):
         entropy = (-view.neg_entropy[row]).tolist()
-        scores = {"confidence": c, "margin": view.margin[row].tolist(), "entropy": [-h for h in entropy]}
+        scores = {"confidence": log_c, "margin": log_margin, "entropy": [-h for h in entropy]}
         by_score = sorted(masked, key=lambda j: (-scores[policy.order][j], j))
         sorted_entropy = [entropy[j] for j in by_score]
         fits = [
@@ -132,7 +138,8 @@ def expected_commits(policy: Any, view: BlockView, row: int) -> set[int]:
     assert isinstance(policy, Factor)
     kept = 0
     for n, j in enumerate(by_confidence, start=1):
-        passes = (n + 1) * (1 - c[j]) < policy.f if policy.strict else c[j] >= 1 - policy.f / (n + 1)
+        doubt = -math.expm1(log_c[j])
+        passes = (n + 1) * doubt < policy.f if policy.strict else c[j] >= 1 - policy.f / (n + 1)
         if n > 1 and not passes:
             break
         kept = n
@@ -142,10 +149,10 @@ def expected_commits(policy: Any, view: BlockView, row: int) -> set[int]:
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10**6), width=st.integers(1, 40), coarse=st.booleans())
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 40), kind=KINDS)
 @pytest.mark.parametrize("policy", UNMASKS, ids=str)
-def test_commits_are_those_of_the_published_rule(policy: Any, seed: int, width: int, coarse: bool) -> None:
-    view = random_view(seed, 6, width, coarse=coarse)
+def test_commits_are_those_of_the_published_rule(policy: Any, seed: int, width: int, kind: str) -> None:
+    view = random_view(seed, 6, width, kind)
     commit = commits(policy, view)
     for row in range(6):
         assert set(commit[row].nonzero().squeeze(1).tolist()) == expected_commits(policy, view, row)
@@ -175,8 +182,8 @@ def test_no_canvas_enters_the_decision_about_another(policy: Any, seed: int, wid
 def test_the_factor_rule_commits_the_last_one_too_when_only_that_one_fails(num_masked: int) -> None:
     view = random_view(0, 1, 3)
     masked = torch.arange(3).unsqueeze(0) < num_masked
-    confidence = torch.where(masked, torch.tensor([0.9, 0.1, 0.1]), -torch.inf)
-    view = view._replace(masked=masked, confidence=confidence)
+    log_confidence = torch.where(masked, torch.tensor([0.9, 0.1, 0.1]).log(), -torch.inf)
+    view = view._replace(masked=masked, log_confidence=log_confidence)
     assert int(commits(Factor(1.0), view).sum()) == (2 if num_masked == 2 else 1)
 
 
@@ -186,12 +193,12 @@ def test_the_factor_rule_commits_the_last_one_too_when_only_that_one_fails(num_m
     width=st.integers(1, 40),
     t2=st.floats(0, 1),
     budget=st.sampled_from(["prev_accept", "cur_accept"]),
-    coarse=st.booleans(),
+    kind=KINDS,
 )
 def test_wino_remasks_the_least_probable_within_its_budget(
-    seed: int, width: int, t2: float, budget: Any, coarse: bool
+    seed: int, width: int, t2: float, budget: Any, kind: str
 ) -> None:
-    view, policy = random_view(seed, 6, width, coarse=coarse), Wino(t2, budget=budget)
+    view, policy = random_view(seed, 6, width, kind), Wino(t2, budget=budget)
     commit = commits(CappedThreshold(0.5), view)
     group = group_of(policy, 6, width)
     previous = torch.randint(1, 31, (6,), generator=torch.Generator().manual_seed(seed)).float()
@@ -200,14 +207,14 @@ def test_wino_remasks_the_least_probable_within_its_budget(
     assert torch.equal(kept, commit)
     assert torch.equal(memory["prev_accept"], commit.sum(1).float())
     for row in range(6):
-        r = view.verified[row].tolist()
+        log_r = view.log_verified[row].tolist()
         num_commits = int(commit[row].sum())
         limit = int(previous[row]) if budget == "prev_accept" else num_commits
-        doubtful = [j for j in range(width) if view.committed[row, j] and r[j] < torch.tensor(t2)]
+        doubtful = [j for j in range(width) if view.committed[row, j] and math.exp(log_r[j]) < t2]
         if num_commits <= 1:
             doubtful = []
         elif len(doubtful) >= limit:
-            doubtful = sorted(doubtful, key=lambda j: (r[j], j))[: limit - 1]
+            doubtful = sorted(doubtful, key=lambda j: (log_r[j], j))[: limit - 1]
         assert set(remask[row].nonzero().squeeze(1).tolist()) == set(doubtful)
 
 
@@ -236,25 +243,25 @@ def chosen(flags: Tensor, row: int) -> set[int]:
     max_times=st.integers(0, 2),
     max_share=st.sampled_from([0.0, 0.25, 1.0]),
     post_steps=st.integers(0, 2),
-    coarse=st.booleans(),
+    kind=KINDS,
 )
 def test_low_prob_remasks_the_lowest_within_its_share_and_times(
-    seed: int, width: int, t: float, max_times: int, max_share: float, post_steps: int, coarse: bool
+    seed: int, width: int, t: float, max_times: int, max_share: float, post_steps: int, kind: str
 ) -> None:
-    view = random_view(seed, 6, width, coarse=coarse)
+    view = random_view(seed, 6, width, kind)
     full = torch.arange(6) % 3 == 0  # blocks in which nothing is masked any more
     view = view._replace(masked=view.masked & ~full.unsqueeze(1))
-    view = view._replace(confidence=torch.where(view.masked, view.confidence, -torch.inf))
+    view = view._replace(log_confidence=torch.where(view.masked, view.log_confidence, -torch.inf))
     times = torch.randint(3, (6, width), generator=torch.Generator().manual_seed(seed)).float()
     policy = LowProb(t, max_times, max_share, post_steps)
     commit = commits(Threshold(0.5), view)
     found = decide(policy, view, commit, {"times": times, "posts": torch.ones(6)})
     assert torch.equal(found.commit, commit)
     for row in range(6):
-        p, committed = view.visible[row].tolist(), chosen(view.committed, row)
-        doubtful = [j for j in committed if p[j] < torch.tensor(t) and times[row, j] < max_times]
+        log_p, committed = view.log_visible[row].tolist(), chosen(view.committed, row)
+        doubtful = [j for j in committed if math.exp(log_p[j]) < t and times[row, j] < max_times]
         limit = max(1, int(max_share * len(committed)))
-        expected = set(sorted(doubtful, key=lambda j: (p[j], j))[:limit])
+        expected = set(sorted(doubtful, key=lambda j: (log_p[j], j))[:limit])
         assert chosen(found.remask, row) == expected
         for j in range(width):
             assert found.memory["times"][row, j] == times[row, j] + (j in expected)
@@ -265,31 +272,38 @@ def test_low_prob_remasks_the_lowest_within_its_share_and_times(
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), width=st.integers(1, 40), n=st.integers(1, 5), mu=st.integers(1, 9))
+@given(
+    seed=st.integers(0, 10**6),
+    width=st.integers(1, 40),
+    n=st.integers(1, 5),
+    mu=st.integers(1, 9),
+    kind=KINDS,
+)
 def test_saber_commits_above_its_mean_and_takes_back_the_largest_drops(
-    seed: int, width: int, n: int, mu: int
+    seed: int, width: int, n: int, mu: int, kind: str
 ) -> None:
-    view, other = random_view(seed, 6, width), random_view(seed + 1, 6, width)
+    view, other = random_view(seed, 6, width, kind), random_view(seed + 1, 6, width, kind)
     fresh = torch.arange(6) % 3 == 0  # nothing was ever committed there
     ever = (other.accept < 0.5) & ~fresh.unsqueeze(1)
-    memory = {"ever": ever.float(), "last_confidence": other.order, "top_before": other.top}
+    memory = {"ever": ever.float(), "log_confidence": other.log_visible, "log_top": other.log_top}
     found = decide(Saber(n, mu), view, torch.zeros_like(view.masked), memory)
     for row in range(6):
-        masked, c = chosen(view.masked, row), view.confidence[row].tolist()
-        past = [float(memory["last_confidence"][row, j]) for j in chosen(ever, row)]
-        bar = sum(past) / len(past) if past else 1.0
-        accepted = {j for j in masked if c[j] > bar}
+        masked, log_c = chosen(view.masked, row), view.log_confidence[row].tolist()
+        past = [Fraction(math.exp(memory["log_confidence"][row, j])) for j in chosen(ever, row)]
+        bar = sum(past) / len(past) if past else 1
+        accepted = {j for j in masked if Fraction(math.exp(log_c[j])) > bar}
         if len(accepted) < n:
-            accepted = set(sorted(masked, key=lambda j: (-c[j], j))[:n])
+            accepted = set(sorted(masked, key=lambda j: (-log_c[j], j))[:n])
         k = min(max(n // 2, -(-len(accepted) // mu)), len(accepted) - 1) if masked - accepted else 0
-        drop = (memory["top_before"][row] - view.top[row]).tolist()
+        now, before = view.log_top[row].tolist(), memory["log_top"][row].tolist()
+        drop = [math.exp(b) - math.exp(a) for a, b in zip(now, before, strict=True)]
         back = set(sorted(chosen(view.committed, row) | accepted, key=lambda j: (-drop[j], j))[:k])
         assert chosen(found.commit, row) == accepted - back
         assert chosen(found.remask, row) == back - accepted
         assert chosen(found.memory["ever"] > 0, row) == chosen(ever, row) | accepted
         for j in accepted:
-            assert found.memory["last_confidence"][row, j] == view.confidence[row, j]
-    assert torch.equal(found.memory["top_before"], view.top)
+            assert found.memory["log_confidence"][row, j] == view.log_confidence[row, j]
+    assert torch.equal(found.memory["log_top"], view.log_top)
 
 
 @settings(deadline=None, max_examples=60)
@@ -327,22 +341,23 @@ DREAMS = (
     Dream(8, "origin"),
     Dream(60, "origin"),
     Dream(6, "entropy", alg_temp=0.5),
+    Dream(6, "maskgit_plus", alg_temp=0.5),
 )
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10**6), width=st.integers(1, 40), coarse=st.booleans())
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 40), kind=KINDS)
 @pytest.mark.parametrize("policy", DREAMS, ids=str)
 def test_dream_commits_its_timesteps_share_of_the_masks(
-    policy: Dream, seed: int, width: int, coarse: bool
+    policy: Dream, seed: int, width: int, kind: str
 ) -> None:
-    view = random_view(seed, 6, width, coarse=coarse)
+    view = random_view(seed, 6, width, kind)
     if policy.alg_temp:
         view = view._replace(order=view.order.clamp(0.01, 0.99))
     found, steps = commits(policy, view), policy.steps or width
     for row in range(6):
         masked, k = chosen(view.masked, row), int(view.block_forwards[row])
-        slope = (1 - float(torch.tensor(policy.eps))) / steps
+        slope = (1 - policy.eps) / steps
         share = 1 - (1 - (k + 1) * slope) / (1 - k * slope)
         is_last = k + 1 >= steps
         if policy.alg == "origin":
@@ -350,11 +365,12 @@ def test_dream_commits_its_timesteps_share_of_the_masks(
             continue
         score = {
             "entropy": view.neg_entropy,
-            "maskgit_plus": view.confidence,
-            "topk_margin": view.margin,
+            "maskgit_plus": view.log_confidence,
+            "topk_margin": view.log_margin,
         }[policy.alg][row].tolist()
         if policy.alg_temp:
             order = view.order[row].tolist()
+            score = score if policy.alg == "entropy" else [math.exp(s) for s in score]
             score = [s / policy.alg_temp - math.log(-math.log(u)) for s, u in zip(score, order, strict=True)]
         count = len(masked) if is_last else math.floor(len(masked) * share)
         assert chosen(found, row) == set(sorted(masked, key=lambda j: (-score[j], j))[:count])
@@ -368,7 +384,7 @@ def test_dream_draws_positions_from_the_tempered_softmax() -> None:
     view = random_view(0, 1, 4).select(torch.zeros(draws, dtype=torch.int64))
     view = view._replace(
         masked=everywhere,
-        confidence=scores.expand(draws, 4),
+        log_confidence=scores.log().expand(draws, 4),
         order=uniform,
         block_forwards=torch.zeros(draws, dtype=torch.int64),
     )
@@ -385,16 +401,14 @@ def test_dream_draws_positions_from_the_tempered_softmax() -> None:
     width=st.integers(1, 40),
     steps=st.integers(1, 50),
     conf=st.sampled_from(["prob", "margin", "entropy"]),
-    coarse=st.booleans(),
+    kind=KINDS,
 )
-def test_rcr_leaves_the_lowest_stored_masked(
-    seed: int, width: int, steps: int, conf: Any, coarse: bool
-) -> None:
-    view, beside = random_view(seed, 6, width, coarse=coarse), Schedule(steps)
-    stored = random_view(seed + 1, 6, width, coarse=coarse).top
+def test_rcr_leaves_the_lowest_stored_masked(seed: int, width: int, steps: int, conf: Any, kind: str) -> None:
+    view, beside = random_view(seed, 6, width, kind), Schedule(steps)
+    stored = random_view(seed + 1, 6, width, kind).log_visible
     commit = commits(beside, view)
     found = decide(Rcr(conf), view, commit, {"stored": stored}, beside)
-    numbers = {"prob": view.confidence, "margin": view.margin, "entropy": view.neg_entropy}[conf]
+    numbers = {"prob": view.log_confidence, "margin": view.log_margin, "entropy": view.neg_entropy}[conf]
     for row in range(6):
         masked, committed = chosen(view.masked, row), chosen(view.committed, row)
         now = [float(numbers[row, j] if j in masked else stored[row, j]) for j in range(width)]
@@ -419,7 +433,7 @@ def test_remdm_commits_and_remasks_with_the_probabilities_of_its_schedule(
     seed: int, width: int, policy: Remdm
 ) -> None:
     view = random_view(seed, 6, width)
-    stored = random_view(seed + 1, 6, width).top
+    stored = random_view(seed + 1, 6, width).log_visible
     found = decide(policy, view, torch.zeros_like(view.masked), {"stored": stored})
     assert found.takes_top is not None
     for row in range(6):
@@ -440,7 +454,7 @@ def test_remdm_commits_and_remasks_with_the_probabilities_of_its_schedule(
         largest = min(1, (1 - alpha_s) / alpha_t) if alpha_t else 1
         p_stay = 0.0
         if policy.schedule == "conf":
-            weights = {j: math.exp(-float(stored[row, j])) for j in committed}
+            weights = {j: math.exp(-math.exp(stored[row, j])) for j in committed}
             back = {j: largest * w / sum(weights.values()) for j, w in weights.items()}
         else:
             eta = policy.eta or {"cap": 0.008, "rescale": 0.015}[policy.schedule]
@@ -450,7 +464,7 @@ def test_remdm_commits_and_remasks_with_the_probabilities_of_its_schedule(
         assert chosen(found.commit, row) == {j for j in masked if view.accept[row, j] < p_commit}
         assert chosen(found.remask, row) == {j for j in committed if view.remask_draw[row, j] < back[j]}
         for j in chosen(found.commit, row):
-            assert found.memory["stored"][row, j] == view.confidence[row, j]
+            assert found.memory["stored"][row, j] == view.log_confidence[row, j]
 
 
 REMASKS = (
@@ -472,7 +486,9 @@ def test_padding_of_longer_blocks_beside_changes_no_bit(policy: Any) -> None:
     view = random_view(11, 50, 13)
     wider = BlockView(
         *(
-            torch.nn.functional.pad(x, (0, 50), value=-torch.inf if name == "confidence" else 0)
+            torch.nn.functional.pad(
+                x, (0, 50), value=-torch.inf if name in ("log_confidence", "log_top") else 0
+            )
             if x.ndim == 2
             else x
             for name, x in zip(BlockView._fields, view, strict=True)
@@ -484,7 +500,7 @@ def test_padding_of_longer_blocks_beside_changes_no_bit(policy: Any) -> None:
             group = group_of(policy, 50, 13, Schedule())
             memory = group.initial_memory(each.masked.shape[1])
             for name, number in memory.items():
-                memory[name] = number + (each.top if number.ndim == 2 else 0)
+                memory[name] = number + (each.accept if number.ndim == 2 else 0)
             commit = torch.nn.functional.pad(
                 commits(CappedThreshold(0.3), view), (0, each.masked.shape[1] - 13)
             )

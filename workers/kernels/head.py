@@ -291,8 +291,23 @@ def _best(values, ids):
 
 
 @triton.jit
-def _prob(logit, base, norm):
-    return tl.div_rn(tl.exp(logit - base), norm)
+def _log1p(x):
+    """log(1 + x) for x > -1: what rounding takes from 1 + x is added again to first order."""
+    rounded = 1 + x
+    return tl.log(rounded) + tl.div_rn(x - (rounded - 1), rounded)
+
+
+@triton.jit
+def _log_margin(log_top, gap):
+    """log(p1 - p2) of log p1 and log p1 - log p2; -inf where both probabilities are 0."""
+    # 1 - exp(-gap) of a small gap by its series: ten terms leave less than 1e-9 of it out.
+    near = tl.minimum(gap, 0.7)
+    share = near * 0.1
+    for i in tl.static_range(1, 10):
+        share = (1 - share) * near / (10 - i)
+    far = _log1p(-tl.exp(-tl.maximum(gap, 0.7)))
+    log_share = tl.where(gap < 0.7, tl.log(share), far)
+    return tl.where(log_top == float("-inf"), log_top, log_top + log_share)
 
 
 @triton.jit
@@ -341,19 +356,19 @@ def _merge(
     base = _finite(tl.maximum(top, mask))
     below, mask_below = _below(top, base), _below(mask, base)
     others = tl.where(mask > top, tl.exp(below) * (1.0 + rest), rest + tl.exp(mask_below))
-    norm = 1.0 + others
-    log_norm = tl.log(norm)
-    top_prob = _prob(top, base, norm)
-    neg_entropy, margin = tl.zeros([ROWS], dtype=tl.float32), tl.zeros([ROWS], dtype=tl.float32)
+    log_norm = _log1p(others)
+    log_top = top - base - log_norm
+    neg_entropy = tl.zeros([ROWS], dtype=tl.float32)
+    log_margin = tl.full([ROWS], nothing, dtype=tl.float32)
     if ENTROPY:
         moments = _read(reals_ptr, _MOMENT, num_rows, splits, places, is_read, 0.0, _NUM_REALS)
         moment = tl.sum(shrink * (moments + shift * (1.0 + rests)), 0)
         moment = tl.exp(below) * (moment + below * (1.0 + rest)) + tl.exp(mask_below) * mask_below
-        neg_entropy = tl.div_rn(moment, norm) - log_norm
+        neg_entropy = tl.div_rn(moment, 1.0 + others) - log_norm
     if MARGIN:
         seconds = _read(reals_ptr, _SECOND, num_rows, splits, places, is_read, nothing, _NUM_REALS)
         second = tl.max(tl.maximum(seconds, tl.where(has_top, nothing, tops)), 0)
-        margin = top_prob - _prob(second, base, norm)
+        log_margin = _log_margin(log_top, _finite(top) - second)
 
     scores = _read(reals_ptr, _SCORE, num_rows, splits, places, is_read, nothing, _NUM_REALS)
     drawn_ids = _read(ids_ptr, _DRAWN_ID, num_rows, splits, places, is_read, _NO_ID, _NUM_IDS)
@@ -361,7 +376,7 @@ def _merge(
     drawns = _read(reals_ptr, _DRAWN, num_rows, splits, places, is_read, nothing, _NUM_REALS)
     drawn = tl.max(tl.where(has_drawn, drawns, nothing), 0)
     givens = _read(reals_ptr, _GIVEN, num_rows, splits, places, is_read, nothing, _NUM_REALS)
-    given_prob = _prob(tl.max(givens, 0), base, norm)
+    given = tl.max(givens, 0)
 
     rows = tl.load(live_ptr + places, mask=is_live, other=0)
     is_hot = tl.load(temperature_ptr + rows, mask=is_live, other=0.0) > 0
@@ -374,15 +389,9 @@ def _merge(
     proposal, proposal_id = tl.where(is_hot, drawn, top), tl.where(is_hot, drawn_id, top_id)
     tl.store(out_ids_ptr + rows, proposal_id.to(tl.int64), mask=is_live)
     tl.store(out_ids_ptr + out_ids_stride + rows, top_id.to(tl.int64), mask=is_live)
-    found = (
-        _prob(proposal, base, norm),
-        top_prob,
-        given_prob,
-        margin,
-        neg_entropy,
-        proposal - base - log_norm,
-        top - base - log_norm,
-    )
+    log_proposal = proposal - base - log_norm
+    log_given = given - base - log_norm
+    found = (log_proposal, log_top, log_given, log_margin, neg_entropy, log_proposal, log_top)
     for field in tl.static_range(7):
         values = tl.where(is_nan, float("nan"), found[field])
         tl.store(out_reals_ptr + field * out_reals_stride + rows, values, mask=is_live)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from remask.workers.strategies.view import BlockView, Params, best
+from remask.workers.strategies.view import BlockView, Params, best, prob
 
 
 def capped_threshold(view: BlockView, params: Params) -> Tensor:
     cap = (view.masked.sum(1) * 7 // 10).clamp(min=5, max=20)
-    confident = (view.masked & (view.confidence > params["t1"].unsqueeze(1))).sum(1)
-    return best(view.confidence, view.masked, confident.minimum(cap).clamp(min=1))
+    confident = (view.masked & (prob(view.log_confidence) > params["t1"].unsqueeze(1))).sum(1)
+    return best(view.log_confidence, view.masked, confident.minimum(cap).clamp(min=1))

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remask.workers.strategies.view import BlockView, Params, ranks
+from remask.workers.strategies.view import BlockView, Params, doubt, prob, ranks
 
 
 def factor(view: BlockView, params: Params) -> Tensor:
-    place = ranks(view.confidence, view.masked)
+    place = ranks(view.log_confidence, view.masked)
     f, strict = params["f"].unsqueeze(1), params["strict"].unsqueeze(1) > 0
     n_plus_1 = place + 2  # n counts from 1
-    passes = torch.where(strict, n_plus_1 * (1 - view.confidence) < f, view.confidence >= 1 - f / n_plus_1)
+    passes_strict = n_plus_1 * doubt(view.log_confidence) < f
+    passes = torch.where(strict, passes_strict, prob(view.log_confidence) >= 1 - f / n_plus_1)
     fails = view.masked & ~passes & (place > 0)
     num_masked = view.masked.sum(1, keepdim=True)
     num_kept = torch.where(fails, place, num_masked).amin(1, keepdim=True)

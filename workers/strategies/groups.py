@@ -26,8 +26,8 @@ class PolicyGroup:
         members: their indices in the burst.
         canvases: int64 [Rg]: the same, and behind them as many of the burst's last canvas as there is room
             for.
-        fields: the policies' fields, fp32 [Rg] each; of a choice between words, the word's place in the spec.
-        block_fields: fp32 [entries] each: fields that differ from block to block, those of all canvases one
+        fields: the policies' fields, fp64 [Rg] each; of a choice between words, the word's place in the spec.
+        block_fields: fp64 [entries] each: fields that differ from block to block, those of all canvases one
             behind the other, so that the many blocks of one canvas make no others' tables longer.
         first_block, last_block: int64 [Rg]: where in them the blocks of each canvas begin and end.
         memory_fields: what the kind carries from step to step.
@@ -43,7 +43,7 @@ class PolicyGroup:
     memory_fields: tuple[MemoryField, ...]
 
     def params_at(self, block_R: Tensor) -> Params:
-        """All fields fp32 [Rg] at the active blocks; `block_R` holds those of all canvases of the burst."""
+        """All fields fp64 [Rg] at the active blocks; `block_R` holds those of all canvases of the burst."""
         if not self.block_fields:
             return self.fields
         place = torch.minimum(self.first_block + block_R[self.canvases], self.last_block)
@@ -94,7 +94,9 @@ def group_policies(
             return float(choices[name].index(value)) if name in choices else float(value or 0)
 
         fields = {
-            name: torch.tensor([number(name, getattr(policies[c], name)) for c in canvases])
+            name: torch.tensor(
+                [number(name, getattr(policies[c], name)) for c in canvases], dtype=torch.float64
+            )
             for name in kind.__struct_fields__
         }
         block_fields, first_block, last_block = _block_tables(
@@ -130,7 +132,7 @@ def _block_tables(
     first, last = (np.append(places, [places[0]] * num_more) for places in (ends[:-1], ends[1:] - 1))
     tables = {}
     for name in rows[0]:
-        table = np.zeros(max(least, ends[-1]), dtype=np.float32)
+        table = np.zeros(max(least, ends[-1]), dtype=np.float64)
         table[: ends[-1]] = np.concatenate([row[name] for row in rows])
         tables[name] = torch.from_numpy(table)
     return tables, torch.from_numpy(first.astype(np.int64)), torch.from_numpy(last.astype(np.int64))

@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remask.workers.strategies.view import BlockView, Decision, Memory, Params, exact_sum
+from remask.workers.strategies.view import BlockView, Decision, Memory, Params, exact_sum, prob
 
 LAST_TIME = 1e-5
 RESCALE, CONF = 1, 2  # their places among the spec's schedules
 
 
 def remdm(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision:
-    steps, done = params["block_steps"].double(), view.block_forwards.double()
+    steps, done = params["block_steps"], view.block_forwards.double()
     slope = (1 - LAST_TIME) / steps
     alpha_t, alpha_s = slope * done, (slope * (done + 1)).clamp(max=1 - LAST_TIME)
     sigma_max = ((1 - alpha_s) / alpha_t.clamp(min=1e-30)).clamp(max=1)
-    kind, eta = params["schedule"], params["eta"].double()
+    kind, eta = params["schedule"], params["eta"]
     sigma = torch.where(kind == RESCALE, eta * sigma_max, eta.minimum(sigma_max))
-    weight = torch.where(view.committed, torch.exp(-memory["stored"].double()), 0.0)
+    weight = torch.where(view.committed, torch.exp(-prob(memory["stored"])), 0.0)
     share = weight / exact_sum(weight).clamp(min=1e-30).unsqueeze(1)
     by_conf = (kind == CONF).unsqueeze(1)
     takes_back = torch.where(by_conf, share * sigma_max.unsqueeze(1), sigma.unsqueeze(1))
@@ -28,5 +28,5 @@ def remdm(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> De
     is_over = (done >= steps).unsqueeze(1)
     commit = view.masked & (is_over | (view.accept < commits.unsqueeze(1)))
     remask = view.committed & ~is_over & (view.remask_draw < takes_back)
-    stored = torch.where(commit, view.confidence, memory["stored"])
+    stored = torch.where(commit, view.log_confidence, memory["stored"])
     return Decision(commit, remask, {"stored": stored}, takes_top=is_over.squeeze(1))

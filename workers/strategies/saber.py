@@ -5,26 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remask.workers.strategies.view import BlockView, Decision, Memory, Params, best, exact_sum
+from remask.workers.strategies.view import (
+    BlockView,
+    Decision,
+    Memory,
+    Params,
+    best,
+    exact_sum,
+    prob,
+    whole_units,
+)
 
 
 def saber(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision:
     n = params["n"].long()
     ever = memory["ever"] > 0
-    mean = exact_sum(torch.where(ever, memory["last_confidence"], 0.0)) / ever.sum(1).clamp(min=1)
-    bar = torch.where(ever.any(1), mean, 1.0).unsqueeze(1)
-    above = view.masked & (view.confidence > bar)
+    num_ever = ever.sum(1)
+    total = exact_sum(torch.where(ever, prob(memory["log_confidence"]), 0.0))
+    # c > total / num_ever, but so that equal numbers are no larger than their mean; 1 where there are none.
+    total = torch.where(num_ever > 0, total, 1.0).unsqueeze(1)
+    share = whole_units(prob(view.log_confidence)) * num_ever.clamp(min=1).unsqueeze(1)
+    above = view.masked & (share > total)
     few = (above.sum(1) < n).unsqueeze(1)
-    commit = torch.where(few, best(view.confidence, view.masked, n), above)
+    commit = torch.where(few, best(view.log_confidence, view.masked, n), above)
     num_commits = commit.sum(1)
-    share = -(-num_commits // params["mu"].long())
-    num_remasks = torch.maximum(n // 2, share).minimum(num_commits - 1)
+    num_due = -(-num_commits // params["mu"].long())
+    num_remasks = torch.maximum(n // 2, num_due).minimum(num_commits - 1)
     left = (view.masked & ~commit).any(1)
-    drop = memory["top_before"] - view.top
+    drop = prob(memory["log_top"]) - prob(view.log_top)
     remask = best(drop, view.committed | commit, torch.where(left, num_remasks, 0))
     after = {
         "ever": memory["ever"].maximum(commit.float()),
-        "last_confidence": torch.where(commit, view.confidence, memory["last_confidence"]),
-        "top_before": view.top,
+        "log_confidence": torch.where(commit, view.log_confidence, memory["log_confidence"]),
+        "log_top": view.log_top,
     }
     return Decision(commit & ~remask, remask & view.committed, after)

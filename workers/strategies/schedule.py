@@ -14,6 +14,6 @@ def schedule(view: BlockView, params: Params) -> Tensor:
     in_time = params["block_steps"].long() > view.block_forwards
     count = torch.where(in_time, (num_masked + steps_left - 1) // steps_left, 1)
     kind = params["score"].long().unsqueeze(1)  # index in the spec's list of choices
-    scores = torch.stack([view.confidence, view.order, view.margin, view.neg_entropy])
-    score = scores.gather(0, kind.expand_as(view.confidence).unsqueeze(0)).squeeze(0)
+    scores = torch.stack([view.log_confidence, view.order, view.log_margin, view.neg_entropy])
+    score = scores.gather(0, kind.expand_as(view.order).unsqueeze(0)).squeeze(0)
     return best(score, view.masked, count)

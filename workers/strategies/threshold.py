@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from remask.workers.strategies.view import BlockView, Params, best
+from remask.workers.strategies.view import BlockView, Params, best, prob
 
 
 def threshold(view: BlockView, params: Params) -> Tensor:
     one = torch.ones_like(view.block_forwards)
-    confident = view.masked & (view.confidence >= params["t"].unsqueeze(1))
-    return confident | best(view.confidence, view.masked, one)
+    confident = view.masked & (prob(view.log_confidence) >= params["t"].unsqueeze(1))
+    return confident | best(view.log_confidence, view.masked, one)

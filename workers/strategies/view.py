@@ -11,17 +11,21 @@ from torch import Tensor
 class BlockView(NamedTuple):
     """The active blocks of R canvases, B slots each (shorter blocks are padded with slots that are neither).
 
+    Logarithms of probabilities keep the resolution of fp32 however near to 1 a probability is: rank by them
+    (`best`). What compares, adds or subtracts probabilities takes them in fp64 (`prob`, `doubt`).
+
     Attributes:
         masked: bool [R, B]: slots that hold M.
         committed: bool [R, B]: slots committed before this step.
-        confidence: fp32 [R, B]: of the proposal (see `rank`); -inf where not masked.
-        verified: fp32 [R, B]: leave-one-out probability of the committed token, from the shadow rows; 1
-            elsewhere.
-        margin, neg_entropy: fp32 [R, B]: top-1 minus top-2 probability and -entropy; 0 where nobody needs
-            them.
-        visible: fp32 [R, B]: probability of the committed token at its own row where a policy asks; else 1.
-        top: fp32 [R, B]: the row's largest probability of a token that is not M, for masked slots, and for
-            committed ones where a policy asks; else 0.
+        log_confidence: fp32 [R, B]: log-probability of the proposal (see `rank`); -inf where not masked.
+        log_verified: fp32 [R, B]: leave-one-out log-probability of the committed token, from the shadow rows;
+            0 elsewhere.
+        log_margin, neg_entropy: fp32 [R, B]: log of top-1 minus top-2 probability, and -entropy; -inf and 0
+            where nobody needs them.
+        log_visible: fp32 [R, B]: log-probability of the committed token at its own row where a policy asks;
+            else 0.
+        log_top: fp32 [R, B]: the row's largest log-probability of a token that is not M, for masked slots,
+            and for committed ones where a policy asks; else -inf.
         order, accept, remask_draw: fp32 [R, B] in (0, 1): random numbers of these streams; 0 where
             nobody reads them.
         block_forwards: int64 [R]: steps taken in this block before this one.
@@ -29,12 +33,12 @@ class BlockView(NamedTuple):
 
     masked: Tensor
     committed: Tensor
-    confidence: Tensor
-    verified: Tensor
-    margin: Tensor
+    log_confidence: Tensor
+    log_verified: Tensor
+    log_margin: Tensor
     neg_entropy: Tensor
-    visible: Tensor
-    top: Tensor
+    log_visible: Tensor
+    log_top: Tensor
     order: Tensor
     accept: Tensor
     remask_draw: Tensor
@@ -44,8 +48,33 @@ class BlockView(NamedTuple):
         """The view of some of the canvases (int64 indices)."""
         return BlockView(*(tensor[rows] for tensor in self))
 
+    @property
+    def confidence(self) -> Tensor:
+        """Probabilities fp32 [R, B] of the proposals; -inf where not masked."""
+        return torch.where(self.masked, self.log_confidence.exp(), -torch.inf)
 
-Params = dict[str, Tensor]  # a policy's fields, and its `block_params` at the active block: fp32 [R] each
+    @property
+    def verified(self) -> Tensor:
+        """Leave-one-out probabilities fp32 [R, B]."""
+        return self.log_verified.exp()
+
+    @property
+    def margin(self) -> Tensor:
+        """Top-1 minus top-2 probabilities fp32 [R, B]."""
+        return self.log_margin.exp()
+
+    @property
+    def visible(self) -> Tensor:
+        """Probabilities fp32 [R, B] of committed tokens at their own rows."""
+        return self.log_visible.exp()
+
+    @property
+    def top(self) -> Tensor:
+        """The rows' largest probabilities fp32 [R, B]."""
+        return self.log_top.exp()
+
+
+Params = dict[str, Tensor]  # a policy's fields, and its `block_params` at the active block: fp64 [R] each
 Memory = dict[str, Tensor]  # fp32 [R] or [R, B] by name
 
 
@@ -81,9 +110,9 @@ class RemaskKernel(Protocol):
 
 def ranks(score: Tensor, among: Tensor) -> Tensor:
     """Place of each slot by score (0: largest) within `among`, the others last. Ties: lower slot."""
-    order = torch.where(among, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
     # A slot of `among` whose score is itself -inf must still come before the others.
-    order = order.gather(1, (~among).gather(1, order).to(torch.int8).argsort(dim=1, stable=True))
+    score = score.clamp(min=torch.finfo(score.dtype).min)
+    order = torch.where(among, score, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
@@ -94,14 +123,43 @@ def best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
     return among & (ranks(score, among) < count.unsqueeze(1))
 
 
-FIXED_POINT = 2.0**40  # exact for fp32 numbers from 2^-16 on
+def prob(log_prob: Tensor) -> Tensor:
+    """Probabilities p in fp64."""
+    return log_prob.double().exp()
+
+
+def doubt(log_prob: Tensor) -> Tensor:
+    """1 - p in fp64, with the digits that p near 1 has no room for."""
+    return -log_prob.double().expm1()
+
+
+UNIT = 2.0**-53  # of exact sums: fp64 probabilities from 1/2 to 1 are whole multiples of it
+_LIMB = 2**32
+
+
+def whole_units(values: Tensor) -> Tensor:
+    """Numbers below 512 in fp64, rounded to what exact sums are made of."""
+    return (values.double() / UNIT).round() * UNIT
 
 
 def exact_sum(values: Tensor) -> Tensor:
-    """Sums fp64 [R] of numbers [R, B], taken in fixed point: no padding, order or device changes a bit."""
-    return (values.double() * FIXED_POINT).round().long().sum(1).double() / FIXED_POINT
+    """Sums fp64 [R] of the `whole_units` of numbers [R, B], rounded once: no padding, order or device changes
+    a bit."""
+    upper, lower = _limbs(values)
+    return _joined(upper.sum(1), lower.sum(1))
 
 
 def exact_cumsum(values: Tensor) -> Tensor:
     """Running sums fp64 [R, B], as `exact_sum`."""
-    return (values.double() * FIXED_POINT).round().long().cumsum(1).double() / FIXED_POINT
+    upper, lower = _limbs(values)
+    return _joined(upper.cumsum(1), lower.cumsum(1))
+
+
+def _limbs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of units, int64, as two halves: neither of their sums over 2^31 slots overflows."""
+    units = (values.double() / UNIT).round().long()
+    return units >> 32, units & (_LIMB - 1)
+
+
+def _joined(upper: Tensor, lower: Tensor) -> Tensor:
+    return (upper.double() * _LIMB + lower.double()) * UNIT
