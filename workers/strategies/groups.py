@@ -22,7 +22,8 @@ class PolicyGroup:
     """The canvases of a burst that share a policy kind.
 
     Attributes:
-        kernel: the kind's function.
+        kind: the policy's class.
+        kernel: its function, which kinds may share.
         members: their indices in the burst.
         canvases: int64 [Rg]: the same, and behind them as many of the burst's last canvas as there is room
             for.
@@ -33,6 +34,7 @@ class PolicyGroup:
         memory_fields: what the kind carries from step to step.
     """
 
+    kind: type[Policy]
     kernel: Callable[..., Any]
     members: tuple[int, ...]
     canvases: Tensor
@@ -102,6 +104,7 @@ def group_policies(
         )
         groups.append(
             PolicyGroup(
+                kind=kind,
                 kernel=kernel_of(kind),
                 members=tuple(members),
                 canvases=torch.tensor(members + [len(policies) - 1] * num_more),
