@@ -59,7 +59,7 @@ def take(state: BurstState, canvases: Sequence[int]) -> Carried:
         ((_rows(state, canvases), _indices(canvases)), [_indices(own) for own in lists.values()]),
         state.device,
     )
-    memories = {group.kind: memory for group, memory in zip(state.groups, state.memory, strict=True)}
+    memories = {group.kind: memory for group, memory in zip(state.remask, state.memory, strict=True)}
     memory = {
         kind: (
             list(places[kind]),
@@ -95,7 +95,7 @@ def put(carried: Carried, state: BurstState, canvases: Sequence[int]) -> None:
         table[:, :width].index_copy_(0, own, values[:, :width])
     for name, values in carried.counters.items():
         getattr(state, name).index_copy_(0, own, values)
-    memories = {group.kind: memory for group, memory in zip(state.groups, state.memory, strict=True)}
+    memories = {group.kind: memory for group, memory in zip(state.remask, state.memory, strict=True)}
     for (kind, (_, memory)), index in zip(carried.memory.items(), indices, strict=True):
         for name, values in memory.items():
             held = memories[kind][name]
@@ -111,7 +111,7 @@ def _places_in_groups(state: BurstState, canvases: Sequence[int]) -> dict[type[P
     only of canvases that have it."""
     number = {canvas: n for n, canvas in enumerate(canvases)}
     found = {}
-    for group in state.groups:
+    for group in state.remask:
         places = {number[canvas]: i for i, canvas in enumerate(group.members) if canvas in number}
         if group.memory_fields and places:
             found[group.kind] = places

@@ -30,14 +30,12 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     """What unmask and remask policies have in common.
 
     Attributes:
-        memory: what the kernel carries from step to step.
         kernel: the tensor function of a third party's policy (a static method); remask's own stand in
             `remask.workers.strategies`.
         always_commits: each step commits a slot of a block that has masks; if one does not, the request
             fails. False for policies that follow a time schedule.
     """
 
-    memory: ClassVar[tuple[MemoryField, ...]] = ()
     kernel: ClassVar[Callable[..., Any] | None] = None
     always_commits: ClassVar[bool] = True
 
@@ -74,9 +72,11 @@ class RemaskPolicy(Policy, frozen=True):
 
     Attributes:
         commits: brings its own commits: there is no unmask policy beside it.
+        memory: what the kernel carries from step to step. An unmask policy has none.
     """
 
     commits: ClassVar[bool] = False
+    memory: ClassVar[tuple[MemoryField, ...]] = ()
 
     def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
         """As `UnmaskPolicy.block_params`, beside that policy."""

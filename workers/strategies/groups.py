@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remask.scheduler.policies import MemoryField, Policy
+from remask.scheduler.policies import MemoryField, Policy, RemaskPolicy
 from remask.workers.room import NO_ROOM, Room
 from remask.workers.strategies import kernel_of
 from remask.workers.strategies.view import Memory, Params
@@ -112,7 +112,7 @@ def group_policies(
                 block_fields=block_fields,
                 first_block=first_block,
                 last_block=last_block,
-                memory_fields=kind.memory,
+                memory_fields=kind.memory if issubclass(kind, RemaskPolicy) else (),
             )
         )
     return groups
