@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from remask.scheduler.policies import MemoryField, Policy, RemaskPolicy
+from remask.scheduler.policies.base import words
 from remask.workers.room import NO_ROOM, Room
 from remask.workers.strategies import kernel_of
 from remask.workers.strategies.view import Memory, Params
@@ -62,15 +62,6 @@ class PolicyGroup:
         }
 
 
-@cache
-def _choices(policy: type) -> dict[str, tuple[str, ...]]:
-    """The words that a spec's fields choose from, by field."""
-    hints = get_type_hints(policy)
-    return {
-        name: get_args(hints[name]) for name in policy.__struct_fields__ if get_origin(hints[name]) is Literal
-    }
-
-
 def group_policies(
     policies: Sequence[Policy | None], block_params: Sequence[dict[str, list[float]]], room: Room = NO_ROOM
 ) -> list[PolicyGroup]:
@@ -90,7 +81,7 @@ def group_policies(
     for kind, members in sorted(by_kind.items(), key=lambda item: str(item[0].__struct_config__.tag)):
         num_more = max(0, room.group_size - len(members))
         canvases = members + members[:1] * num_more
-        choices = _choices(kind)
+        choices = words(kind)
 
         def number(name: str, value: Any, choices: dict[str, tuple[str, ...]] = choices) -> float:
             return float(choices[name].index(value)) if name in choices else float(value or 0)
