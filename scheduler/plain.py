@@ -26,7 +26,7 @@ def plain(value: Any, depth: int = MAX_DEPTH) -> Any:
     if type(value) in _PLAIN or depth == 0:
         return value
     if isinstance(value, Mapping):
-        return {plain(key, 1): plain(entry, depth - 1) for key, entry in value.items()}
+        return {_plain_key(key): plain(entry, depth - 1) for key, entry in value.items()}
     if isinstance(value, Iterator):
         entries = list(islice(value, MAX_ITERATED + 1))
         if len(entries) > MAX_ITERATED:
@@ -37,6 +37,11 @@ def plain(value: Any, depth: int = MAX_DEPTH) -> Any:
         item = _converted(value)
         return value if isinstance(item, list) else item  # a number or text of NumPy
     return [entry if type(entry) in _PLAIN else plain(entry, depth - 1) for entry in entries]
+
+
+def _plain_key(key: Any) -> Any:
+    converted = _converted(key)
+    return key if isinstance(converted, list) else converted  # a list cannot be a key
 
 
 def listed(value: Any, limit: int | None = None) -> list[Any] | None:
