@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ class Intake:
         Raises:
             InvalidRequest: naming the index of the first prompt at fault and its parameter.
         """
-        every = _as_list(prompts)
+        every = self._as_list(prompts)
         self._limits.check_num_prompts(len(every))
         params = _one_each("sampling_params", sampling_params, len(every))
         own_priorities = _one_each("priority", priorities, len(every))
@@ -192,7 +192,8 @@ class Intake:
             InvalidRequest: no tokenizer, no chat template, or a message without role and content.
         """
         self._check_template()
-        given = None if isinstance(messages, Mapping) else listed(messages)
+        ceiling = self._limits.max_prompts_per_call
+        given = None if isinstance(messages, Mapping) else _entries(messages, Mapping, self._max_len, ceiling)
         if not given:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
         conversations: list[Any] = [given] if isinstance(given[0], Mapping) else given
@@ -214,6 +215,15 @@ class Intake:
     def _check_template(self) -> None:
         if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
             raise InvalidRequest("messages", None, "the model's tokenizer has no chat template; use generate")
+
+    def _as_list(self, prompts: Any) -> list[Any]:
+        """A list of prompts from one (text, a dict, or ids) or a list, column or iterator of them."""
+        if isinstance(prompts, str | Mapping):
+            return [prompts]
+        every = _entries(prompts, Integral, self._max_len, self._limits.max_prompts_per_call)
+        if every is None:
+            raise InvalidRequest("prompts", prompts, "give a prompt or a list of prompts")
+        return [every] if every and all(isinstance(entry, Integral) for entry in every) else every
 
     def _read_prompt(self, prompt: object) -> tuple[str | None, list[int]]:
         text: object = None
@@ -303,14 +313,22 @@ class Intake:
         return msgspec.structs.replace(params, stop=stop, stop_token_ids=ids)
 
 
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt (text, a dict, or ids) or any list, column or iterator of prompts, as a list of prompts."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    every = listed(prompts)
-    if every is None:
-        raise InvalidRequest("prompts", prompts, "give a prompt or a list of prompts")
-    return [every] if every and all(isinstance(entry, Integral) for entry in every) else every
+def _entries(values: Any, part: type, max_parts: int, max_entries: int | None) -> list[Any] | None:
+    """The entries of a list, a column or an iterator; None: the value is none of these.
+
+    An iterator may have no end, so that at most one entry more is taken from it than there may be.
+
+    Args:
+        values: entries, or the parts of a single one, such as ids or messages.
+        part: type of the parts.
+        max_parts: how many there may be.
+        max_entries: how many there may be; None: any number.
+    """
+    if not isinstance(values, Iterator):
+        return listed(values)
+    first = list(itertools.islice(values, 1))
+    is_single = any(isinstance(entry, part) for entry in first)
+    return [*first, *itertools.islice(values, max_parts if is_single else max_entries)]
 
 
 def _one_each(name: str, values: Any, count: int) -> list[Any]:

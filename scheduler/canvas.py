@@ -71,7 +71,7 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def memory_fields(self) -> tuple[MemoryField, ...]:
-        return sum((policy.memory for policy in self.policies), ())
+        return self.remask.memory if self.remask is not None else ()
 
     @property
     def policies(self) -> list[UnmaskPolicy | RemaskPolicy]:
@@ -138,7 +138,7 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     confidences: bytes  # float32 [G]: the confidence each slot's token was committed with; 0 before
     logprobs: bytes  # float32 [G]: its log-probability then; 0 before
     commit_steps: bytes  # int32 [G]: the forward (from 1) that committed it; 0 before
-    memory: bytes  # float32: the policies' fields one after another (CanvasSpec.memory_fields)
+    memory: bytes  # float32: the remask policy's fields one after another (CanvasSpec.memory_fields)
     removed: bytes = b""  # int32 [block_length, k]: ids not to be proposed at a slot of the block; -1: none
     events: bytes = b""  # EVENT: all that happened so far, where it is traced
     block: int = 0  # index of the active block
@@ -237,7 +237,7 @@ def new_probe(mask_id: int) -> Canvas:
 
 
 def initial_memory(spec: CanvasSpec) -> bytes:
-    """The policies' memory at the start of a block."""
+    """The remask policy's memory at the start of a block."""
     sizes = [spec.block_length if field.per_slot else 1 for field in spec.memory_fields]
     values = [field.initial for field in spec.memory_fields]
     return np.repeat(np.array(values, dtype=REAL), sizes).tobytes()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
+from remask.scheduler.errors import InvalidRequest, cut, did_you_mean, invalid_field, shown
 from remask.scheduler.plain import plain
 from remask.scheduler.policies import PRESETS, RemaskPolicy, Threshold, UnmaskPolicy, tag
 from remask.scheduler.policies.parsing import parse_policy
@@ -180,6 +180,8 @@ def resolve(params: SamplingParams | Mapping[str, Any] | None, **overrides: Any)
             raise InvalidRequest("unmask", fields["unmask"], fix)
     elif unmask is None:
         unmask = Threshold()
+    if isinstance(fields.get("rank"), str):
+        fields["rank"] = cut(fields["rank"])  # msgspec's message holds all of a wrong word
     try:
         checked = msgspec.convert(
             {**fields, "unmask": None, "remask": None}, type=SamplingParams, str_keys=True
@@ -197,7 +199,8 @@ def _check_names(fields: dict[str, Any]) -> None:
     for name, value in fields.items():
         if name not in SamplingParams.__struct_fields__:
             known = SamplingParams.__struct_fields__
-            raise InvalidRequest(str(name), value, f"unknown parameter; {did_you_mean(name, known)}")
+            name = name if isinstance(name, str) else shown(name)
+            raise InvalidRequest(name, value, f"unknown parameter; {did_you_mean(name, known)}")
 
 
 def _cross_check(

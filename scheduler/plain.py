@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 MAX_DEPTH = 8  # conversations of messages with parts are five levels deep
+MAX_ITERATED = 2**20  # entries of an iterator, which may have no end
 _PLAIN = frozenset({int, str, float, bool, type(None)})
 
 
@@ -18,18 +19,29 @@ def plain(value: Any, depth: int = MAX_DEPTH) -> Any:
     """The value with lists for sequences, arrays, columns and iterators and dicts for mappings, all through.
 
     Args:
-        value: anything; what stands for no plain value stays as it is.
+        value: anything; what stands for no plain value stays as it is, and so does an iterator of more than
+            `MAX_ITERATED` entries.
         depth: levels to look at; deeper ones stay as they are.
     """
     if type(value) in _PLAIN or depth == 0:
         return value
     if isinstance(value, Mapping):
-        return {plain(key, 1): plain(entry, depth - 1) for key, entry in value.items()}
-    entries = listed(value)
+        return {_plain_key(key): plain(entry, depth - 1) for key, entry in value.items()}
+    if isinstance(value, Iterator):
+        entries = list(islice(value, MAX_ITERATED + 1))
+        if len(entries) > MAX_ITERATED:
+            return value
+    else:
+        entries = listed(value)
     if entries is None:
         item = _converted(value)
         return value if isinstance(item, list) else item  # a number or text of NumPy
     return [entry if type(entry) in _PLAIN else plain(entry, depth - 1) for entry in entries]
+
+
+def _plain_key(key: Any) -> Any:
+    converted = _converted(key)
+    return key if isinstance(converted, list) else converted  # a list cannot be a key
 
 
 def listed(value: Any, limit: int | None = None) -> list[Any] | None:

@@ -50,7 +50,7 @@ class BurstState(HoldsTensors):
         paused: bool [R]: takes no more steps in this burst: finished, at fault, or at the end of a block
             whose text is to be looked at.
         fault: int64 [R]: see `CanvasState`.
-        memory: for each group of `unmask` and `remask`, its policies' memory.
+        memory: of each group of `remask`.
         removed: int64 [R, B, K]: ids that may not be proposed at a slot any more, -1 where there is none;
             None where no policy bans what it removes.
     """
@@ -105,7 +105,7 @@ class BurstState(HoldsTensors):
         self.needs = frozenset[str]().union(
             *(policy.head_needs() for spec in specs for policy in spec.policies)
         )
-        self.memory = [self._unpack_memory(group, states) for group in self.groups]
+        self.memory = [self._unpack_memory(group, states) for group in self.remask]
         self.bans_removed = torch.tensor([spec.bans_removed for spec in specs])
         self.removed = self._unpack_removed(states) if any(spec.bans_removed for spec in specs) else None
         self.events = EventLog(specs, states)
@@ -113,10 +113,6 @@ class BurstState(HoldsTensors):
     @property
     def device(self) -> torch.device:
         return self.tokens.device
-
-    @property
-    def groups(self) -> list[PolicyGroup]:
-        return [*self.unmask, *self.remask]
 
     def resume(self) -> None:
         """Makes the canvases ready for another burst."""
@@ -222,7 +218,7 @@ class BurstState(HoldsTensors):
 
     def _pack_memory(self, memories: Sequence[Memory]) -> list[bytes]:
         parts: list[list[bytes]] = [[] for _ in self.specs]
-        for group, memory in zip(self.groups, memories, strict=True):
+        for group, memory in zip(self.remask, memories, strict=True):
             arrays = {name: tensor.numpy() for name, tensor in memory.items()}
             for place, canvas in enumerate(group.members if memory else ()):
                 for field in group.memory_fields:

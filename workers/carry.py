@@ -7,14 +7,14 @@ outdated contents and gets the current ones here, without a wait of the host for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from remask.scheduler.policies import Policy
 from remask.workers.burst import BurstState
 from remask.workers.staging import to_device
 from remask.workers.strategies.view import Memory
@@ -37,7 +37,7 @@ class Carried:
     tokens: Tensor
     tables: dict[str, Tensor]
     counters: dict[str, Tensor]
-    memory: dict[Callable[..., Any], tuple[list[int], Memory]]
+    memory: dict[type[Policy], tuple[list[int], Memory]]
 
 
 def can_carry(state: BurstState, canvases: Sequence[int]) -> bool:
@@ -54,18 +54,18 @@ def take(state: BurstState, canvases: Sequence[int]) -> Carried:
         canvases: their places in it.
     """
     places = _places_in_groups(state, canvases)
-    lists = {kernel: list(own.values()) for kernel, own in places.items()}
+    lists = {kind: list(own.values()) for kind, own in places.items()}
     (rows, own), indices = to_device(
         ((_rows(state, canvases), _indices(canvases)), [_indices(own) for own in lists.values()]),
         state.device,
     )
-    memories = {group.kernel: memory for group, memory in zip(state.groups, state.memory, strict=True)}
+    memories = {group.kind: memory for group, memory in zip(state.remask, state.memory, strict=True)}
     memory = {
-        kernel: (
-            list(places[kernel]),
-            {name: held.index_select(0, index) for name, held in memories[kernel].items()},
+        kind: (
+            list(places[kind]),
+            {name: held.index_select(0, index) for name, held in memories[kind].items()},
         )
-        for kernel, index in zip(lists, indices, strict=True)
+        for kind, index in zip(lists, indices, strict=True)
     }
     return Carried(
         tokens=state.tokens.index_select(0, rows),
@@ -84,7 +84,7 @@ def put(carried: Carried, state: BurstState, canvases: Sequence[int]) -> None:
         canvases: their places in it.
     """
     places = _places_in_groups(state, canvases)
-    lists = [[places[kernel][n] for n in members] for kernel, (members, _) in carried.memory.items()]
+    lists = [[places[kind][n] for n in members] for kind, (members, _) in carried.memory.items()]
     (rows, own), indices = to_device(
         ((_rows(state, canvases), _indices(canvases)), [_indices(own) for own in lists]), state.device
     )
@@ -95,10 +95,10 @@ def put(carried: Carried, state: BurstState, canvases: Sequence[int]) -> None:
         table[:, :width].index_copy_(0, own, values[:, :width])
     for name, values in carried.counters.items():
         getattr(state, name).index_copy_(0, own, values)
-    memories = {group.kernel: memory for group, memory in zip(state.groups, state.memory, strict=True)}
-    for (kernel, (_, memory)), index in zip(carried.memory.items(), indices, strict=True):
+    memories = {group.kind: memory for group, memory in zip(state.remask, state.memory, strict=True)}
+    for (kind, (_, memory)), index in zip(carried.memory.items(), indices, strict=True):
         for name, values in memory.items():
-            held = memories[kernel][name]
+            held = memories[kind][name]
             if held.ndim == 2:  # blocks of other canvases may be wider
                 width = min(held.shape[1], values.shape[1])
                 held, values = held[:, :width], values[:, :width]
@@ -106,15 +106,15 @@ def put(carried: Carried, state: BurstState, canvases: Sequence[int]) -> None:
     state.resume()
 
 
-def _places_in_groups(state: BurstState, canvases: Sequence[int]) -> dict[Callable[..., Any], dict[int, int]]:
+def _places_in_groups(state: BurstState, canvases: Sequence[int]) -> dict[type[Policy], dict[int, int]]:
     """For each kind of policy with memory the places of canvases in its group, by their number in `canvases`;
     only of canvases that have it."""
     number = {canvas: n for n, canvas in enumerate(canvases)}
     found = {}
-    for group in state.groups:
+    for group in state.remask:
         places = {number[canvas]: i for i, canvas in enumerate(group.members) if canvas in number}
         if group.memory_fields and places:
-            found[group.kernel] = places
+            found[group.kind] = places
     return found
 
 

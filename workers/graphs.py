@@ -252,7 +252,7 @@ def _constants(state: BurstState, plans: list[FixedPlan]) -> Hashable:
     """What a graph holds of a burst beside the shapes of its tensors."""
     (plan,) = plans
     return (
-        tuple(group.kernel for group in state.groups),
+        tuple(group.kind for group in (*state.unmask, *state.remask)),
         state.needs,
         state.random_streams,
         state.sampling.any_hot,

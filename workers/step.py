@@ -106,16 +106,16 @@ def _decide(state: BurstState, view: BlockView) -> _Outcome:
     holds, takes_top = torch.zeros_like(state.paused), torch.zeros_like(state.paused)
     for group in state.unmask:
         commit[group.canvases] = group.kernel(view.select(group.canvases), group.params_at(state.block))
-    for i, group in enumerate(state.remask, start=len(state.unmask)):
+    for group, memory in zip(state.remask, state.memory, strict=True):
         own = group.canvases
-        decision = group.kernel(view.select(own), commit[own], group.params_at(state.block), state.memory[i])
+        decision = group.kernel(view.select(own), commit[own], group.params_at(state.block), memory)
         commit[own], remask[own] = decision.commit, decision.remask
         if decision.holds is not None:
             holds[own] = decision.holds
         if decision.takes_top is not None:
             takes_top[own] = decision.takes_top
         paused = state.paused[own]  # nothing changes for those that take no step
-        for name, held in state.memory[i].items():
+        for name, held in memory.items():
             held.copy_(torch.where(paused.view(-1, *[1] * (held.ndim - 1)), held, decision.memory[name]))
     return _Outcome(commit, remask, holds, takes_top)
 
@@ -173,7 +173,7 @@ def _update(
     state.block_forwards.masked_fill_(block_done, 0)
     state.finished |= block_done & (stopped | (state.block * state.block_len >= state.canvas_len))
     state.paused |= state.finished | (block_done & state.pauses)
-    for group, memory in zip(state.groups, state.memory, strict=True):
+    for group, memory in zip(state.remask, state.memory, strict=True):
         done = block_done[group.canvases]
         for name, fresh in group.initial_memory(state.max_block_len).items():
             held = memory[name]

@@ -14,7 +14,7 @@ import numpy as np
 
 from remask.batch.lines import LineReader
 from remask.batch.source import Source
-from remask.scheduler.errors import InvalidRequest, RemaskError
+from remask.scheduler.errors import InvalidRequest, RemaskError, shown
 
 MAX_SHOWN = 20  # faults told in an error
 DIGEST_BYTES = 16
@@ -115,7 +115,7 @@ def _tell_duplicates(
     return [
         (
             lines[later][0],
-            f"custom_id: {lines[later][1]!r} stands already in {source.unit} {lines[first][0]:,}",
+            f"custom_id: {shown(lines[later][1])} stands already in {source.unit} {lines[first][0]:,}",
         )
         for first, later in duplicates
     ]

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from remask.batch.check import CustomIds
 from remask.batch.identity import RunName, parse_id
 from remask.batch.parquet import is_parquet, read_ids
-from remask.scheduler.errors import InvalidRequest, RemaskError
+from remask.scheduler.errors import InvalidRequest, RemaskError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ class Journal:
             raise InvalidRequest("--output-file", name, problem)
         known = index < len(done) and (ids is None or ids.matches(index, head.custom_id))
         if not known or (done[index] and not repeats):
-            problem = f"was changed: the result of {head.custom_id!r} is unknown or there twice"
+            problem = f"was changed: the result of {shown(head.custom_id)} is unknown or there twice"
             raise InvalidRequest("--output-file", name, problem)
         done[index] = True
 

@@ -17,6 +17,13 @@ import msgspec
 from remask.scheduler.errors import InvalidRequest
 
 ROWS = 1024  # rows in memory at a time
+SAME = (
+    "finish_reason",
+    "completion_tokens",
+    "nfe",
+    "tokens_per_forward",
+    "seed",
+)  # columns and fields of a choice
 
 
 def is_parquet(path: Path) -> bool:
@@ -123,8 +130,7 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "sample": choice["index"],
             "text": choice["message"]["content"] if "message" in choice else choice["text"],
             "token_ids": choice.get("token_ids"),
-            **{name: choice[name] for name in ("finish_reason", "nfe", "tokens_per_forward", "seed")},
+            **{name: choice[name] for name in SAME},
             "stop_reason": None if choice["stop_reason"] is None else str(choice["stop_reason"]),
             "prompt_tokens": body["usage"]["prompt_tokens"],
-            "completion_tokens": round(choice["nfe"] * choice["tokens_per_forward"]),
         }

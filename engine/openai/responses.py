@@ -1,7 +1,7 @@
 """From a finished request to OpenAI's response objects.
 
-Beside OpenAI's fields every choice tells what a diffusion model's user needs: `nfe`, `tokens_per_forward` and
-the `seed` to repeat it with. Usage counts visible tokens, without the end-of-sequence token.
+Beside OpenAI's fields every choice has its own `completion_tokens`, `nfe`, `tokens_per_forward`, and the
+`seed` to repeat it with. Usage counts visible tokens, without the end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class _Choice(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: None = None
     finish_reason: str
     stop_reason: int | str | None  # as vLLM: the stop string or id
+    completion_tokens: int  # visible tokens, of this sample
     nfe: int
     tokens_per_forward: float
     seed: int
@@ -110,4 +111,4 @@ def _text_choice(sample: CompletionOutput) -> TextChoice:
 
 def _common(sample: CompletionOutput) -> dict[str, Any]:
     names = ("index", "finish_reason", "stop_reason", "nfe", "tokens_per_forward", "seed")
-    return {name: getattr(sample, name) for name in names}
+    return {"completion_tokens": sample.num_visible_tokens, **{name: getattr(sample, name) for name in names}}

@@ -7,7 +7,8 @@ statistics. The answer to "which positions" is the kernel's, a tensor function (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -15,7 +16,8 @@ from msgspec import Meta
 from remask.scheduler.errors import InvalidRequest
 
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
-Steps = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+EXACT = 2**24  # fp32 holds every integer up to it
+Steps = Annotated[int, Meta(ge=1, le=EXACT)]
 
 
 class MemoryField(NamedTuple):
@@ -29,15 +31,24 @@ class MemoryField(NamedTuple):
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
     """What unmask and remask policies have in common.
 
+    The fields of a policy are the parameters that a user may set; each has a default. The kernel gets them as
+    fp32 numbers, one a canvas. So a field's type is one of these:
+
+    - `int` with bounds (`Meta`) within -2**24 and 2**24: fp32 holds these integers exactly;
+    - `float`: rounded to fp32;
+    - `bool`: 0 or 1;
+    - `Literal` of strings: the word's place in it, from 0;
+    - one of the first three, or None: None is 0, so that bounds must exclude 0, or `block_params` must give
+      the number under the field's name.
+
     Attributes:
-        memory: what the kernel carries from step to step.
-        kernel: the tensor function of a third party's policy (a static method); remask's own stand in
+        kernel: the tensor function of a third party's policy, a static method: an `UnmaskKernel` or a
+            `RemaskKernel` of `remask.workers.strategies.view`. Those of remask's own policies stand in
             `remask.workers.strategies`.
         always_commits: each step commits a slot of a block that has masks; if one does not, the request
             fails. False for policies that follow a time schedule.
     """
 
-    memory: ClassVar[tuple[MemoryField, ...]] = ()
     kernel: ClassVar[Callable[..., Any] | None] = None
     always_commits: ClassVar[bool] = True
 
@@ -65,7 +76,12 @@ class UnmaskPolicy(Policy, frozen=True):
     whole_canvas: ClassVar[bool] = False
 
     def block_params(self, block_lens: Sequence[int]) -> dict[str, list[float]]:
-        """Parameters that differ from block to block, one value a block, for blocks of these lengths."""
+        """Parameters that differ from block to block, for blocks of these lengths.
+
+        Returns:
+            By name one finite number a block. The names are the same in every case; one that is a field's
+            replaces that field.
+        """
         return {}
 
 
@@ -74,9 +90,11 @@ class RemaskPolicy(Policy, frozen=True):
 
     Attributes:
         commits: brings its own commits: there is no unmask policy beside it.
+        memory: what the kernel carries from step to step. An unmask policy has none.
     """
 
     commits: ClassVar[bool] = False
+    memory: ClassVar[tuple[MemoryField, ...]] = ()
 
     def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
         """As `UnmaskPolicy.block_params`, beside that policy."""
@@ -112,6 +130,15 @@ class RemaskPolicy(Policy, frozen=True):
         if unmask is not None and unmask.whole_canvas:
             name, other = tag(unmask), tag(self)
             raise InvalidRequest("remask", other, f"cannot work with {name}; use another of the two, or none")
+
+
+@cache
+def words(kind: type[Policy]) -> dict[str, tuple[str, ...]]:
+    """The words that a policy's fields choose from, by field."""
+    hints = get_type_hints(kind)
+    return {
+        name: get_args(hints[name]) for name in kind.__struct_fields__ if get_origin(hints[name]) is Literal
+    }
 
 
 def tag(policy: Policy | type[Policy]) -> str:

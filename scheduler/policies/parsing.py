@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from remask.scheduler.errors import InvalidRequest, did_you_mean, invalid_field
+from remask.scheduler.errors import InvalidRequest, cut, did_you_mean, invalid_field, shown
 from remask.scheduler.plain import plain
 from remask.scheduler.policies.base import Policy, tag
 from remask.scheduler.policies.registry import registry
@@ -40,10 +40,12 @@ def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
     if unknown:
         known = kinds[name].__struct_fields__
         raise InvalidRequest(
-            f"{parameter}.{unknown[0]}",
+            f"{parameter}.{cut(unknown[0]) if isinstance(unknown[0], str) else shown(unknown[0])}",
             fields[unknown[0]],
             f"unknown field of {name}; {did_you_mean(unknown[0], known)}",
         )
+    # msgspec's message holds all of a wrong word.
+    fields = {key: cut(entry) if isinstance(entry, str) else entry for key, entry in fields.items()}
     try:
         return msgspec.convert(fields, type=kinds[name])
     except msgspec.ValidationError as error:
@@ -73,7 +75,7 @@ def _parse_text(parameter: str, text: str, kinds: dict[str, Any]) -> dict[str, A
         if not equals:
             if not key or i >= len(positional) or len(fields) != i + 1:
                 raise InvalidRequest(
-                    parameter, text, f"cannot place {argument!r}; {name} takes {', '.join(positional)}"
+                    parameter, text, f"cannot place {shown(argument)}; {name} takes {', '.join(positional)}"
                 )
             key, raw = positional[i], key
         if key in fields:

@@ -1,18 +1,20 @@
 """Which policies there are: remask's own, those that installed packages add, and published settings by name.
 
 A package adds policies with entry points of the group `remask.strategies`: the entry's name is the policy's,
-its value the spec, a subclass of `UnmaskPolicy` or `RemaskPolicy` with a `kernel`. They are loaded when a
-policy is first looked up, not at import: a package's module imports remask itself.
+its value the spec, a subclass of `UnmaskPolicy` or `RemaskPolicy` with a `kernel`. They are loaded, and
+checked, when a policy is first looked up, not at import: a package's module imports remask itself.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
 from remask.scheduler.policies.base import Policy, RemaskPolicy, UnmaskPolicy, tag
+from remask.scheduler.policies.checking import PolicyFault, check_policy
 from remask.scheduler.policies.remask import LowProb, OracleLoo, RandomRemask, Rcr, Remdm, Saber, Wino
 from remask.scheduler.policies.unmask import (
     Bernoulli,
@@ -56,17 +58,23 @@ class Registry(NamedTuple):
 @cache
 def registry() -> Registry:
     """All policies of this environment."""
+    return load(entry_points(group=ENTRY_POINTS))
+
+
+def load(entries: Iterable[EntryPoint]) -> Registry:
+    """remask's own policies and those of entry points; one that cannot be used harms no other."""
     found = Registry({}, {}, {})
     for policy in _OWN:
         _add(found, policy)
-    for entry in entry_points(group=ENTRY_POINTS):
+    for entry in entries:
         try:
-            _add(found, _load(entry, found))
-        except (
-            Exception
-        ) as error:  # a third party's import may fail in any way, and must not take others along
-            found.broken[entry.name] = f"{entry.value}: {error!r}"
-            logger.warning("policy %s of %s is left out: %r", entry.name, entry.value, error)
+            _add(found, check_policy(entry.load(), entry.name, {**found.unmask, **found.remask}))
+        except (Exception, SystemExit) as error:  # an import may fail in any way
+            package = f" of {entry.dist.name}" if entry.dist is not None else ""
+            problem = str(error) if isinstance(error, PolicyFault) else repr(error)
+            line = " ".join(f"entry point {entry.name} = {entry.value}{package}: {problem}".split())
+            found.broken[entry.name] = line
+            logger.warning("a policy is left out: %s", line)
     return found
 
 
@@ -75,21 +83,3 @@ def _add(found: Registry, policy: type[Policy]) -> None:
         found.unmask[tag(policy)] = policy
     elif issubclass(policy, RemaskPolicy):
         found.remask[tag(policy)] = policy
-
-
-def _load(entry: EntryPoint, found: Registry) -> type[Policy]:
-    """The policy of an entry point.
-
-    Raises:
-        TypeError, ValueError: it is none, or its name is taken.
-    """
-    policy = entry.load()
-    if not isinstance(policy, type) or not issubclass(policy, UnmaskPolicy | RemaskPolicy):
-        raise TypeError("is no subclass of UnmaskPolicy or RemaskPolicy")
-    if policy.kernel is None:
-        raise TypeError("has no kernel")
-    if tag(policy) != entry.name:
-        raise ValueError(f"its tag is {tag(policy)!r}; give the entry point that name")
-    if entry.name in {**found.unmask, **found.remask}:
-        raise ValueError("there is a policy of that name")
-    return policy

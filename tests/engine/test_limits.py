@@ -49,6 +49,56 @@ def test_what_is_above_a_ceiling_is_refused_by_name(
         tight_llm.generate(["1+1="] * num_prompts, fields)
 
 
+ONE_CHAT = [{"role": "user", "content": "1+1="}]
+
+
+class Endless(Iterator[Any]):
+    """An iterator that never ends, and counts what is taken from it."""
+
+    def __init__(self, entry: object) -> None:
+        self.entry, self.num_taken = entry, 0
+
+    def __next__(self) -> object:
+        self.num_taken += 1
+        assert self.num_taken < 10**7, "it is taken without end"
+        return self.entry
+
+
+@pytest.mark.parametrize(
+    ("call", "entry", "num_taken", "told"),
+    [
+        ("generate", "1+1=", 4, r"prompts: .*at most 3 a call \(got 4\)"),
+        ("generate", [5, 6], 4, r"prompts: .*at most 3 a call \(got 4\)"),
+        ("generate", 5, 513, "prompt 0: max_tokens: prompt of 513 tokens and canvas exceed"),
+        ("chat", ONE_CHAT, 4, r"prompts: .*at most 3 a call \(got 4\)"),
+        ("chat", ONE_CHAT[0], 513, "prompt 0: max_tokens: prompt of .* tokens and canvas exceed"),
+    ],
+)
+def test_of_prompts_without_end_one_more_than_allowed_is_taken(
+    tight_llm: LLM, call: str, entry: object, num_taken: int, told: str
+) -> None:
+    endless = Endless(entry)
+    with pytest.raises(InvalidRequest, match=told):
+        getattr(tight_llm, call)(endless, HOT)
+    assert endless.num_taken == num_taken
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "told"),
+    [
+        ([Endless(5)], {}, r"prompt 0: prompt: must be text or a list of token ids \(got <"),
+        ({"prompt_token_ids": Endless(5)}, {}, "prompt 0: prompt: must be text or a list of token ids"),
+        ("1+1=", {"stop": Endless("x")}, "prompt 0: stop: expected"),
+        ("1+1=", {"logit_bias": {5: Endless(1.0)}}, "prompt 0: logit_bias: expected"),
+    ],
+)
+def test_a_value_without_end_is_refused_by_name(
+    tight_llm: LLM, prompt: object, fields: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        tight_llm.generate(prompt, {**HOT, **fields})  # type: ignore[arg-type]
+
+
 def test_what_reaches_a_ceiling_is_served(tight_llm: LLM) -> None:
     params = SamplingParams(**HOT, n=5, stop=["a", "a", "bbbbbb"])
     outputs = tight_llm.generate(["1+1="] * 2, params)

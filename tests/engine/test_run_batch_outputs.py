@@ -6,12 +6,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from remask import InvalidRequest
+from remask import CompletionOutput, InvalidRequest, RequestOutput
 from remask.batch.identity import RunName, model_digest, parse_id
 from remask.batch.journal import BatchStopped, Journal
+from remask.batch.parquet import write_rows
 from remask.batch.run import Summary
+from remask.openai.responses import completion
+from remask.outputs import RequestMetrics
 from remask.thread import EngineThread
 
 Run = Callable[..., Summary]
@@ -159,6 +163,26 @@ def test_faults_that_were_recorded_are_not_recorded_again(run: Run, tmp_path: Pa
         run(source, output, resume=True, record_invalid=True)
         assert len(output.read_bytes().splitlines()) == len({*output.read_bytes().splitlines()}) == 3
         output.unlink()
+
+
+def test_parquet_tells_the_tokens_that_were_counted(tmp_path: Path) -> None:
+    """Also where forwards times tokens per forward are another number."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    sample = CompletionOutput(
+        index=0, text="7 8", token_ids=[7, 8, 1], finish_reason="stop", stop_reason=None,
+        nfe=1000, tokens_per_forward=0.001, confidences=[1.0] * 3, commit_steps=[1] * 3, seed=0,
+    )  # fmt: skip
+    more = msgspec.structs.replace(sample, index=1, token_ids=[7], finish_reason="length", nfe=0)
+    times = RequestMetrics(arrival_time=0.0, finish_time=1.0, latency=1.0)
+    output = RequestOutput(
+        request_id="r", prompt="x", prompt_token_ids=[5], outputs=[sample, more], finished=True, metrics=times
+    )
+    body = completion("completion", output, id="a", created=0, model="tiny")
+    record = {"id": "a", "custom_id": "b", "response": {"status_code": 200, "body": body}}
+    write_rows([msgspec.json.encode(record)], tmp_path / "out.parquet")
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table["completion_tokens"].to_pylist() == [2, 1]
+    assert body.usage.completion_tokens == 3
 
 
 def test_a_run_is_named_by_input_model_and_parameters(tmp_path: Path, golden_checkpoint: Path) -> None:

@@ -24,12 +24,17 @@ def install(source: Path, target: Path) -> None:
     )
 
 
+def environment(target: Path) -> dict[str, str]:
+    """That of a process which finds what is installed in `target`."""
+    paths = [str(target), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def run(target: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`remask` in a process that finds what is installed in `target`."""
+    """`remask` in a process of its own."""
     code = "import sys; from remask.cli import main; sys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": str(target)}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(target)
     )
 
 
@@ -74,7 +79,8 @@ def test_its_parameters_are_checked_like_any(installed: Path) -> None:
 def test_a_policy_that_cannot_be_loaded_harms_no_other_and_says_why(installed: Path) -> None:
     done = run(installed, "generate", "--unmask", "gone", "x")
     assert done.returncode == 2
-    assert "unmask: the package that brings it cannot be used: remask_coin:Gone" in done.stderr
+    told = "the package that brings it cannot be used: entry point gone = remask_coin:Gone of remask-coin: "
+    assert f"unmask: {told}AttributeError" in done.stderr
     done = run(installed, "generate", "--json", "--max-tokens", "4", "--remask", "wino", "1+2=")
     assert done.returncode == 0, "remask's own policy keeps its name"
 
@@ -91,5 +97,4 @@ spec = new_canvas("r", 0, [5], resolve(SamplingParams(unmask=Coin(0.25))), seed=
 assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=CanvasSpec) == spec
 assert spec.unmask == Coin(0.25)
 """
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(installed))

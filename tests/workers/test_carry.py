@@ -113,6 +113,24 @@ def test_a_burst_of_some_canvases_and_new_ones_equals_sending_them(
             np.testing.assert_allclose(*numbers, rtol=1e-4, atol=1e-5)
 
 
+def test_two_kinds_of_policy_with_one_kernel_keep_their_memory_apart(model: TransformerDenoiser) -> None:
+    """`wino` and `oracle_loo` decide alike, from other probabilities."""
+    own = [
+        new_canvas("r", i, [33, 11, 12], resolve(params), seed=i, sample=0, mask_id=0, stop_ids=[])
+        for i, params in enumerate(
+            {"max_tokens": 12, "unmask": f"capped_threshold:{t}", "remask": remask}
+            for t, remask in ((0.01, "wino"), (1.0, "oracle_loo"))
+        )
+    ]
+    first = StepBatch(burst_id=0, num_steps=1, specs=[c.spec for c in own], states=[c.state for c in own])
+    for canvas, num_committed in enumerate((8.0, 1.0)):
+        worker = Worker(model)
+        worker.run(first)
+        follows = StepBatch(burst_id=1, num_steps=0, follows=0, specs=[own[canvas].spec], states=[canvas])
+        (found,) = worker.run(follows).states
+        assert np.frombuffer(found.memory, REAL).tolist() == [num_committed]
+
+
 def test_the_host_does_not_wait_for_a_burst_whose_canvases_it_goes_on_with(
     model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from remask.scheduler.policies import MemoryField, Policy
+from remask.scheduler.policies import MemoryField, Policy, RemaskPolicy
+from remask.scheduler.policies.base import words
 from remask.workers.room import NO_ROOM, Room
 from remask.workers.strategies import kernel_of
 from remask.workers.strategies.view import Memory, Params
@@ -22,7 +22,8 @@ class PolicyGroup:
     """The canvases of a burst that share a policy kind.
 
     Attributes:
-        kernel: the kind's function.
+        kind: the policy's class.
+        kernel: its function, which kinds may share.
         members: their indices in the burst.
         canvases: int64 [Rg]: the same, and behind them as many of the burst's last canvas as there is room
             for.
@@ -33,6 +34,7 @@ class PolicyGroup:
         memory_fields: what the kind carries from step to step.
     """
 
+    kind: type[Policy]
     kernel: Callable[..., Any]
     members: tuple[int, ...]
     canvases: Tensor
@@ -60,15 +62,6 @@ class PolicyGroup:
         }
 
 
-@cache
-def _choices(policy: type) -> dict[str, tuple[str, ...]]:
-    """The words that a spec's fields choose from, by field."""
-    hints = get_type_hints(policy)
-    return {
-        name: get_args(hints[name]) for name in policy.__struct_fields__ if get_origin(hints[name]) is Literal
-    }
-
-
 def group_policies(
     policies: Sequence[Policy | None], block_params: Sequence[dict[str, list[float]]], room: Room = NO_ROOM
 ) -> list[PolicyGroup]:
@@ -88,7 +81,7 @@ def group_policies(
     for kind, members in sorted(by_kind.items(), key=lambda item: str(item[0].__struct_config__.tag)):
         num_more = max(0, room.group_size - len(members))
         canvases = members + members[:1] * num_more
-        choices = _choices(kind)
+        choices = words(kind)
 
         def number(name: str, value: Any, choices: dict[str, tuple[str, ...]] = choices) -> float:
             return float(choices[name].index(value)) if name in choices else float(value or 0)
@@ -104,6 +97,7 @@ def group_policies(
         )
         groups.append(
             PolicyGroup(
+                kind=kind,
                 kernel=kernel_of(kind),
                 members=tuple(members),
                 canvases=torch.tensor(members + [len(policies) - 1] * num_more),
@@ -111,7 +105,7 @@ def group_policies(
                 block_fields=block_fields,
                 first_block=first_block,
                 last_block=last_block,
-                memory_fields=kind.memory,
+                memory_fields=kind.memory if issubclass(kind, RemaskPolicy) else (),
             )
         )
     return groups
