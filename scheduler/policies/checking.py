@@ -7,6 +7,7 @@ question of the engine is asked here once, of the defaults and of the defaults w
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, Union, get_type_hints
 
@@ -131,8 +132,9 @@ def _check_memory(memory: object, fault: _Fault) -> None:
             fault("memory", f"the name {shown(field.name)} is no identifier or there twice", fix)
         if not isinstance(field.per_slot, bool):
             fault("memory", f"per_slot of {field.name} is {shown(field.per_slot)}", "use True or False")
-        if type(field.initial) is not float or not _is_finite(field.initial):
-            fault("memory", f"initial of {field.name} is {shown(field.initial)}", "use a finite float")
+        # Minus infinity is the logarithm of no probability.
+        if type(field.initial) is not float or not (_is_finite(field.initial) or math.isinf(field.initial)):
+            fault("memory", f"initial of {field.name} is {shown(field.initial)}", "use a float of fp32")
 
 
 def _fields(policy: type[Policy], fault: _Fault) -> Iterable[types.Field]:
