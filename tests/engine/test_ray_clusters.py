@@ -56,7 +56,7 @@ def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
     code = """
 import atexit, threading, time, ray
 from ray.cluster_utils import Cluster
-import remask.workers.ray_executor as module
+import remask.workers.ray_pool as module
 from remask import LLM, Unavailable
 module.STARVED_SECONDS = 2.0
 health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
@@ -94,7 +94,7 @@ def test_a_worker_that_ray_kills_for_its_memory_costs_no_request(tmp_path: Path)
 import sys, time
 from pathlib import Path
 import ray
-import remask.workers.ray_executor as module
+import remask.workers.ray_pool as module
 from remask import LLM
 
 lines = (line.split() for line in open("/proc/meminfo"))
@@ -132,7 +132,7 @@ with LLM("tiny", distributed_executor_backend="ray", data_parallel_size=2, **opt
     outputs = llm.generate(prompts, params)
     assert [output.outputs[0].token_ids for output in outputs] == expected
     assert marker.exists()
-    print(llm._executor._reason)
+    print(llm._executor._pool.reason)
 """
     command = [sys.executable, "-c", code, tmp_path / "marker"]
     done = subprocess.run(command, capture_output=True, text=True)
