@@ -145,7 +145,7 @@ class WorkerResources:
 
 def check_num_gpus(num_gpus: float) -> None:
     """Raises InvalidRequest if Ray cannot reserve so many GPUs for an actor."""
-    is_whole = math.isfinite(num_gpus) and num_gpus == int(num_gpus)
+    is_whole = 0 <= num_gpus < math.inf and num_gpus == int(num_gpus)
     if not (is_whole or 1 / UNITS <= num_gpus < 1):
         fix = f"must be a whole number, or a share of a GPU below 1 and not below {1 / UNITS}"
         raise InvalidRequest("num_gpus_per_worker", num_gpus, fix)
