@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -34,6 +34,7 @@ class _Identity(NamedTuple):
 
 
 _lock = threading.Lock()  # held while Ray starts or ends
+_left: deque[_Identity] = deque()  # sessions that an engine has left, one entry for each, not counted yet
 _num_engines: Counter[_Identity] = Counter()  # that are open, of each session
 _ours: set[_Identity] = set()  # sessions that an engine has started
 
@@ -47,17 +48,20 @@ class RaySession:
 
     def __init__(self) -> None:
         self._pid, self._error, self._is_closed = os.getpid(), "", False
-        with _lock:
-            starts = not ray.is_initialized()
-            if starts:
-                _start_ray()
-            identity = _current()
-            if identity is None:
-                raise Unavailable(SHUT_DOWN)
-            self._identity = identity
-            _num_engines[identity] += 1
-            if starts:
-                _ours.add(identity)
+        try:
+            with _lock:
+                starts = not ray.is_initialized()
+                if starts:
+                    _start_ray()
+                identity = _current()
+                if identity is None:
+                    raise Unavailable(SHUT_DOWN)
+                self._identity = identity
+                _num_engines[identity] += 1
+                if starts:
+                    _ours.add(identity)
+        finally:
+            _settle()
 
     def check(self) -> None:
         """Asks whether the engine may call Ray.
@@ -105,15 +109,8 @@ class RaySession:
         if self.is_foreign or self._is_closed:
             return
         self._is_closed, self._error = True, self._error or CLOSED
-        with _lock:
-            _num_engines[self._identity] -= 1
-            if _num_engines[self._identity]:
-                return
-            del _num_engines[self._identity]
-            if self._identity in _ours:
-                _ours.remove(self._identity)
-                if _current() == self._identity:
-                    ray.shutdown()
+        _left.append(self._identity)
+        _settle()
 
 
 def _current() -> _Identity | None:
@@ -125,6 +122,31 @@ def _current() -> _Identity | None:
         return _Identity(context.get_node_id(), context.get_job_id())
     except (AttributeError, RuntimeError, AssertionError):  # it has ended since
         return None
+
+
+def _settle() -> None:
+    """Counts engines that have left, and ends Ray if the last one has.
+
+    It never waits for the lock: the garbage collector may close an engine while this very thread holds it.
+    Whoever holds it settles what has come meanwhile.
+    """
+    while _left and _lock.acquire(blocking=False):
+        try:
+            if _left:
+                _count_out(_left.popleft())
+        finally:
+            _lock.release()
+
+
+def _count_out(identity: _Identity) -> None:
+    _num_engines[identity] -= 1
+    if _num_engines[identity]:
+        return
+    del _num_engines[identity]
+    if identity in _ours:
+        _ours.remove(identity)
+        if _current() == identity:
+            ray.shutdown()
 
 
 def _start_ray() -> None:

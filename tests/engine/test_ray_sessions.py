@@ -52,6 +52,7 @@ print(json.dumps(facts))
 THE_HOSTS = """
 import json, ray, threading, time
 from remask import LLM
+from remask.workers import ray_session
 from remask.workers.ray_session import RaySession
 def engine():
     return LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
@@ -65,8 +66,11 @@ def living():
 facts, prompt = {}, ["123+456=", {"max_tokens": 8}]
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 bare = RaySession()
-RaySession().close()
-facts["after a close"] = ray.is_initialized()
+inner, outer = RaySession(), RaySession()
+with ray_session._lock:  # as if the garbage collector closed an engine while another is made
+    inner.close()
+outer.close()
+facts["after closes"] = [ray.is_initialized(), sum(ray_session._num_engines.values())]
 busy, later = engine(), engine()
 busy.generate(*prompt)
 many, heard = [["123+456="] * 500, {"max_tokens": 200, "unmask": "schedule"}], []
@@ -122,7 +126,7 @@ def test_an_engine_starts_ray_where_it_is_not_and_leaves_the_environment_alone(o
 def test_ray_ends_with_the_last_engine(ours: dict[str, Any]) -> None:
     assert ours["after the first was closed"] == [True, "0579"]
     assert ours["after the last was closed"] is False
-    assert ours["scale"] == "the engine was closed; make a new LLM"
+    assert ours["scale"].startswith("the engine was closed; make a new")
 
 
 def test_a_forked_process_that_drops_an_engine_ends_nothing(ours: dict[str, Any]) -> None:
@@ -130,7 +134,7 @@ def test_a_forked_process_that_drops_an_engine_ends_nothing(ours: dict[str, Any]
 
 
 def test_a_ray_that_the_host_started_outlives_the_engines(the_hosts: dict[str, Any]) -> None:
-    assert the_hosts["after a close"] is True
+    assert the_hosts["after closes"] == [True, 1]
 
 
 @pytest.mark.parametrize("where", ["busy", "generate", "scale"])

@@ -60,7 +60,6 @@ def shared(cluster: None) -> Iterator[RayExecutor]:
 @pytest.fixture
 def pair(shared: RayExecutor) -> RayExecutor:
     """An executor with two workers."""
-    shared.forget()
     shared.scale(2)
     events_until(shared, lambda _: len(shared.workers) == len(shared._pool.held) == 2)
     return shared
