@@ -1,4 +1,4 @@
-"""Engines in processes of their own, with clusters of their own: whose Ray it is, and what nodes may do."""
+"""Engines in processes of their own, with clusters of their own: paths, and what nodes may do."""
 
 from __future__ import annotations
 
@@ -10,28 +10,6 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.ray
-
-
-def test_an_engine_starts_ray_only_where_it_is_not_and_ends_what_it_started() -> None:
-    code = """
-import os, ray
-from remask import LLM
-ray.init(include_dashboard=False, log_to_driver=False)  # Ray sets variables of its own when it first starts
-ray.shutdown()
-before = dict(os.environ)
-llm = LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
-assert ray.is_initialized()
-llm.generate("1+1=", {"max_tokens": 4})
-assert dict(os.environ) == before, "the host's environment is its own"
-llm.close()
-llm.close()
-assert not ray.is_initialized()
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-with LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512) as llm:
-    llm.generate("1+1=", {"max_tokens": 4})
-assert ray.is_initialized(), "it is the caller's"
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_relative_model_path_is_the_callers(tmp_path: Path) -> None:
@@ -56,7 +34,7 @@ def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
     code = """
 import atexit, threading, time, ray
 from ray.cluster_utils import Cluster
-import remask.workers.ray_executor as module
+import remask.workers.ray_pool as module
 from remask import LLM, Unavailable
 module.STARVED_SECONDS = 2.0
 health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
@@ -94,7 +72,7 @@ def test_a_worker_that_ray_kills_for_its_memory_costs_no_request(tmp_path: Path)
 import sys, time
 from pathlib import Path
 import ray
-import remask.workers.ray_executor as module
+import remask.workers.ray_pool as module
 from remask import LLM
 
 lines = (line.split() for line in open("/proc/meminfo"))
@@ -132,7 +110,7 @@ with LLM("tiny", distributed_executor_backend="ray", data_parallel_size=2, **opt
     outputs = llm.generate(prompts, params)
     assert [output.outputs[0].token_ids for output in outputs] == expected
     assert marker.exists()
-    print(llm._executor._reason)
+    print(llm._executor._pool.reason)
 """
     command = [sys.executable, "-c", code, tmp_path / "marker"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,0 +1,170 @@
+"""Whose Ray it is: engines that share a process, a host that shuts Ray down, and a process that forks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import ray
+
+from remask.scheduler.errors import Unavailable
+from remask.workers.ray_session import RaySession
+
+pytestmark = pytest.mark.ray
+
+OURS = """
+import gc, json, os, ray
+from remask import LLM, EngineDead
+def engine():
+    return LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
+def text(llm):
+    return llm.generate("123+456=", {"max_tokens": 8})[0].outputs[0].text
+facts = {}
+ray.init(include_dashboard=False, log_to_driver=False)  # Ray sets variables of its own when it first starts
+ray.shutdown()
+before = dict(os.environ)
+first, second = engine(), engine()
+facts["texts"] = [text(first), text(second)]
+facts["environment"] = dict(os.environ) == before
+first.close()
+first.close()
+facts["after the first was closed"] = [ray.is_initialized(), text(second)]
+child = os.fork()
+if child == 0:
+    second._executor.close()
+    del first, second
+    gc.collect()
+    os._exit(0)
+os.waitpid(child, 0)
+facts["after the fork"] = [ray.is_initialized(), text(second), second._executor.workers]
+second.close()
+facts["after the last was closed"] = ray.is_initialized()
+try:
+    second.scale(2)
+except EngineDead as error:
+    facts["scale"] = str(error)
+print(json.dumps(facts))
+"""
+
+THE_HOSTS = """
+import json, ray, threading, time
+from remask import LLM
+from remask.workers import ray_session
+from remask.workers.ray_session import RaySession
+def engine():
+    return LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
+def error_of(call, *args):
+    try:
+        call(*args)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+def living():
+    return ray.util.list_named_actors()
+facts, prompt = {}, ["123+456=", {"max_tokens": 8}]
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+bare = RaySession()
+inner, outer = RaySession(), RaySession()
+with ray_session._lock:  # as if the garbage collector closed an engine while another is made
+    inner.close()
+outer.close()
+facts["after closes"] = [ray.is_initialized(), sum(ray_session._num_engines.values())]
+busy, later = engine(), engine()
+busy.generate(*prompt)
+many, heard = [["123+456="] * 500, {"max_tokens": 200, "unmask": "schedule"}], []
+waiter = threading.Thread(target=lambda: heard.append(error_of(busy.generate, *many)))
+waiter.start()
+time.sleep(1)
+ray.shutdown()
+waiter.join()
+facts["busy"] = heard[0]
+facts["generate"] = error_of(busy.generate, *prompt)
+facts["scale"] = error_of(busy.scale, 2)
+busy.close()
+facts["after the shutdown"] = ray.is_initialized()
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+@ray.remote(num_cpus=0)
+class Own:
+    def answer(self):
+        return "there"
+own = Own.options(name="own").remote()
+facts["later: session"] = error_of(bare.check)
+facts["later: event"] = error_of(later._executor.next_event, 0)
+facts["later: generate"] = error_of(later.generate, *prompt)
+facts["later: scale"] = error_of(later.scale, 2)
+later.close()
+bare.close()
+facts["the new Ray"] = [ray.get(own.answer.remote()), living(), ray.is_initialized()]
+print(json.dumps(facts))
+"""
+
+
+def facts_of(code: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[str, Any]:
+    return facts_of(OURS)
+
+
+@pytest.fixture(scope="module")
+def the_hosts() -> dict[str, Any]:
+    return facts_of(THE_HOSTS)
+
+
+def test_an_engine_starts_ray_where_it_is_not_and_leaves_the_environment_alone(ours: dict[str, Any]) -> None:
+    assert ours["texts"] == ["0579", "0579"]
+    assert ours["environment"], "the host's environment is its own"
+
+
+def test_ray_ends_with_the_last_engine(ours: dict[str, Any]) -> None:
+    assert ours["after the first was closed"] == [True, "0579"]
+    assert ours["after the last was closed"] is False
+    assert ours["scale"].startswith("the engine was closed; make a new")
+
+
+def test_a_forked_process_that_drops_an_engine_ends_nothing(ours: dict[str, Any]) -> None:
+    assert ours["after the fork"] == [True, "0579", [0]], "by the worker that it had"
+
+
+def test_a_ray_that_the_host_started_outlives_the_engines(the_hosts: dict[str, Any]) -> None:
+    assert the_hosts["after closes"] == [True, 1]
+
+
+@pytest.mark.parametrize("where", ["busy", "generate", "scale"])
+def test_after_the_hosts_shutdown_an_engine_is_dead_by_name(the_hosts: dict[str, Any], where: str) -> None:
+    kind, message = the_hosts[where]
+    assert (kind, "Ray was shut down" in message, "make a new LLM" in message) == ("EngineDead", True, True)
+
+
+def test_after_the_hosts_shutdown_nothing_starts_another_ray(the_hosts: dict[str, Any]) -> None:
+    assert the_hosts["after the shutdown"] is False
+
+
+@pytest.mark.parametrize("where", ["later: session", "later: event", "later: generate", "later: scale"])
+def test_an_engine_stays_dead_when_the_host_starts_another_ray(the_hosts: dict[str, Any], where: str) -> None:
+    kind, message = the_hosts[where]
+    assert (kind, "Ray was shut down" in message) == ("EngineDead", True)
+
+
+def test_a_dead_engine_leaves_the_next_ray_alone(the_hosts: dict[str, Any]) -> None:
+    assert the_hosts["the new Ray"] == ["there", ["own"], True]
+
+
+def test_a_ray_that_does_not_start_is_unavailable_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ray.init
+
+    def init(**options: Any) -> None:
+        real(**options)
+        raise ConnectionError("half way")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(Unavailable, match="Ray cannot be started: ConnectionError: half way"):
+        RaySession()
+    assert not ray.is_initialized()

@@ -1,0 +1,56 @@
+"""The Ray actor of a worker: a worker behind bytes. It owns weights, and nothing that cannot be lost."""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+import ray
+import torch
+
+from remask.scheduler.messages import StepBatch
+from remask.workers.models.shared import SharedWeights
+from remask.workers.start import WorkerSetup, start_worker
+from remask.workers.worker import Worker
+
+QUEUE_DEPTH = 2  # bursts that it takes at a time, the running one included
+
+
+class RemaskWorker:
+    """A worker that is called from another process.
+
+    Args:
+        num_threads: threads that it computes on.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._worker: Worker | None = None
+        self._decoder = msgspec.msgpack.Decoder(StepBatch)  # here: msgspec crashes where two threads make it
+        self._launching, self._num_launched = threading.Condition(), 0
+
+    def start(self, setup: bytes, weights: SharedWeights | None) -> bytes:
+        """Loads the model; returns what the engine must know of it. (Errors of a constructor lose their
+        type on the way.)"""
+        torch.set_num_threads(self._num_threads)  # a setting of the thread, and Ray chooses that
+        self._worker, facts = start_worker(msgspec.msgpack.decode(setup, type=WorkerSetup), weights)
+        return msgspec.msgpack.encode(facts)
+
+    @ray.method(concurrency_group="bursts")
+    def run(self, number: int, batch: bytes) -> bytes:
+        """A burst and its result. Bursts are launched in the order of their numbers (0, 1, ...); the next one
+        runs on a GPU while this one's result is read and goes back."""
+        assert self._worker is not None, "it has not started"
+        torch.set_num_threads(self._num_threads)
+        with self._launching:
+            self._launching.wait_for(lambda: self._num_launched == number)
+            try:
+                launched = self._worker.launch(self._decoder.decode(batch))
+            finally:
+                self._num_launched += 1
+                self._launching.notify_all()
+        return msgspec.msgpack.encode(self._worker.collect(launched))
+
+    @ray.method(concurrency_group="health")
+    def ping(self) -> None:
+        """Answers while a burst runs."""
