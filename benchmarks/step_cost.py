@@ -81,7 +81,7 @@ def one_step(model: Denoiser, canvases: list[Canvas]) -> dict[str, float]:
     timed = Timed(model)
     started = time.perf_counter()
     state = BurstState([c.spec for c in canvases], [c.state for c in canvases])
-    plans = plan_packs(state, timed)
+    plans = plan_packs(state, timed, timed.pack_rows)
     ready = time.perf_counter()
     denoise(state, plans, timed)
     done = time.perf_counter()

@@ -194,7 +194,7 @@ class LLM:
                 "max_model_len", max_model_len, f"must lie between 2 and the model's {config.max_len}"
             )
         scheduler = Scheduler(
-            max_num_rows=executor.facts.max_num_rows,
+            max_num_rows=executor.max_num_rows,
             max_num_seqs=max_num_seqs,
             burst=burst,
             probe=new_probe(config.mask_id),

@@ -9,7 +9,13 @@ from typing import NamedTuple, TypeAlias
 
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.start import WorkerFacts, WorkerSetup, start_worker
+from remask.workers.start import (
+    WorkerFacts,
+    WorkerSetup,
+    measure_knee,
+    row_budget,
+    start_worker,
+)
 from remask.workers.worker import Launched, NotRun, Worker
 
 
@@ -41,12 +47,14 @@ class Executor(ABC):
 
     Attributes:
         facts: what the workers tell of the model.
+        max_num_rows: rows of a batch: as given, or the knee, as far as their memory has room for them.
         workers: who takes bursts; a worker that comes back has a new number.
         queue_depth: bursts that a worker holds, the running one included; more than one, so that it need not
             wait for the host.
     """
 
     facts: WorkerFacts
+    max_num_rows: int
     workers: Sequence[int] = (0,)
     queue_depth: int = 1
 
@@ -88,6 +96,10 @@ class InProcessExecutor(Executor):
     def __init__(self, setup: WorkerSetup) -> None:
         self._worker: Worker | None
         self._worker, self.facts = start_worker(setup)
+        num_rows = setup.max_num_rows
+        if num_rows is None:
+            num_rows = measure_knee(self._worker, setup)
+        self.max_num_rows = row_budget(num_rows, [self.facts.row_limit])
         self.queue_depth = 2 if self.facts.overlaps else 1
         self._queue: deque[StepBatch] = deque()
         self._launched: deque[Launched | NotRun] = deque()

@@ -10,7 +10,7 @@ import torch
 
 from remask.scheduler.messages import StepBatch
 from remask.workers.models.shared import SharedWeights
-from remask.workers.start import WorkerSetup, start_worker
+from remask.workers.start import WorkerSetup, measure_knee, start_worker
 from remask.workers.worker import Worker
 
 QUEUE_DEPTH = 2  # bursts that it takes at a time, the running one included
@@ -33,8 +33,14 @@ class RemaskWorker:
         """Loads the model; returns what the engine must know of it. (Errors of a constructor lose their
         type on the way.)"""
         torch.set_num_threads(self._num_threads)  # a setting of the thread, and Ray chooses that
-        self._worker, facts = start_worker(msgspec.msgpack.decode(setup, type=WorkerSetup), weights)
+        self._setup = msgspec.msgpack.decode(setup, type=WorkerSetup)
+        self._worker, facts = start_worker(self._setup, weights)
         return msgspec.msgpack.encode(facts)
+
+    def knee(self) -> int:
+        """See `measure_knee`."""
+        assert self._worker is not None, "it has not started"
+        return measure_knee(self._worker, self._setup)
 
     @ray.method(concurrency_group="bursts")
     def run(self, number: int, batch: bytes) -> bytes:

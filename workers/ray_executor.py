@@ -27,7 +27,7 @@ from remask.workers.ray_actor import QUEUE_DEPTH
 from remask.workers.ray_pool import Held, WorkerPool, explain, is_ready
 from remask.workers.ray_resources import WorkerResources, check_num_gpus
 from remask.workers.ray_session import RaySession
-from remask.workers.start import WorkerSetup
+from remask.workers.start import WorkerSetup, row_budget
 
 OLDEST_RAY = (2, 52)
 
@@ -89,7 +89,12 @@ class RayExecutor(Executor):
             raise
         try:
             with self._session.in_use():
-                self.facts = self._pool.start_all(num_workers)
+                all_facts = self._pool.start_all(num_workers)
+                num_rows = setup.max_num_rows
+                if num_rows is None:
+                    num_rows = self._pool.measure_knee()
+                self.facts = all_facts[0]
+                self.max_num_rows = row_budget(num_rows, [facts.row_limit for facts in all_facts])
         except BaseException:
             self.close()
             raise

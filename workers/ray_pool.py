@@ -89,7 +89,7 @@ class WorkerPool:
         number, start = next(self._numbers), actor.start.remote(self._setup, self._weights)
         self.held[number] = Held(number, actor, start, time.monotonic())
 
-    def start_all(self, num_workers: int) -> WorkerFacts:
+    def start_all(self, num_workers: int) -> list[WorkerFacts]:
         """Starts the first workers and waits until all have joined, with one deadline for all: what is wrong
         on one node shows before any work does.
 
@@ -121,7 +121,20 @@ class WorkerPool:
             except RayError as error:
                 raise Unavailable(f"worker {held.number} died while it started: {explain(error)}") from None
             self.join(held)
-        return msgspec.msgpack.decode(facts[min(facts)], type=WorkerFacts)
+        return [msgspec.msgpack.decode(facts[number], type=WorkerFacts) for number in sorted(facts)]
+
+    def measure_knee(self) -> int:
+        """The knee, by the first worker; all have joined, and none has anything else to do.
+
+        Raises:
+            Unavailable: the worker died, or START_SECONDS were not enough.
+        """
+        held = next(iter(self.held.values()))
+        try:
+            return ray.get(held.actor.knee.remote(), timeout=START_SECONDS)
+        except RayError as error:
+            problem = f"worker {held.number} could not measure the knee: {explain(error)}"
+            raise Unavailable(f"{problem}; give max_num_rows, and it is not measured") from None
 
     def join(self, held: Held) -> None:
         """Notes that a worker has started."""

@@ -1,7 +1,8 @@
-"""How a worker starts, wherever it runs: the model, its row budget, and what the engine must know of both."""
+"""How a worker starts, wherever it runs; what the engine must know of it; the rows that it is fed with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,13 +36,13 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What a worker tells the engine when it is ready."""
 
     config: ModelConfig
-    max_num_rows: int  # as given, or the knee
+    row_limit: int | None  # rows of a forward that its memory has room for; None: no bound
     attention_backend: str | None  # the one in use; None: the model has no attention
     overlaps: bool  # whether launching a burst returns before it has run
 
 
 def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tuple[Worker, WorkerFacts]:
-    """Loads the model and measures the knee where no budget is given.
+    """Loads the model and measures what its memory has room for.
 
     Args:
         setup: what is asked for.
@@ -66,23 +67,32 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
             attention_backend=setup.attention_backend,
             quantization=setup.quantization,
         )
-    worker = Worker(model, graphs_for(model) if not setup.batch_invariant else None)
-    max_num_rows = setup.max_num_rows
-    if max_num_rows is None:
-        graphs = graphs_for(model)  # which are freed with it
-        max_num_rows = knee(model, graphs) if isinstance(model, TransformerDenoiser) else model.pack_rows
+    limit = None
     if isinstance(model, TransformerDenoiser):
         limit = row_limit(model, setup.gpu_memory_utilization, lambda batch: Worker(model).run(batch))
-        max_num_rows = min(max_num_rows, limit) if limit is not None else max_num_rows
-    if setup.batch_invariant:
-        # Products of other shapes round differently; alone, a canvas has the same shapes in any company.
-        model.pack_rows = 1
+    graphs = None if setup.batch_invariant else graphs_for(model)
+    worker = Worker(model, graphs, packs=not setup.batch_invariant)
     config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
     attention = model.attention.name if isinstance(model, TransformerDenoiser) else None
     facts = WorkerFacts(
         config=config,
-        max_num_rows=max_num_rows,
+        row_limit=limit,
         attention_backend=attention,
         overlaps=worker.overlaps,
     )
     return worker, facts
+
+
+def measure_knee(worker: Worker, setup: WorkerSetup) -> int:
+    """Rows of a forward from which on more only take longer. It keeps the machine busy for some seconds, so
+    one worker measures for all while the others wait."""
+    model = worker.model
+    if not isinstance(model, TransformerDenoiser):
+        return model.pack_rows
+    graphs = None if setup.batch_invariant else graphs_for(model)  # which are freed with the measurement
+    return knee(model, graphs)
+
+
+def row_budget(num_rows: int, limits: Iterable[int | None]) -> int:
+    """Rows of a batch: `num_rows`, as far as the memory of every worker has room for them."""
+    return min([num_rows, *(limit for limit in limits if limit is not None)])

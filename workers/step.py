@@ -26,14 +26,14 @@ from remask.workers.strategies.view import BlockView, prob
 Plans: TypeAlias = Sequence[Plan]
 
 
-def plan_packs(state: BurstState, model: Denoiser) -> Plans:
-    """Cuts the canvases that go on into packs of the size that the model is best fed with. Plans of fixed
-    shapes are on the host, as the state still is."""
+def plan_packs(state: BurstState, model: Denoiser, pack_rows: int) -> Plans:
+    """Cuts the canvases that go on into packs of at most `pack_rows` rows; a larger canvas is one of its own.
+    Plans of fixed shapes are on the host, as the state still is."""
     live = (~state.paused).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
     plan = plan_fixed if model.fixed_shapes else plan_pack
-    groups = group_canvases(num_rows, live, model.pack_rows)
+    groups = group_canvases(num_rows, live, pack_rows)
     return [plan(group, state.specs, state.cu_tokens) for group in groups]
 
 

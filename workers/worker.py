@@ -127,13 +127,20 @@ class Worker:
     Args:
         model: the weights.
         graphs: of its steps; None: every step is launched kernel by kernel.
+        packs: whether canvases share forwards. Products of other shapes round differently; alone, a canvas
+            has the same shapes in any company.
     """
 
-    def __init__(self, model: Denoiser, graphs: StepGraphs | None = None) -> None:
+    def __init__(self, model: Denoiser, graphs: StepGraphs | None = None, *, packs: bool = True) -> None:
         self._model, self._graphs = model, graphs
+        self._pack_rows = model.pack_rows if packs else 1
         self._last: Launched | None = None
         self._tensors: Unpacked | None = None  # what it left where the model is
         self._failed: int | None = None  # the last burst, where it did not run
+
+    @property
+    def model(self) -> Denoiser:
+        return self._model
 
     @property
     def overlaps(self) -> bool:
@@ -219,7 +226,7 @@ class Worker:
         """The steps of a burst."""
         state, plans, shape, _ = unpacked
         if not self._model.fixed_shapes:  # the host looks at the canvases between steps
-            return StepQueue(lambda: advance(state, num_steps, self._model), 1, state.paused)
+            return StepQueue(lambda: advance(state, num_steps, self._model, self._pack_rows), 1, state.paused)
 
         def step() -> int:
             return denoise(state, plans, self._model)
@@ -262,7 +269,7 @@ class Worker:
         if not self._model.fixed_shapes:
             return Unpacked(state, [], None, states)
         state.make_room(batch.num_steps)
-        tree = to_device((state, plan_packs(state, self._model)), self._model.device)
+        tree = to_device((state, plan_packs(state, self._model, self._pack_rows)), self._model.device)
         return Unpacked(*tree, None, states)
 
 
@@ -277,13 +284,13 @@ def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:
     return NotRun(burst_id, "error", seconds, f"{type(error).__name__}: {error}"[:MAX_ERROR_LEN])
 
 
-def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:
+def advance(state: BurstState, num_steps: int, model: Denoiser, pack_rows: int) -> int:
     """Takes up to `num_steps` denoising steps in place; returns the rows forwarded.
 
     It ends early where a canvas pauses for a look at its text, so that this one does not wait for the others.
     """
     num_rows, num_paused = 0, int(state.paused.sum())
-    plans = plan_packs(state, model)
+    plans = plan_packs(state, model, pack_rows)
     for step in range(num_steps):
         if not plans:
             break
@@ -294,5 +301,5 @@ def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:
             break
         now_paused = int(state.paused.sum())
         if now_paused > num_paused:  # those that paused give up their rows
-            plans, num_paused = plan_packs(state, model), now_paused
+            plans, num_paused = plan_packs(state, model, pack_rows), now_paused
     return num_rows

@@ -23,6 +23,7 @@ from remask.benchmarks.chaos import worker_processes
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.ray_actor import RemaskWorker
 from remask.workers.ray_executor import RayExecutor, check_version
+from remask.workers.ray_pool import WorkerPool
 
 pytestmark = pytest.mark.ray
 
@@ -388,3 +389,24 @@ def footprint() -> dict[str, Any]:
         "processes": worker_processes(),
         "store": store,
     }
+
+
+def test_one_worker_measures_the_knee_for_all(
+    golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    measure = WorkerPool.measure_knee
+
+    def counted(pool: WorkerPool) -> int:
+        assert len(pool.workers) == 2, "the others have loaded and wait"
+        asked.append(measure(pool))
+        return asked[-1]
+
+    monkeypatch.setattr(WorkerPool, "measure_knee", counted)
+    options: dict[str, Any] = {"distributed_executor_backend": "ray", "data_parallel_size": 2}
+    with LLM(golden_checkpoint, device="cpu", **options) as llm:
+        assert [llm._executor.max_num_rows] == asked
+        assert asked[0] >= 64
+    with LLM(golden_checkpoint, device="cpu", max_num_rows=100, **options) as llm:
+        assert llm._executor.max_num_rows == 100
+    assert len(asked) == 1

@@ -148,7 +148,7 @@ VERIFYING = ["wino", "wino:tile=self", "oracle_loo", "low_prob", "random", None]
 def answers(model: TransformerDenoiser, own: list[Canvas], states: list[CanvasState]) -> dict[Any, Tensor]:
     """All statistics of each slot that is asked about, by whether its main row answers and by its number."""
     state = BurstState([c.spec for c in own], states)
-    (plan,) = plan_packs(state, model)
+    (plan,) = plan_packs(state, model, model.pack_rows)
     slots, valid = state.active_slots()
     step = StepInputs(
         tokens=state.tokens,
@@ -211,7 +211,7 @@ def test_no_step_of_any_policy_reads_from_the_device(fixed_model: TransformerDen
     own = [replaced(c, stop_ids=b"") for c in own]
     state = BurstState([c.spec for c in own], [c.state for c in own])
     state.make_room(4)
-    plans = plan_packs(state, fixed_model)
+    plans = plan_packs(state, fixed_model, fixed_model.pack_rows)
     with Blind():
         for _ in range(4):
             denoise(state, plans, fixed_model)
@@ -228,7 +228,8 @@ def test_every_step_runs_where_nothing_is_but_shapes(golden_checkpoint: Path) ->
     own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
     state = BurstState([c.spec for c in own], [c.state for c in own])
     state.make_room(2)
-    tree = mapped((state, plan_packs(state, fixed)), lambda tensor: torch.empty_like(tensor, device=meta))
+    on_host = (state, plan_packs(state, fixed, fixed.pack_rows))
+    tree = mapped(on_host, lambda tensor: torch.empty_like(tensor, device=meta))
     for _ in range(2):
         denoise(*tree, fixed)
     assert all(tensor.is_meta for tensor in tensors_of(tree))
@@ -274,7 +275,7 @@ def test_the_fused_head_answers_as_whole_logits_do(
 def test_a_burst_comes_to_a_device_in_one_piece_of_memory(fixed_model: TransformerDenoiser) -> None:
     own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
     state = BurstState([c.spec for c in own], [c.state for c in own])
-    tree = (state, plan_packs(state, fixed_model))
+    tree = (state, plan_packs(state, fixed_model, fixed_model.pack_rows))
     moved = to_device(tree, torch.device("cpu"))
     before, after = tensors_of(tree), tensors_of(moved)
     assert len(before) > 50

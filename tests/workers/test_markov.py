@@ -114,7 +114,7 @@ def test_what_verifies_is_the_exact_leave_one_out(remask: str) -> None:
     ids = [0, 1, MASK, 2, 2, MASK]
     half_way = msgspec.structs.replace(own.state, tokens=np.array(ids, dtype=TOKEN).tobytes())
     state = BurstState([own.spec], [half_way])
-    (plan,) = plan_packs(state, model)
+    (plan,) = plan_packs(state, model, model.pack_rows)
     slots, valid = state.active_slots()
     step = StepInputs(
         tokens=state.tokens,

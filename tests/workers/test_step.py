@@ -231,7 +231,7 @@ def packed(
     model: TransformerDenoiser, canvases: list[Canvas], states: list[CanvasState]
 ) -> tuple[PackedRows, HeadQuery]:
     state = BurstState([c.spec for c in canvases], states)
-    (plan,) = plan_packs(state, model)
+    (plan,) = plan_packs(state, model, model.pack_rows)
     slots, valid = state.active_slots()
     step = StepInputs(
         tokens=state.tokens,

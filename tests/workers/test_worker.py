@@ -150,7 +150,7 @@ def test_a_paused_canvas_does_not_change_while_others_go_on(golden_model: Transf
     assert alone.block == 1
     state = BurstState([c.spec for c in canvases], [c.state for c in canvases])
     for _ in range(alone.num_forwards + 3):
-        denoise(state, plan_packs(state, golden_model), golden_model)
+        denoise(state, plan_packs(state, golden_model, golden_model.pack_rows), golden_model)
     paused, other = state.to_states()
     assert other.num_forwards > alone.num_forwards
     assert (paused.tokens, paused.num_forwards, paused.block) == (
