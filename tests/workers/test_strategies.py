@@ -178,6 +178,28 @@ def test_no_canvas_enters_the_decision_about_another(policy: Any, seed: int, wid
         assert torch.equal(commits(policy, view.select(torch.tensor([row])))[0], together[row])
 
 
+@pytest.mark.parametrize("kind", [Threshold, CappedThreshold])
+@pytest.mark.parametrize(("threshold", "count"), [(0.9, 1), (0.89999998, 4)])
+def test_a_threshold_is_not_rounded_to_fp32(kind: Any, threshold: float, count: int) -> None:
+    """0.9 in fp32 is 2.4e-8 less than 0.9; the probabilities lie between."""
+    log_confidence = torch.full((1, 4), math.log(0.89999999))
+    view = random_view(0, 1, 4)._replace(log_confidence=log_confidence, masked=torch.ones(1, 4) > 0)
+    assert int(commits(kind(threshold), view).sum()) == count
+
+
+@pytest.mark.parametrize("kept", [1e-9, 0.3])
+def test_saber_takes_no_confidence_for_larger_than_the_mean_of_its_equals(kept: float) -> None:
+    log_p = torch.full((1, 7), math.log1p(-kept))
+    view = random_view(0, 1, 7)._replace(
+        masked=torch.arange(7).unsqueeze(0) >= 3,
+        committed=torch.arange(7).unsqueeze(0) < 3,
+        log_confidence=log_p,
+    )
+    memory = {"ever": view.committed.float(), "log_confidence": log_p, "log_top": view.log_top}
+    found = decide(Saber(n=1, mu=9), view, torch.zeros_like(view.masked), memory)
+    assert chosen(found.memory["ever"] > 0, 0) == {0, 1, 2, 3}, "the best one alone"
+
+
 @pytest.mark.parametrize("num_masked", [1, 2, 3])
 def test_the_factor_rule_commits_the_last_one_too_when_only_that_one_fails(num_masked: int) -> None:
     view = random_view(0, 1, 3)

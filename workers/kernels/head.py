@@ -294,7 +294,7 @@ def _best(values, ids):
 def _log1p(x):
     """log(1 + x) for x > -1: what rounding takes from 1 + x is added again to first order."""
     rounded = 1 + x
-    return tl.log(rounded) + tl.div_rn(x - (rounded - 1), rounded)
+    return tl.log(rounded) + (x - (rounded - 1)) / rounded
 
 
 @triton.jit
@@ -304,7 +304,7 @@ def _log_margin(log_top, gap):
     near = tl.minimum(gap, 0.7)
     share = near * 0.1
     for i in tl.static_range(1, 10):
-        share = (1 - share) * near / (10 - i)
+        share = (1 - share) * near * (1 / (10 - i))
     far = _log1p(-tl.exp(-tl.maximum(gap, 0.7)))
     log_share = tl.where(gap < 0.7, tl.log(share), far)
     return tl.where(log_top == float("-inf"), log_top, log_top + log_share)
