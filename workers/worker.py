@@ -21,7 +21,7 @@ from remask.workers.burst import BurstState, Results
 from remask.workers.carry import can_carry, put, take
 from remask.workers.enqueue import StepQueue
 from remask.workers.graphs import Shape, StepGraphs
-from remask.workers.memory import is_out_of_memory, loses_device
+from remask.workers.memory import is_out_of_memory, loses_device, message_of
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.staging import Fetched, to_device
 from remask.workers.step import Plans, denoise, plan_packs
@@ -263,7 +263,7 @@ def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:
     if loses_device(error):
         raise error
     logger.warning("a burst has failed", exc_info=error)
-    return NotRun(burst_id, "error", seconds, f"{type(error).__name__}: {error}"[:MAX_ERROR_LEN])
+    return NotRun(burst_id, "error", seconds, f"{type(error).__name__}: {message_of(error)}"[:MAX_ERROR_LEN])
 
 
 def advance(state: BurstState, num_steps: int, model: Denoiser) -> int:
