@@ -18,7 +18,9 @@ from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, r
 from remask.scheduler.sampling import TOKEN as TOKEN
 from remask.scheduler.sampling import Sampling, id_array, id_bytes
 
-NOT_NUMBERS, NO_COMMIT = 1, 2  # faults of a canvas: logits that are NaN; no commit where its policy must
+# Faults of a canvas: logits that are NaN; no commit where its policy must; a kernel that raises, or does not fit
+# the memory, for it alone.
+NOT_NUMBERS, NO_COMMIT, RAISES, NO_MEMORY = 1, 2, 3, 4
 
 REAL = np.dtype("<f4")
 # What happened to one slot in one step: committed, or remasked (then `token` is the one removed).
@@ -145,7 +147,8 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
     finished: bool = False
-    fault: int = 0  # what ended it without an answer: 0 (nothing), NOT_NUMBERS or NO_COMMIT
+    fault: int = 0  # what ended it without an answer: 0 (nothing) or one of the faults above
+    error: str = ""  # class and message of what its policy's kernel raised
 
     @property
     def sequence_len(self) -> int:

@@ -26,7 +26,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS, Canvas
+from remask.scheduler.canvas import NO_COMMIT, NO_MEMORY, NOT_NUMBERS, RAISES, Canvas
 from remask.scheduler.errors import (
     EngineDead,
     RemaskError,
@@ -57,9 +57,14 @@ DEATHS = "{} workers in a row died while it ran alone"
 RAISED = "a step of it raised {}, also while it ran alone; check what is particular about its parameters"
 DEAD = "every burst fails with {}; make a new engine"
 NO_WORKER_LIVES = "{} workers in a row died of a canvas of one token"
-FAULTS = {
-    NOT_NUMBERS: "its logits are not numbers; use dtype='bfloat16' or 'float32', or check the checkpoint",
-    NO_COMMIT: "a step of it committed nothing although its policy must; check the policy",
+FAULTS: dict[int, tuple[type[RemaskError], str]] = {
+    NOT_NUMBERS: (
+        RequestFailed,
+        "its logits are not numbers; use dtype='bfloat16' or 'float32', or check the checkpoint",
+    ),
+    NO_COMMIT: (RequestFailed, "a step of it committed nothing although its policy must; check the policy"),
+    RAISES: (RequestFailed, "its policy raised {}; check the policy and its parameters"),
+    NO_MEMORY: (RequestTooLarge, "its policy takes more memory than there is, for it alone: {}"),
 }
 TOO_LARGE = (
     "a step of it takes {} rows, which do not fit into the worker's memory even alone; use fewer max_tokens, "
@@ -247,7 +252,8 @@ class Scheduler:
             if not _goes_on(canvas):  # aborted, or ended by the burst before
                 continue
             if state.fault:
-                finished.append(self._end(canvas, RequestFailed(FAULTS[state.fault])))
+                kind, text = FAULTS[state.fault]
+                finished.append(self._end(canvas, kind(text.format(state.error))))
                 continue
             request = self._requests[canvas.request_id]
             canvas.state = request.settle(canvas, state)

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # allocator on the CPU; libraries that could not make their workspace.
 MESSAGES = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
+MAX_ERROR_LEN = 500  # characters of an error that travel
+
 MAX_CANVAS_LEN = 512  # of the canvases that memory is measured with
 MAX_ROWS = 1 << 14  # beyond, peaks grow as they did before
 GROWTH = 4  # times as many rows from one measurement to the next
@@ -43,6 +45,11 @@ def message_of(error: BaseException) -> str:
         return str(error).encode(errors="replace").decode()
     except Exception:
         return ""
+
+
+def describe(error: BaseException) -> str:
+    """An error's class and what it says, cut to what is sent."""
+    return f"{type(error).__name__}: {message_of(error)}"[:MAX_ERROR_LEN]
 
 
 def loses_device(error: BaseException) -> bool:

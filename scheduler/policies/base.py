@@ -32,7 +32,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     Attributes:
         memory: what the kernel carries from step to step.
         kernel: the tensor function of a third party's policy (a static method); remask's own stand in
-            `remask.workers.strategies`.
+            `remask.workers.strategies`. It must decide every canvas by its own numbers: if it raises, it is
+            asked again about fewer canvases, and those that it raises for alone fail.
         always_commits: each step commits a slot of a block that has masks; if one does not, the request
             fails. False for policies that follow a time schedule.
     """
