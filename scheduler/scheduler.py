@@ -283,13 +283,15 @@ class Scheduler:
             Unavailable: workers die of whatever they run.
         """
         suspects, were_alone = list[Canvas](), False
-        lost = [(number, burst) for number, burst in self._bursts.items() if burst.worker == worker]
-        ran = next((burst for _, burst in lost if not burst.doomed), None)
-        for burst_id, burst in lost:
+        lost = {number: burst for number, burst in self._bursts.items() if burst.worker == worker}
+        ran = next((burst for burst in lost.values() if not burst.doomed), None)
+        for burst_id, burst in lost.items():
             del self._bursts[burst_id]
-            back = [c for c in burst.canvases if c.last_burst is not None and _goes_on(c)]
-            for canvas in burst.canvases:
+            # What follows a failed burst has lost its canvases already; others may have them.
+            back = [canvas for canvas in burst.canvases if canvas.last_burst in lost]
+            for canvas in back:
                 canvas.last_burst = None
+            back = list(filter(_goes_on, back))
             if burst.is_probe:
                 self._wants_probe = True
                 self._probe_deaths += died and burst is ran

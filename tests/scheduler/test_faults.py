@@ -319,6 +319,24 @@ def test_requests_that_raise_are_found_and_all_others_finish(
     assert scheduler.num_live == scheduler.num_held == 0
 
 
+def test_a_canvas_that_another_worker_has_is_not_taken_back_with_what_was_skipped() -> None:
+    scheduler, requests = scheduler_of(), Requests()
+    for _ in range(2):
+        scheduler.add(requests.make(5, 5))
+    failed, follower = scheduler.next_batch(0), scheduler.next_batch(0)
+    assert failed is not None
+    assert follower is not None
+    assert follower.follows == failed.burst_id
+    fields = {"states": [], "num_rows": 0, "seconds": 0.0, "failure": "error", "error": "ValueError: no"}
+    scheduler.update(StepResult(burst_id=failed.burst_id, **fields))
+    elsewhere = scheduler.next_batch(1)
+    assert elsewhere is not None
+    scheduler.lose(0)
+    batches = [elsewhere, *(scheduler.next_batch(worker) for worker in (2, 3, 4))]
+    held = [spec.seed for batch in batches if batch is not None for spec in batch.specs]
+    assert sorted(held) == [0, 1], "each is in one place"
+
+
 def test_if_everything_raises_the_engine_is_dead_and_nobody_is_blamed() -> None:
     scheduler, requests, worker = scheduler_of(), Requests(), Raising(set(), always=True)
     made = [requests.make(5, 5) for _ in range(2 * MAX_ACCUSED)]
