@@ -18,8 +18,8 @@ from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, r
 from remask.scheduler.sampling import TOKEN as TOKEN
 from remask.scheduler.sampling import Sampling, id_array, id_bytes
 
-# Faults of a canvas: logits that are NaN; no commit where its policy must; a kernel that raises, or does not fit
-# the memory, for it alone.
+# Faults of a canvas: logits that are NaN; no commit where its policy must; a kernel that raises for it alone,
+# or does not fit the memory.
 NOT_NUMBERS, NO_COMMIT, RAISES, NO_MEMORY = 1, 2, 3, 4
 
 REAL = np.dtype("<f4")
@@ -179,12 +179,13 @@ class Canvas:
         lone_deaths: workers that died in a row while it ran alone.
         survived: bursts that any worker had brought back when the last of them died.
         lone_memory_failures: times in a row that it did not fit a worker's memory alone.
+        short_on: workers whose memory was too small for bursts with it, since it last came back.
         text_stop: the stop string that ended it.
     """
 
     __slots__ = (
         "aborted", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order", "ordinal",
-        "request_id", "spec", "state", "survived", "suspected", "text_stop",
+        "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
     )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
@@ -194,6 +195,7 @@ class Canvas:
         self.last_burst: int | None = None
         self.aborted = self.suspected = False
         self.lone_deaths = self.lone_memory_failures = self.survived = 0
+        self.short_on: frozenset[int] = frozenset()
         self.text_stop: TextStop | None = None
 
 
