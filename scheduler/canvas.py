@@ -18,7 +18,9 @@ from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, r
 from remask.scheduler.sampling import TOKEN as TOKEN
 from remask.scheduler.sampling import Sampling, id_array, id_bytes
 
-NOT_NUMBERS, NO_COMMIT = 1, 2  # faults of a canvas: logits that are NaN; no commit where its policy must
+# Faults of a canvas: logits that are NaN; no commit where its policy must; a kernel that raises for it alone,
+# or does not fit the memory.
+NOT_NUMBERS, NO_COMMIT, RAISES, NO_MEMORY = 1, 2, 3, 4
 
 REAL = np.dtype("<f4")
 # What happened to one slot in one step: committed, or remasked (then `token` is the one removed).
@@ -145,7 +147,8 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
     finished: bool = False
-    fault: int = 0  # what ended it without an answer: 0 (nothing), NOT_NUMBERS or NO_COMMIT
+    fault: int = 0  # what ended it without an answer: 0 (nothing) or one of the faults above
+    error: str = ""  # class and message of what its policy's kernel raised
 
     @property
     def sequence_len(self) -> int:
@@ -176,12 +179,13 @@ class Canvas:
         lone_deaths: workers that died in a row while it ran alone.
         survived: bursts that any worker had brought back when the last of them died.
         lone_memory_failures: times in a row that it did not fit a worker's memory alone.
+        short_on: workers whose memory was too small for bursts with it, since it last came back.
         text_stop: the stop string that ended it.
     """
 
     __slots__ = (
         "aborted", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order", "ordinal",
-        "request_id", "spec", "state", "survived", "suspected", "text_stop",
+        "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
     )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
@@ -191,6 +195,7 @@ class Canvas:
         self.last_burst: int | None = None
         self.aborted = self.suspected = False
         self.lone_deaths = self.lone_memory_failures = self.survived = 0
+        self.short_on: frozenset[int] = frozenset()
         self.text_stop: TextStop | None = None
 
 

@@ -6,10 +6,11 @@ tested by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from remask.scheduler.canvas import Canvas
+from remask.scheduler.policies import tag
 
 AGEING_SECONDS = 60.0  # a request that has waited so much longer overtakes one priority class
 MAX_BURST = 8  # steps: long enough to hide the host, short enough to let newcomers in
@@ -84,6 +85,21 @@ def take(candidates: Iterable[Canvas], budget: Budget) -> tuple[list[Canvas], li
         if full or len(passed) == MAX_PASSED:
             break
     return taken, passed
+
+
+def split(suspects: Sequence[Canvas]) -> tuple[list[Canvas], list[Canvas]]:
+    """Two groups of suspected canvases; the first is empty if there is only one.
+
+    Who has never run is suspected before who has, so the two kinds are told apart first. Among equals, those
+    of a policy stand side by side: what one canvas fails of, others with its policy may fail of.
+    """
+    fresh = [canvas for canvas in suspects if not canvas.state.num_forwards]
+    proven = [canvas for canvas in suspects if canvas.state.num_forwards]
+    if fresh and proven:
+        return fresh, proven
+    same = sorted(suspects, key=lambda canvas: [tag(policy) for policy in canvas.spec.policies])
+    half = len(same) // 2
+    return same[:half], same[half:]
 
 
 def burst_len(

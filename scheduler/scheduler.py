@@ -5,17 +5,19 @@ queue), *in flight* (it is in a burst, and perhaps in others that continue it), 
 nobody holds a place: each burst takes the first of the queue, so those that run keep running and an urgent
 newcomer displaces the last of them at the cost of nothing but their turn.
 
-A burst whose worker died is *suspected*: its canvases run again apart from all others, in halves, until the
-half that kills is a single canvas. Whatever comes back is cleared. So a request that kills workers is found
-in a few deaths, and one that was only there costs nothing.
+A burst whose worker died is *suspected*: its canvases run again apart from all others, in two groups, until
+the group that kills is a single canvas. Whatever comes back is cleared. So a request that kills workers is
+found in a few deaths, and one that was only there costs nothing. (What a policy's kernel raises is no such
+case: the worker finds the canvas itself, and runs the others.)
 
 A burst that raises an error is suspected in the same way, and a request that raises alone is *accused*. It
 ends when another burst comes back. If several requests in a row are accused of one error, a *probe*, a canvas
 of one token, decides whether they are at fault or nothing works any more. A probe also runs after a worker
 has died of a single canvas: only if something else lives is that canvas to blame.
 
-A burst that does not fit a worker's memory is no death: its canvases are ready again as they were, and for a
-while the worker gets smaller bursts. Only a canvas that does not fit alone, twice, ends its request.
+A burst that does not fit a worker's memory is suspected, too, and for a while the worker gets smaller bursts.
+Only a canvas that does not fit alone, twice, ends its request. Then it was not the worker's memory that was
+short, and the worker gets its larger bursts back.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS, Canvas
+from remask.scheduler.canvas import NO_COMMIT, NO_MEMORY, NOT_NUMBERS, RAISES, Canvas
 from remask.scheduler.errors import (
     EngineDead,
     RemaskError,
@@ -46,6 +48,7 @@ from remask.scheduler.planning import (
     order_of,
     regrow,
     shrink,
+    split,
     take,
 )
 from remask.scheduler.request import Request
@@ -58,9 +61,14 @@ DEATHS = "{} workers in a row died while it ran alone"
 RAISED = "a step of it raised {}, also while it ran alone; check what is particular about its parameters"
 DEAD = "every burst fails with {}; make a new engine"
 NO_WORKER_LIVES = "{} workers in a row died of a canvas of one token"
-FAULTS = {
-    NOT_NUMBERS: "its logits are not numbers; use dtype='bfloat16' or 'float32', or check the checkpoint",
-    NO_COMMIT: "a step of it committed nothing although its policy must; check the policy",
+FAULTS: dict[int, tuple[type[RemaskError], str]] = {
+    NOT_NUMBERS: (
+        RequestFailed,
+        "its logits are not numbers; use dtype='bfloat16' or 'float32', or check the checkpoint",
+    ),
+    NO_COMMIT: (RequestFailed, "a step of it committed nothing although its policy must; check the policy"),
+    RAISES: (RequestFailed, "its policy raised {}; check the policy and its parameters"),
+    NO_MEMORY: (RequestTooLarge, "its policy takes more memory than there is, for it alone: {}"),
 }
 TOO_LARGE = (
     "a step of it takes {} rows, which do not fit into the worker's memory even alone; use fewer max_tokens, "
@@ -175,7 +183,7 @@ class Scheduler:
             before = tail.canvases
         if self._wants_probe and follows is None:
             return self._cut_probe(worker)
-        suspects = self._next_suspects() if not self._is_probing() else []
+        suspects = self._next_suspects(worker) if not self._is_probing() else []
         taken = suspects or self._take(worker, before, num_idle)
         if not taken:
             return None
@@ -245,11 +253,12 @@ class Scheduler:
             in_next = canvas.last_burst != result.burst_id
             if not in_next:
                 canvas.last_burst = None
-            canvas.lone_deaths = canvas.lone_memory_failures = 0
+            canvas.lone_deaths, canvas.lone_memory_failures, canvas.short_on = 0, 0, frozenset()
             if not _goes_on(canvas):  # aborted, or ended by the burst before
                 continue
             if state.fault:
-                finished.append(self._end(canvas, RequestFailed(FAULTS[state.fault])))
+                kind, text = FAULTS[state.fault]
+                finished.append(self._end(canvas, kind(text.format(state.error))))
                 continue
             request = self._requests[canvas.request_id]
             canvas.state = request.settle(canvas, state)
@@ -288,13 +297,15 @@ class Scheduler:
             Unavailable: workers die of whatever they run.
         """
         suspects, were_alone = list[Canvas](), False
-        lost = [(number, burst) for number, burst in self._bursts.items() if burst.worker == worker]
-        ran = next((burst for _, burst in lost if not burst.doomed), None)
-        for burst_id, burst in lost:
+        lost = {number: burst for number, burst in self._bursts.items() if burst.worker == worker}
+        ran = next((burst for burst in lost.values() if not burst.doomed), None)
+        for burst_id, burst in lost.items():
             del self._bursts[burst_id]
-            back = [c for c in burst.canvases if c.last_burst is not None and _goes_on(c)]
-            for canvas in burst.canvases:
+            # What follows a failed burst has lost its canvases already; others may have them.
+            back = [canvas for canvas in burst.canvases if canvas.last_burst in lost]
+            for canvas in back:
                 canvas.last_burst = None
+            back = list(filter(_goes_on, back))
             if burst.is_probe:
                 self._wants_probe = True
                 self._probe_deaths += died and burst is ran
@@ -330,26 +341,28 @@ class Scheduler:
                     first.lone_memory_failures += 1
                     if first.lone_memory_failures >= MAX_LONE_MEMORY_FAILURES:
                         ended.append(self._end(first, RequestTooLarge(TOO_LARGE.format(first.num_rows))))
-        # What follows an error will not run either: canvases that raise must not come back with its others.
-        raised = result.failure == "error"
-        left = [
-            c
-            for c in burst.canvases
-            if c.last_burst == result.burst_id or (raised and c.last_burst is not None)
+                        for worker in first.short_on:  # their memory is as large as it was
+                            self._allowances.pop(worker, None)
+        # What follows a failure will not run either: its canvases must not come back with others.
+        back = [
+            canvas
+            for canvas in burst.canvases
+            if canvas.last_burst == result.burst_id or (not burst.doomed and canvas.last_burst is not None)
         ]
-        for canvas in left:
+        for canvas in back:
             canvas.last_burst = None
-        back = list(filter(_goes_on, left))
-        # A canvas that did not fit alone is tried again alone, before others take the memory that was freed.
-        if burst.apart or raised or len(burst.canvases) == 1:
-            self._set_apart(back)
-        else:
+        back = list(filter(_goes_on, back))
+        if burst.doomed:
             for canvas in back:
                 heapq.heappush(self._queue, (canvas.order, canvas))
+        else:
+            self._set_apart(back)
         return ended
 
     def _shrink(self, burst: _Burst) -> None:
         """Lets a worker have less than a burst that did not fit."""
+        for canvas in burst.canvases:
+            canvas.short_on |= {burst.worker}
         num_rows = sum(canvas.num_rows for canvas in burst.canvases)
         self._allowances[burst.worker] = shrink(
             self._allowances[burst.worker], num_rows=num_rows, num_seqs=len(burst.canvases)
@@ -373,7 +386,7 @@ class Scheduler:
                 canvas.lone_deaths += 1
                 canvas.survived = self._num_survived
             if canvas.lone_deaths >= MAX_LONE_DEATHS:
-                self._suspects.pop()
+                self._suspects.popleft()
                 return [self._end(canvas, WorkerDied(DEATHS.format(canvas.lone_deaths)))]
             self._wants_probe = True
         return []
@@ -393,11 +406,10 @@ class Scheduler:
         return convicted
 
     def _set_apart(self, canvases: list[Canvas]) -> None:
-        """Lets canvases run apart from all others, in halves."""
+        """Lets canvases run apart from all others, in two groups, before those that wait for it already."""
         for canvas in canvases:
             canvas.suspected = True
-        half = len(canvases) // 2
-        self._suspects += filter(None, (canvases[:half], canvases[half:]))
+        self._suspects.extendleft(filter(None, reversed(split(canvases))))
 
     def _end(self, canvas: Canvas, failure: RemaskError) -> Request:
         """Ends the request of a canvas, which is not in the queue."""
@@ -406,15 +418,17 @@ class Scheduler:
         self.abort([request.request_id])
         return request
 
-    def _next_suspects(self) -> list[Canvas]:
-        """The next group that must run apart; empty where there is none."""
+    def _next_suspects(self, worker: int) -> list[Canvas]:
+        """The next group that must run apart, or what of it a worker may have; empty where there is none."""
         while self._suspects:
-            group = self._suspects.popleft()
-            for canvas in group:
+            group = filter(_goes_on, self._suspects.popleft())
+            taken, passed = take(group, self._allowances[worker].budget)
+            if left := [*passed, *group]:
+                self._suspects.appendleft(left)
+            for canvas in taken:
                 canvas.suspected = False
-            group = [canvas for canvas in group if _goes_on(canvas)]
-            if group:
-                return group
+            if taken:
+                return taken
         return []
 
     def _take(self, worker: int, before: list[Canvas], num_idle: int) -> list[Canvas]:

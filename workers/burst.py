@@ -50,6 +50,7 @@ class BurstState(HoldsTensors):
         paused: bool [R]: takes no more steps in this burst: finished, at fault, or at the end of a block
             whose text is to be looked at.
         fault: int64 [R]: see `CanvasState`.
+        errors: what the kernels of canvases at fault have raised, by the canvas's number; on the host.
         memory: of each group of `remask`.
         removed: int64 [R, B, K]: ids that may not be proposed at a slot any more, -1 where there is none;
             None where no policy bans what it removes.
@@ -86,6 +87,7 @@ class BurstState(HoldsTensors):
         self.finished = torch.tensor([state.finished for state in states])
         self.pauses = torch.tensor([spec.pause_at_blocks for spec in specs])
         self.fault = ints([state.fault for state in states])
+        self.errors = {i: state.error for i, state in enumerate(states) if state.error}
         self.paused = self.finished | (self.fault > 0)
         self.always_commits = torch.tensor([spec.always_commits for spec in specs])
         self.sampling = SamplingTables([spec.sampling for spec in specs])
@@ -117,6 +119,12 @@ class BurstState(HoldsTensors):
     def resume(self) -> None:
         """Makes the canvases ready for another burst."""
         self.paused.copy_(self.finished | (self.fault > 0))
+
+    def blame(self, canvas: int, fault: int, error: str) -> None:
+        """Puts a canvas at fault, so that it pauses."""
+        self.fault[canvas] = fault
+        self.paused[canvas] = True
+        self.errors[canvas] = error
 
     def make_room(self, num_steps: int) -> None:
         """Makes room for the tokens that slots may lose in so many steps."""
@@ -190,6 +198,7 @@ class BurstState(HoldsTensors):
                     num_block_forwards=block_forwards,
                     finished=bool(finished),
                     fault=fault,
+                    error=self.errors.get(i, "") if fault else "",
                 )
             )
         return states

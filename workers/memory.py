@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # allocator on the CPU; libraries that could not make their workspace.
 MESSAGES = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
+MAX_ERROR_LEN = 500  # characters of an error that travel
+
 MAX_CANVAS_LEN = 512  # of the canvases that memory is measured with
 MAX_ROWS = 1 << 14  # beyond, peaks grow as they did before
 GROWTH = 4  # times as many rows from one measurement to the next
@@ -37,13 +39,26 @@ RESERVE_BYTES = GRAPH_BYTES + (1 << 30)  # for those, and for what is lost betwe
 LOST_MESSAGES = ("CUDA error", "device-side assert", "CUBLAS_STATUS_EXECUTION_FAILED", "uncorrectable ECC")
 
 
+def message_of(error: BaseException) -> str:
+    """What an error says, as text that UTF-8 can hold; nothing if the error's own code fails at that."""
+    try:
+        return str(error).encode(errors="replace").decode()
+    except Exception:
+        return ""
+
+
+def describe(error: BaseException) -> str:
+    """An error's class and what it says, cut to what is sent."""
+    return f"{type(error).__name__}: {message_of(error)}"[:MAX_ERROR_LEN]
+
+
 def loses_device(error: BaseException) -> bool:
     """Whether an error has lost the GPU for this process. One of memory has not."""
     if is_out_of_memory(error):
         return False
     if isinstance(error, torch.AcceleratorError):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in LOST_MESSAGES)
+    return isinstance(error, RuntimeError) and any(part in message_of(error) for part in LOST_MESSAGES)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,7 +68,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
+    return isinstance(error, RuntimeError) and any(part in message_of(error) for part in MESSAGES)
 
 
 def row_limit(

@@ -8,13 +8,14 @@ one canvas ever enters the decision about another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS
 from remask.workers.burst import BurstState
+from remask.workers.decide import Outcome, decide
 from remask.workers.fitting_rows import plan_pack
 from remask.workers.fixed_rows import plan_fixed
 from remask.workers.head import Statistics
@@ -55,7 +56,7 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
         main.put(rows.slots_N[own], found.part(own))
         log_verified.view(-1)[rows.slots_N[verifying]] = found.log_given[verifying]
     view = _block_view(state, blocks, main, log_verified, slots)
-    outcome = _without_faults(state, blocks, view, main, _decide(state, view))
+    outcome = _without_faults(state, blocks, view, main, decide(state, view))
     _update(state, slots, blocks, view, main, outcome, model.mask_id)
     return num_rows
 
@@ -91,38 +92,9 @@ def _block_view(
     )
 
 
-class _Outcome(NamedTuple):
-    """Decisions about all canvases: `commit` and `remask` bool [R, B], `holds` and `takes_top` bool [R]."""
-
-    commit: Tensor
-    remask: Tensor
-    holds: Tensor
-    takes_top: Tensor
-
-
-def _decide(state: BurstState, view: BlockView) -> _Outcome:
-    """What the policies decide; their memory moves on."""
-    commit, remask = torch.zeros_like(view.masked), torch.zeros_like(view.masked)
-    holds, takes_top = torch.zeros_like(state.paused), torch.zeros_like(state.paused)
-    for group in state.unmask:
-        commit[group.canvases] = group.kernel(view.select(group.canvases), group.params_at(state.block))
-    for group, memory in zip(state.remask, state.memory, strict=True):
-        own = group.canvases
-        decision = group.kernel(view.select(own), commit[own], group.params_at(state.block), memory)
-        commit[own], remask[own] = decision.commit, decision.remask
-        if decision.holds is not None:
-            holds[own] = decision.holds
-        if decision.takes_top is not None:
-            takes_top[own] = decision.takes_top
-        paused = state.paused[own]  # nothing changes for those that take no step
-        for name, held in memory.items():
-            held.copy_(torch.where(paused.view(-1, *[1] * (held.ndim - 1)), held, decision.memory[name]))
-    return _Outcome(commit, remask, holds, takes_top)
-
-
 def _without_faults(
-    state: BurstState, blocks: ActiveBlocks, view: BlockView, main: Statistics, outcome: _Outcome
-) -> _Outcome:
+    state: BurstState, blocks: ActiveBlocks, view: BlockView, main: Statistics, outcome: Outcome
+) -> Outcome:
     """The decisions about canvases without a fault. One that has a fault pauses and keeps what it holds."""
     shape, running = blocks.masked.shape, ~state.paused
     unread = main.log_top.view(shape).isnan() | main.log_proposal.view(shape).isnan()
@@ -141,7 +113,7 @@ def _update(
     blocks: ActiveBlocks,
     view: BlockView,
     main: Statistics,
-    outcome: _Outcome,
+    outcome: Outcome,
     mask_id: int,
 ) -> None:
     """Writes the decisions into the canvases and moves on those whose block is finished."""
@@ -188,7 +160,7 @@ def _record(
     slots: Tensor,
     blocks: ActiveBlocks,
     view: BlockView,
-    outcome: _Outcome,
+    outcome: Outcome,
     proposal: Tensor,
     confidence: Tensor,
 ) -> None:

@@ -22,14 +22,13 @@ from remask.workers.carry import can_carry, put, take
 from remask.workers.device import on_device
 from remask.workers.enqueue import StepQueue
 from remask.workers.graphs import Shape, StepGraphs
-from remask.workers.memory import is_out_of_memory, loses_device
+from remask.workers.memory import describe, is_out_of_memory, loses_device
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.staging import Fetched, to_device
 from remask.workers.step import Plans, denoise, plan_packs
 
 logger = logging.getLogger(__name__)
 
-MAX_ERROR_LEN = 500  # characters of an error that travel
 ROOM_STEPS = 16  # between two looks at how many tokens the slots have lost
 
 
@@ -281,7 +280,7 @@ def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:
     if loses_device(error):
         raise error
     logger.warning("a burst has failed", exc_info=error)
-    return NotRun(burst_id, "error", seconds, f"{type(error).__name__}: {error}"[:MAX_ERROR_LEN])
+    return NotRun(burst_id, "error", seconds, describe(error))
 
 
 def advance(state: BurstState, num_steps: int, model: Denoiser, pack_rows: int) -> int:

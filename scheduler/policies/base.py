@@ -16,8 +16,8 @@ from msgspec import Meta
 from remask.scheduler.errors import InvalidRequest
 
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
-EXACT = 2**24  # fp32 holds every integer up to it
-Steps = Annotated[int, Meta(ge=1, le=EXACT)]
+EXACT = 2**53  # fp64 holds every integer up to it
+Steps = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class MemoryField(NamedTuple):
@@ -32,10 +32,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     """What unmask and remask policies have in common.
 
     The fields of a policy are the parameters that a user may set; each has a default. The kernel gets them as
-    fp32 numbers, one a canvas. So a field's type is one of these:
+    fp64 numbers, one a canvas. So a field's type is one of these:
 
-    - `int` with bounds (`Meta`) within -2**24 and 2**24: fp32 holds these integers exactly;
-    - `float`: rounded to fp32;
+    - `int` with bounds (`Meta`) within -2**53 and 2**53: fp64 holds these integers exactly;
+    - `float`;
     - `bool`: 0 or 1;
     - `Literal` of strings: the word's place in it, from 0;
     - one of the first three, or None: None is 0, so that bounds must exclude 0, or `block_params` must give
@@ -44,7 +44,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     Attributes:
         kernel: the tensor function of a third party's policy, a static method: an `UnmaskKernel` or a
             `RemaskKernel` of `remask.workers.strategies.view`. Those of remask's own policies stand in
-            `remask.workers.strategies`.
+            `remask.workers.strategies`. It must decide every canvas by its own numbers: if it raises, it is
+            asked again about fewer canvases, and those that it raises for alone fail.
         always_commits: each step commits a slot of a block that has masks; if one does not, the request
             fails. False for policies that follow a time schedule.
     """

@@ -164,13 +164,13 @@ def _default(policy: type[Policy], known: Mapping[str, type[Policy]], fault: _Fa
             fault(name, f"{shown(value)} is no valid default: {error}", "give one within the bounds")
         fault("", f"its defaults cannot be used: {error}", "give such as can be checked and sent")
     for name, value in msgspec.structs.asdict(travelled).items():
-        if isinstance(value, float) and not _is_finite(value):
-            fault(name, f"{value} is no valid default: it is not finite in fp32", "give a finite one")
+        if isinstance(value, float) and not math.isfinite(value):
+            fault(name, f"{value} is no valid default: it is not finite", "give a finite one")
     return default
 
 
 def _check_field(default: Policy, field: types.Field, given: frozenset[str], fault: _Fault) -> None:
-    """A kernel reads a field as an fp32 number, which must say all that the field says."""
+    """A kernel reads a field as an fp64 number, which must say all that the field says."""
     policy, members = type(default), _members(field.type)
     kinds = [kind for kind in members if not isinstance(kind, types.NoneType)]
     is_optional = len(kinds) < len(members)
@@ -180,7 +180,7 @@ def _check_field(default: Policy, field: types.Field, given: frozenset[str], fau
             return
     elif isinstance(kind, types.IntType) and not _is_exact(kind):
         fix = "use Annotated[int, Meta(ge=..., le=...)]"
-        fault(field.name, "is an int without bounds within -2**24 and 2**24, beyond which fp32 rounds", fix)
+        fault(field.name, "is an int without bounds within -2**53 and 2**53, beyond which fp64 rounds", fix)
     elif isinstance(kind, types.IntType | types.FloatType | types.BoolType):
         zero = False if isinstance(kind, types.BoolType) else 0
         if is_optional and field.name not in given and _changed(default, field.name, zero) is not None:

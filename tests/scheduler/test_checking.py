@@ -71,7 +71,7 @@ def fault(loaded: Load, policy: object) -> str:
 class Everything(RemaskPolicy, frozen=True, tag="everything"):
     """All that is supported."""
 
-    count: Annotated[int, Meta(ge=-(2**24), le=2**24)] = 3
+    count: Annotated[int, Meta(ge=-(2**53), le=2**53)] = 3
     share: float = 0.1
     bound: Annotated[float, Meta(ge=0.0)] = 1.0
     strict: bool = True
@@ -112,7 +112,7 @@ def test_remasks_own_policies_pass_as_third_parties(own: type[Policy], loaded: L
         ((Named | None, "a"), "is no type", "without None"),
         ((int, 1), "int without bounds", "Annotated[int, Meta"),
         ((Annotated[int, Meta(ge=0)], 1), "int without bounds", "Annotated[int, Meta"),
-        ((Annotated[int, Meta(ge=0, le=2**24 + 1)], 1), "fp32 rounds", "Annotated[int, Meta"),
+        ((Annotated[int, Meta(ge=0, le=2**53 + 1)], 1), "fp64 rounds", "Annotated[int, Meta"),
         ((Annotated[int, Meta(ge=0, le=9)] | None, None), "None and 0", "exclude 0 with Meta"),
         ((Annotated[float, Meta(ge=-1.0, le=1.0)] | None, 1.0), "None and 0", "block_params"),
         ((bool | None, None), "None and 0", "block_params"),

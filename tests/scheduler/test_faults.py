@@ -263,6 +263,7 @@ class Raising(SimulatedWorker):
     def __init__(self, at_fault: set[int], *, always: bool = False) -> None:
         super().__init__()
         self.at_fault, self.always, self.failed = at_fault, always, -1
+        self.num_raised = 0
 
     def run(self, batch: StepBatch) -> StepResult:
         def answer(failure: str, error: str | None = None) -> StepResult:
@@ -273,6 +274,7 @@ class Raising(SimulatedWorker):
         if batch.follows is not None and batch.follows == self.failed:
             return answer("skipped")
         if self.always or {spec.seed for spec in batch.specs} & self.at_fault:
+            self.num_raised += 1
             return answer("error", f"ValueError: burst {batch.burst_id}")
         return super().run(batch)
 
@@ -317,6 +319,41 @@ def test_requests_that_raise_are_found_and_all_others_finish(
             assert request.failure is None
             assert all(canvas.state.finished for canvas in request.canvases)
     assert scheduler.num_live == scheduler.num_held == 0
+
+
+def test_a_canvas_that_another_worker_has_is_not_taken_back_with_what_was_skipped() -> None:
+    scheduler, requests = scheduler_of(), Requests()
+    for _ in range(2):
+        scheduler.add(requests.make(5, 5))
+    failed, follower = scheduler.next_batch(0), scheduler.next_batch(0)
+    assert failed is not None
+    assert follower is not None
+    assert follower.follows == failed.burst_id
+    fields = {"states": [], "num_rows": 0, "seconds": 0.0, "failure": "error", "error": "ValueError: no"}
+    scheduler.update(StepResult(burst_id=failed.burst_id, **fields))
+    elsewhere = scheduler.next_batch(1)
+    assert elsewhere is not None
+    scheduler.lose(0)
+    batches = [elsewhere, *(scheduler.next_batch(worker) for worker in (2, 3, 4))]
+    held = [spec.seed for batch in batches if batch is not None for spec in batch.specs]
+    assert sorted(held) == [0, 1], "each is in one place"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_many_requests_that_raise_cost_few_bursts_each(depth: int) -> None:
+    """They are found among those that join a burst, not among all that it has."""
+    rng = random.Random(0)
+    scheduler, requests = (
+        Scheduler(max_num_rows=2048, max_num_seqs=1024, burst=1, probe=PROBE),
+        Requests(),
+    )
+    made = [requests.make(rng.randint(4, 32), rng.randint(8, 64)) for _ in range(250)]
+    for request in made:
+        scheduler.add(request)
+    worker = Raising({request.canvases[0].spec.seed for request in rng.sample(made, 50)})
+    ended = run_to_the_end(scheduler, worker, depth)
+    assert sum(request.failure is not None for request in ended) == 50
+    assert worker.num_raised <= 3.5 * 50
 
 
 def test_if_everything_raises_the_engine_is_dead_and_nobody_is_blamed() -> None:

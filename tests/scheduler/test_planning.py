@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from remask.scheduler.planning import (
     Pace,
     burst_len,
     order_of,
+    split,
     take,
 )
 
@@ -76,6 +78,25 @@ def test_the_search_for_smaller_canvases_ends() -> None:
 def test_bursts_grow_while_nobody_waits_or_comes(num_quiet: int, expected: int) -> None:
     assert burst_len(None, others_wait=False, num_quiet=num_quiet, step_seconds=0.001) == expected
     assert burst_len(3, others_wait=False, num_quiet=num_quiet, step_seconds=9.0) == 3
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["threshold", "schedule", "factor"])), max_size=20))
+def test_suspects_are_split_by_who_has_run_or_else_in_halves_of_few_kinds(
+    made: list[tuple[bool, str]],
+) -> None:
+    requests, suspects = Requests(), []
+    for has_run, unmask in made:
+        (canvas,) = requests.make(1, 4, unmask=unmask).canvases
+        canvas.state = msgspec.structs.replace(canvas.state, num_forwards=int(has_run))
+        suspects.append(canvas)
+    first, second = split(suspects)
+    assert sorted([*first, *second], key=suspects.index) == suspects, "nobody gets lost"
+    if len({has_run for has_run, _ in made}) == 2:
+        assert [has_run for has_run, _ in made].count(False) == len(first)
+        assert not any(canvas.state.num_forwards for canvas in first)
+    else:
+        assert len(second) - len(first) in (0, 1)
+        assert len({type(c.spec.unmask) for c in first} & {type(c.spec.unmask) for c in second}) <= 1
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,24 @@
-"""Canvases at fault: logits that are not numbers, and policies that commit nothing where they must."""
+"""Canvases at fault: logits that are not numbers, policies that raise, or commit nothing where they must."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from remask import SamplingParams
-from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS, Canvas, CanvasState, new_canvas
+from remask.scheduler.canvas import (
+    NO_COMMIT,
+    NO_MEMORY,
+    NOT_NUMBERS,
+    RAISES,
+    Canvas,
+    CanvasState,
+    new_canvas,
+)
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.sdpa import SdpaAttention
@@ -100,3 +109,90 @@ def test_a_policy_that_commits_nothing_ends_its_canvas(
     )
     assert (bad.fault, bad.finished) == (NO_COMMIT, False)
     assert (good.fault, good.finished) == (0, True)
+
+
+BAD = 0.4321  # kernels fail for policies with this threshold
+
+
+def fails_for_bad(kernel: Any, fail: Callable[[Any], Any]) -> Any:
+    """A kernel that fails for policies with `BAD`, and raises for canvases without a mask."""
+
+    def call(view: Any, *rest: Any) -> Any:
+        (params,) = (each for each in rest if isinstance(each, dict) and "t" in each)
+        if not view.masked.any(1).all():
+            raise IndexError("nothing to decide")
+        decision = kernel(view, *rest)
+        return fail(decision) if bool((params["t"] == BAD).any()) else decision
+
+    return call
+
+
+def raises(error: Exception) -> Callable[[Any], Any]:
+    def fail(decision: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def forgets(decision: Any) -> Any:
+    """Loses the last of its numbers, or all that was decided where there are none."""
+    kept = [*getattr(decision, "memory", {}).items()][:-1]
+    return decision._replace(memory=dict(kept)) if kept else None
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["fitting", "fixed"])
+@pytest.mark.parametrize("policy", ["threshold", "low_prob"])
+@pytest.mark.parametrize(
+    ("fail", "fault", "text"),
+    [
+        (raises(ValueError("a kernel raised")), RAISES, "ValueError: a kernel raised"),
+        (raises(torch.OutOfMemoryError("2 TiB")), NO_MEMORY, "OutOfMemoryError: 2 TiB"),
+        (forgets, RAISES, "Error: "),
+    ],
+    ids=["raises", "exceeds memory", "forgets"],
+)
+def test_a_kernel_that_raises_ends_its_canvas_and_costs_no_other_a_burst(
+    golden_model: TransformerDenoiser,
+    monkeypatch: pytest.MonkeyPatch,
+    fixed_shapes: bool,
+    policy: str,
+    fail: Callable[[Any], Any],
+    fault: int,
+    text: str,
+) -> None:
+    model = TransformerDenoiser(
+        golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=fixed_shapes, kernels=False
+    )
+
+    def make_with(t: float, prompt: list[int]) -> Canvas:
+        own = {"unmask": f"threshold:{t}"} if policy == "threshold" else {"remask": f"low_prob:{t}"}
+        return make(prompt, {"unmask": "threshold:0.6", "temperature": 1.0, **own})
+
+    good = [*(make_with(0.7, [5 + i, 11]) for i in range(5)), make([5, 11], {"unmask": "schedule"})]
+    bad = make_with(BAD, [7, 11])
+    expected = run(model, good)
+    kernel_of = groups.kernel_of
+
+    def failing(kind: type) -> Any:
+        kernel = kernel_of(kind)
+        return fails_for_bad(kernel, fail) if kernel.__name__ == policy else kernel
+
+    monkeypatch.setattr(groups, "kernel_of", failing)
+    first, *found, second = run(model, [bad, *good, bad])
+    for state in (first, second):
+        assert (state.fault, state.finished, state.num_forwards) == (fault, False, 0)
+        assert text in state.error
+        assert state.tokens == bad.state.tokens
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.fault, ours.finished, ours.error) == (0, True, "")
+        assert (ours.tokens, ours.commit_steps) == (theirs.tokens, theirs.commit_steps)
+        assert ours.memory == theirs.memory
+
+
+def test_an_error_of_a_kernel_that_loses_the_gpu_is_raised(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail = raises(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    monkeypatch.setattr(groups, "kernel_of", lambda kind: lambda view, params: fail(view))
+    with pytest.raises(torch.AcceleratorError):
+        run(golden_model, [make([5, 11], {"unmask": "threshold:0.5"})] * 2)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from remask import SamplingParams
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
-from remask.scheduler.messages import StepBatch
+from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import resolve
 from remask.workers import worker as module
 from remask.workers.burst import BurstState
@@ -195,6 +195,30 @@ def test_an_error_is_told_and_what_follows_it_is_skipped(
     after = msgspec.structs.replace(batch, burst_id=1, follows=0, states=[0])
     assert worker.run(after).failure == "skipped"
     assert worker.run(batch).failure is None, "and it goes on"
+
+
+class Mute(RuntimeError):
+    """An error that cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(Mute(), "Mute: "), (OSError("half: \ud800"), "OSError: half: ?")],
+    ids=["raises", "not UTF-8"],
+)
+def test_an_error_whose_text_is_of_no_use_is_told_all_the_same(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    def forward(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(golden_model.model, "forward", forward)
+    result = Worker(golden_model).run(first_burst([make(0, 12)], 2))
+    assert (result.failure, result.error) == ("error", told)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=StepResult) == result
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""What the policies of a burst decide in a step, and which canvases their kernels raise for.
+
+A kernel decides every canvas by its own numbers, so it can be asked about a part of its group. If it raises,
+it is asked about halves, until it raises for single canvases: these are at fault, and the step goes on for
+all others. So a policy that raises, or takes too much memory, costs its neighbours no forward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from remask.scheduler.canvas import NO_MEMORY, RAISES
+from remask.workers.burst import BurstState
+from remask.workers.memory import describe, is_out_of_memory, loses_device
+from remask.workers.strategies.groups import PolicyGroup
+from remask.workers.strategies.view import BlockView, Memory
+
+logger = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """Decisions about all canvases: `commit` and `remask` bool [R, B], `holds` and `takes_top` bool [R]."""
+
+    commit: Tensor
+    remask: Tensor
+    holds: Tensor
+    takes_top: Tensor
+
+
+def decide(state: BurstState, view: BlockView) -> Outcome:
+    """What the policies decide; their memory moves on. Canvases that a kernel raises for pause."""
+    outcome = Outcome(
+        commit=torch.zeros_like(view.masked),
+        remask=torch.zeros_like(view.masked),
+        holds=torch.zeros_like(state.paused),
+        takes_top=torch.zeros_like(state.paused),
+    )
+    for group in state.unmask:
+        _ask(state, group, _unmask(state, view, group, outcome))
+    for group, memory in zip(state.remask, state.memory, strict=True):
+        _ask(state, group, _remask(state, view, group, outcome, memory))
+    return outcome
+
+
+def _unmask(
+    state: BurstState, view: BlockView, group: PolicyGroup, outcome: Outcome
+) -> Callable[[slice], None]:
+    """Asks an unmask kernel about a part of its group."""
+    params = group.params_at(state.block)
+
+    def ask(part: slice) -> None:
+        own = group.canvases[part]
+        outcome.commit[own] = group.kernel(view.select(own), {name: p[part] for name, p in params.items()})
+
+    return ask
+
+
+def _remask(
+    state: BurstState, view: BlockView, group: PolicyGroup, outcome: Outcome, memory: Memory
+) -> Callable[[slice], None]:
+    """Asks a remask kernel about a part of its group. What it reads is written last, when nothing raises any
+    more: it may be asked again."""
+    params = group.params_at(state.block)
+
+    def ask(part: slice) -> None:
+        own, held = group.canvases[part], {name: values[part] for name, values in memory.items()}
+        decision = group.kernel(
+            view.select(own), outcome.commit[own], {name: p[part] for name, p in params.items()}, held
+        )
+        paused = state.paused[own]  # nothing changes for those that take no step
+        after = {
+            name: torch.where(
+                paused.view(-1, *[1] * (values.ndim - 1)), values, decision.memory[name]
+            ).expand_as(values)
+            for name, values in held.items()
+        }
+        outcome.remask[own] = decision.remask
+        if decision.holds is not None:
+            outcome.holds[own] = decision.holds
+        if decision.takes_top is not None:
+            outcome.takes_top[own] = decision.takes_top
+        outcome.commit[own] = decision.commit
+        for name, values in held.items():
+            values.copy_(after[name])
+
+    return ask
+
+
+def _ask(state: BurstState, group: PolicyGroup, ask: Callable[[slice], None]) -> None:
+    """Asks a kernel about its group; canvases that it raises for are at fault."""
+    if not state.errors and _error_of(state, ask, slice(None)) is None:
+        return
+    paused = state.paused.tolist()  # a canvas that takes no step is not asked about
+    parts = [(0, len(group.members))]
+    while parts:
+        first, last = parts.pop()
+        live = [not paused[canvas] for canvas in group.members[first:last]]
+        if not any(live):
+            continue
+        error = _error_of(state, ask, slice(first, last)) if all(live) else None
+        if error is not None and len(live) == 1:
+            fault = NO_MEMORY if is_out_of_memory(error) else RAISES
+            logger.warning("a policy's kernel has failed", exc_info=error)
+            state.blame(group.members[first], fault, describe(error))
+        elif error is not None or not all(live):
+            half = (first + last) // 2
+            parts += [(half, last), (first, half)]
+
+
+def _error_of(state: BurstState, ask: Callable[[slice], None], part: slice) -> Exception | None:
+    """What a kernel raises if it is asked about a part of its group; None: it answers.
+
+    An error that loses the GPU is raised, and any while a graph is captured, which would keep the blame.
+    """
+    try:
+        ask(part)
+    except Exception as error:
+        if loses_device(error) or (state.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            raise
+        if is_out_of_memory(error):
+            error.__traceback__ = None  # it holds the kernel's tensors
+        return error
+    return None
