@@ -6,6 +6,7 @@ looks after its workers while the engine waits for an event.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from ray.exceptions import RayError
 from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.errors import EngineDead, InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.executor import Event, Executor, Finished, Joined
 from remask.workers.models.loading import load_checkpoint
@@ -135,13 +136,14 @@ class RayExecutor(Executor):
         and replaces dead ones.
 
         Args:
-            timeout: seconds to wait at most; None: until something happens. 0 does not block.
+            timeout: seconds to wait at most; None: until something happens. 0 means that the engine is idle,
+                and does not block.
 
         Returns:
             What has happened; None: nothing within that time.
 
         Raises:
-            Unavailable: there is no worker, and none is coming.
+            Unavailable: there is no worker, and none is coming. Not if `timeout` is 0.
             EngineDead: the engine was closed, or Ray was shut down.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -151,7 +153,7 @@ class RayExecutor(Executor):
                 if self._scaled.is_set():
                     self._scaled.clear()
                     self._pool.look_soon()
-                event = self._read() or self._pool.look(self._target)
+                event = self._read() or self._pool.look(self._target, is_idle=timeout == 0)
                 if event is not None:
                     return event
                 seconds = self._pool.seconds_to_look()
@@ -167,7 +169,7 @@ class RayExecutor(Executor):
         if self._session.is_foreign:
             return
         try:
-            if self._session.is_alive:
+            with contextlib.suppress(EngineDead), self._session.in_use():
                 self._pool.kill_all()
         finally:
             self._ready.clear()

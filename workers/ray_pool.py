@@ -33,7 +33,8 @@ PING_SECONDS = 5.0  # between two heartbeats of a worker
 STALL_SECONDS = 60.0  # a worker that answers no heartbeat within that time is taken for dead
 START_SECONDS = 600.0  # for a worker to get its resources and load the model
 STARVED_SECONDS = 30.0  # how long a cluster without workers may be too small for one
-MAX_FAILED_STARTS = 3  # in a row; then workers start after a pause, and only while others work
+STARTS_PER_LOOK = 8
+MAX_FAILED_STARTS = 3  # in a row; then the next is after a pause, if a worker works or the engine is idle
 RETRY_SECONDS = 60.0  # that pause
 CLOSE_SECONDS = 10.0  # for actors to end
 
@@ -142,18 +143,19 @@ class WorkerPool:
         self._failed_starts = 0
         self._list_workers()
 
-    def look(self, target: int) -> Left | None:
+    def look(self, target: int, *, is_idle: bool) -> Left | None:
         """Looks after the workers, if it is time to: gives up one that is late or not needed, or else starts
         what is missing and sends heartbeats. The caller has read all answers that have come.
 
         Args:
             target: how many workers there shall be.
+            is_idle: the engine has nothing to run.
 
         Returns:
             The worker that was given up.
 
         Raises:
-            Unavailable: there is no worker, and none is coming.
+            Unavailable: there is no worker, none is coming, and the engine is not idle.
         """
         if time.monotonic() < self._look_at:
             return None
@@ -167,8 +169,8 @@ class WorkerPool:
             reason = self._lateness(held)
             if reason is not None:
                 return self.give_up(held, reason, num_failures=MAX_FAILED_STARTS)
-        self._start_missing(target)
-        if not self.held:
+        self._start_missing(target, may_retry=is_idle or bool(self.workers))
+        if not (self.held or is_idle):
             raise Unavailable(f"no worker is left, and none is coming: {self.reason}")
         now = time.monotonic()
         for held in self.held.values():
@@ -242,11 +244,11 @@ class WorkerPool:
         self._failed_starts += count
         self._failed_at = time.monotonic()
 
-    def _start_missing(self, target: int) -> None:
-        pauses = not self.workers or time.monotonic() - self._failed_at < RETRY_SECONDS
+    def _start_missing(self, target: int, *, may_retry: bool) -> None:
+        pauses = not may_retry or time.monotonic() - self._failed_at < RETRY_SECONDS
         if self._failed_starts >= MAX_FAILED_STARTS and pauses:
             return
-        for _ in range(target - len(self.held)):
+        for _ in range(min(target - len(self.held), STARTS_PER_LOOK)):
             try:
                 self.start()
             except Exception as error:  # whatever Ray raises; its session is checked by the executor

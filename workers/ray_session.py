@@ -22,7 +22,8 @@ import ray
 from remask.scheduler.errors import EngineDead, Unavailable
 
 CLOSED = "the engine was closed; make a new LLM"
-FORKED = "the engine belongs to the process that this one was forked from; make a new LLM in this process"
+FOREIGN = "the engine belongs to the process that this one was forked from"
+FORKED = "Ray does not survive a fork: this process has its parent's; start processes with the method 'spawn'"
 SHUT_DOWN = "Ray was shut down, and the engine's workers with it; make a new LLM"
 
 
@@ -37,13 +38,15 @@ _lock = threading.Lock()  # held while Ray starts or ends
 _left: deque[_Identity] = deque()  # sessions that an engine has left, one entry for each, not counted yet
 _num_engines: Counter[_Identity] = Counter()  # that are open, of each session
 _ours: set[_Identity] = set()  # sessions that an engine has started
+_known: set[_Identity] = set()  # sessions that engines were made in
+_inherited: set[_Identity] = set()  # sessions of the process that this one was forked from
 
 
 class RaySession:
     """The session of one engine; starts Ray if the process has none.
 
     Raises:
-        Unavailable: Ray cannot be started, or the cluster that it was told to join does not answer.
+        Unavailable: Ray cannot be started or joined, or the session is one from before a fork.
     """
 
     def __init__(self) -> None:
@@ -56,7 +59,10 @@ class RaySession:
                 identity = _current()
                 if identity is None:
                     raise Unavailable(SHUT_DOWN)
+                if identity in _inherited:
+                    raise Unavailable(FORKED)
                 self._identity = identity
+                _known.add(identity)
                 _num_engines[identity] += 1
                 if starts:
                     _ours.add(identity)
@@ -70,7 +76,7 @@ class RaySession:
             EngineDead: it may not: the engine was closed, Ray was shut down, or this is a forked process.
         """
         if self.is_foreign:
-            raise EngineDead(FORKED)
+            raise EngineDead(f"{FOREIGN}; make one here, or start processes with the method 'spawn'")
         if not self._error and _current() != self._identity:
             self._error = SHUT_DOWN
         if self._error:
@@ -95,14 +101,6 @@ class RaySession:
         """Whether this process was forked from that of the engine."""
         return self._pid != os.getpid()
 
-    @property
-    def is_alive(self) -> bool:
-        try:
-            self.check()
-        except EngineDead:
-            return False
-        return True
-
     def close(self) -> None:
         """Ends the engine's use of Ray, and Ray itself if an engine started it and no other uses it;
         idempotent. A forked process ends nothing."""
@@ -111,6 +109,18 @@ class RaySession:
         self._is_closed, self._error = True, self._error or CLOSED
         _left.append(self._identity)
         _settle()
+
+
+def _forget_parent() -> None:
+    """Runs in a forked process: Ray's connection and its threads are the parent's."""
+    global _lock
+    _lock = threading.Lock()  # a thread that is not here may hold the old one
+    _inherited.update(_known)
+    for collection in (_num_engines, _left, _ours, _known):
+        collection.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 def _current() -> _Identity | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.ray
 
 OURS = """
 import gc, json, os, ray
-from remask import LLM, EngineDead
+from pathlib import Path
+from remask import LLM, EngineDead, Unavailable
 def engine():
     return LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
 def text(llm):
@@ -34,11 +36,16 @@ first.close()
 facts["after the first was closed"] = [ray.is_initialized(), text(second)]
 child = os.fork()
 if child == 0:
+    try:
+        engine()
+    except Unavailable as error:
+        Path("child.txt").write_text(str(error))
     second._executor.close()
     del first, second
     gc.collect()
     os._exit(0)
 os.waitpid(child, 0)
+facts["child"] = Path("child.txt").read_text()
 facts["after the fork"] = [ray.is_initialized(), text(second), second._executor.workers]
 second.close()
 facts["after the last was closed"] = ray.is_initialized()
@@ -102,20 +109,20 @@ print(json.dumps(facts))
 """
 
 
-def facts_of(code: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def facts_of(code: str, folder: Path) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def ours() -> dict[str, Any]:
-    return facts_of(OURS)
+def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return facts_of(OURS, tmp_path_factory.mktemp("ours"))
 
 
 @pytest.fixture(scope="module")
-def the_hosts() -> dict[str, Any]:
-    return facts_of(THE_HOSTS)
+def the_hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return facts_of(THE_HOSTS, tmp_path_factory.mktemp("hosts"))
 
 
 def test_an_engine_starts_ray_where_it_is_not_and_leaves_the_environment_alone(ours: dict[str, Any]) -> None:
@@ -131,6 +138,11 @@ def test_ray_ends_with_the_last_engine(ours: dict[str, Any]) -> None:
 
 def test_a_forked_process_that_drops_an_engine_ends_nothing(ours: dict[str, Any]) -> None:
     assert ours["after the fork"] == [True, "0579", [0]], "by the worker that it had"
+
+
+def test_a_forked_process_is_told_that_ray_does_not_work_there(ours: dict[str, Any]) -> None:
+    assert "Ray does not survive a fork" in ours["child"]
+    assert "spawn" in ours["child"]
 
 
 def test_a_ray_that_the_host_started_outlives_the_engines(the_hosts: dict[str, Any]) -> None:

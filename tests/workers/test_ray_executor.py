@@ -21,7 +21,7 @@ from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.executor import Event, Finished, Joined, Left
 from remask.workers.ray_actor import RemaskWorker
 from remask.workers.ray_executor import RayExecutor
-from remask.workers.ray_pool import Held
+from remask.workers.ray_pool import Held, WorkerPool
 from remask.workers.start import WorkerSetup
 
 pytestmark = pytest.mark.ray
@@ -157,7 +157,7 @@ def test_a_worker_whose_answers_nobody_has_read_is_not_replaced(
     before = pair.workers
     pair.submit(probe(pair, 1), before[0])
     pair._pool.look_soon()
-    assert pair._pool.look(2) is None  # heartbeats are in flight
+    assert pair._pool.look(2, is_idle=True) is None  # heartbeats are in flight
     time.sleep(1)  # the engine has other things to do
     assert isinstance(pair.next_event(), Finished)
     pair._pool.look_soon()
@@ -257,17 +257,40 @@ def test_a_start_that_takes_too_long_is_called_a_timeout_and_tried_again(
     assert pair.workers == before
 
 
+def test_an_idle_executor_without_workers_goes_on_trying(
+    pair: RayExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a call that waits for a worker gives up."""
+
+    def fail(pool: WorkerPool) -> None:
+        raise OSError("no such disk")
+
+    monkeypatch.setattr(pool_module, "PING_SECONDS", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerPool, "start", fail)
+        for worker in pair.workers:
+            os.kill(process_of(pair, worker), signal.SIGKILL)
+        events_until(pair, lambda events: len(events) == 2)
+        for _ in range(4):
+            assert pair.next_event(timeout=0) is None
+            pair._pool._look_at = 0.0
+        with pytest.raises(Unavailable, match="none is coming: no actor could be made: OSError"):
+            pair.next_event()
+    monkeypatch.setattr(pool_module, "RETRY_SECONDS", 0.0)
+    events_until(pair, joined)
+
+
 def test_first_workers_that_take_too_long_are_called_a_timeout(
-    cluster: None, monkeypatch: pytest.MonkeyPatch
+    pair: RayExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Slow(RemaskWorker):
         def start(self, setup: bytes, weights: Any) -> bytes:
             time.sleep(100)
             return super().start(setup, weights)
 
-    before = ray.util.list_named_actors()
+    before = set(ray.util.list_named_actors())
     monkeypatch.setattr(pool_module, "RemaskWorker", Slow)
     monkeypatch.setattr(pool_module, "START_SECONDS", 0.5)
     with pytest.raises(Unavailable, match=r"timeout: of 2 workers these were not ready within 0\.5 s: 0, 1"):
         new_executor(2)
-    assert ray.util.list_named_actors() == before
+    assert set(ray.util.list_named_actors()) == before
