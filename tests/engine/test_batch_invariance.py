@@ -30,6 +30,7 @@ POLICIES: tuple[dict[str, Any], ...] = (
     {"unmask": "capped_threshold:0.2", "remask": "random:t2=0.95", "suppress_eos_confidence": True},
     {"unmask": "capped_threshold:0.3", "remask": "oracle_loo:0.9", "logit_bias": {20: 1.0}},
 )
+NUM_ASKS = 26  # two of each
 Ask = tuple[list[int], dict[str, Any]]
 
 
@@ -95,20 +96,20 @@ def invariant(make: Any) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def alone(invariant: LLM) -> list[tuple[Any, ...]]:
-    return [generate(invariant, [ask])[0] for ask in asks(65)]
+    return [generate(invariant, [ask])[0] for ask in asks(NUM_ASKS)]
 
 
-@pytest.mark.parametrize("num_others", [2, 7, 64])
+@pytest.mark.parametrize("num_others", [2, 7, NUM_ASKS - 1])
 def test_company_changes_no_bit(invariant: LLM, alone: list[tuple[Any, ...]], num_others: int) -> None:
-    for first in range(0, 65 - num_others, num_others + 1)[:4]:
+    for first in range(0, NUM_ASKS - num_others, num_others + 1)[:4]:
         requests = asks(num_others + 1, first)
         assert generate(invariant, requests) == alone[first : first + num_others + 1]
 
 
 def test_order_changes_no_bit(invariant: LLM, alone: list[tuple[Any, ...]]) -> None:
-    places = list(range(65))
+    places = list(range(NUM_ASKS))
     random.Random(0).shuffle(places)
-    requests = asks(65)
+    requests = asks(NUM_ASKS)
     assert generate(invariant, [requests[i] for i in places]) == [alone[i] for i in places]
 
 
@@ -121,12 +122,12 @@ def test_bursts_and_budgets_change_no_bit(
     make: Any, alone: list[tuple[Any, ...]], options: dict[str, Any]
 ) -> None:
     with make(**options) as llm:
-        assert generate(llm, asks(65)) == alone
+        assert generate(llm, asks(NUM_ASKS)) == alone
 
 
 def test_neighbours_that_are_aborted_change_no_bit(make: Any, alone: list[tuple[Any, ...]]) -> None:
     with make(burst=2) as llm:
-        ask = asks(65)
+        ask = asks(NUM_ASKS)
         requests = llm._intake.requests([prompt for prompt, _ in ask], [params for _, params in ask])
         ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         llm._thread.add(requests, ended.put)
@@ -144,6 +145,6 @@ def test_the_texts_are_those_of_the_faster_mode(
 ) -> None:
     """Up to rounding, which decides some draws and some steps."""
     with LLM(golden_checkpoint, dtype=dtype, device="cpu", max_num_rows=4096) as llm:  # type: ignore[arg-type]
-        found = generate(llm, asks(65))
+        found = generate(llm, asks(NUM_ASKS))
     num_equal = sum(ours[0] == theirs[0] for ours, theirs in zip(alone, found, strict=True))
-    assert num_equal >= (60 if dtype == "float32" else 20)
+    assert num_equal >= (24 if dtype == "float32" else 8)

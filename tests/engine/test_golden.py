@@ -51,7 +51,7 @@ def test_there_are_104_cases(golden_cases: list[Case]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_num_rows", "burst", "count"), [(300, None, 40), (1, 3, 104)], ids=["few at a time", "alone"]
+    ("max_num_rows", "burst", "count"), [(300, None, 40), (1, 3, 35)], ids=["few at a time", "alone"]
 )
 def test_cases_in_one_call_in_any_order_under_any_budget(
     golden_checkpoint: Path, golden_cases: list[Case], max_num_rows: int, burst: int | None, count: int
@@ -70,7 +70,7 @@ def test_all_cases_packed_into_one_forward(
 
 
 def test_stopping_at_eos_keeps_the_text_before_it(golden_llm: LLM, golden_cases: list[Case]) -> None:
-    stop_ids, cases = (1, 2), golden_cases
+    stop_ids, cases = (1, 2), golden_cases[::3]
     outputs = golden_llm.generate(
         [case["prompt"] for case in cases], [params_of(case, ignore_eos=False) for case in cases]
     )
