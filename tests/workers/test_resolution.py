@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from remask.workers.models.config import TransformerConfig
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.models.row_ops import EAGER
 from remask.workers.rows import PackedRows
+from remask.workers.strategies import BlockView
 from remask.workers.worker import Worker
 
 PROMPT, CANVAS, VOCAB, MASK = [5, 6], 24, 16, 3
@@ -151,3 +153,31 @@ def test_a_threshold_of_1_is_met_by_what_is_1_in_fp64() -> None:
     assert len(first) == 12
     assert first & second == {3, 20}
     assert len(second) == 14
+
+
+def test_a_view_tells_probabilities_to_packages_that_ask_for_them() -> None:
+    masked = torch.tensor([[True, True, False]])
+    log_p, nothing = torch.tensor([[0.0, -1.0, -torch.inf]]), torch.zeros(1, 3)
+    view = BlockView(
+        masked=masked,
+        committed=~masked,
+        log_confidence=log_p,
+        log_verified=log_p - 1,
+        log_margin=log_p - 2,
+        neg_entropy=nothing,
+        log_visible=log_p - 3,
+        log_top=log_p - 4,
+        order=nothing,
+        accept=nothing,
+        remask_draw=nothing,
+        block_forwards=torch.zeros(1, dtype=torch.int64),
+    )
+    p = log_p.exp()
+
+    def probabilities(view: BlockView) -> list[Tensor]:
+        return [view.confidence, view.verified, view.margin, view.visible, view.top]
+
+    found = torch.compile(probabilities, fullgraph=True, backend="eager")(view)
+    assert found[0].tolist() == [[1.0, float(p[0, 1]), -torch.inf]]
+    for own, shift in zip(found[1:], range(1, 5), strict=True):
+        torch.testing.assert_close(own, p * math.exp(-shift))

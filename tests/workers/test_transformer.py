@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,21 @@ def test_attention_is_bidirectional(golden_model: TransformerDenoiser) -> None:
     changed[-1] = (changed[-1] + 1) % 82
     difference = (logits(golden_model, pack([ids])) - logits(golden_model, pack([changed]))).abs()
     assert float(difference[0].max()) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_two_largest_logits_are_not_rounded_until_they_are_equal(
+    golden_model: TransformerDenoiser,
+) -> None:
+    model = copy.deepcopy(golden_model.model).to("cuda", torch.bfloat16)
+    assert model.head is not None
+    generator = torch.Generator("cuda").manual_seed(0)
+    model.head.copy_(torch.randn(model.head.shape, generator=generator, device="cuda"))
+    hidden = torch.randn(4000, model.config.hidden_size, generator=generator, device="cuda").bfloat16()
+    found = model.logits(hidden)
+    exact = model.normed(hidden).double() @ model.head_weight.double().t()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+    rounded, kept = (logits.topk(2).values.diff() == 0 for logits in (found.bfloat16(), found))
+    assert int(rounded.sum()) > 10
+    assert int(kept.sum()) == 0

@@ -123,5 +123,12 @@ class Transformer(nn.Module):
         return head[: self.config.vocab_size]
 
     def logits(self, x_ND: Tensor) -> Tensor:
-        """Logits [N, V] of the rows that need them."""
-        return F.linear(self.normed(x_ND), self.head_weight)
+        """Logits [N, V] of the rows that need them: on a GPU in fp32, on a CPU in the model's dtype.
+
+        Rounded to bf16 the two largest logits of some rows are equal. On a CPU torch has no product of bf16
+        that leaves its fp32 sums as they are.
+        """
+        normed_ND, head_VD = self.normed(x_ND), self.head_weight
+        if normed_ND.is_cuda:
+            return torch.mm(normed_ND, head_VD.t(), out_dtype=torch.float32)
+        return F.linear(normed_ND, head_VD)

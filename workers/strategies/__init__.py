@@ -30,7 +30,9 @@ from remask.workers.strategies.view import (
     RemaskKernel,
     UnmaskKernel,
     best,
+    doubt,
     exact_sum,
+    prob,
 )
 from remask.workers.strategies.wino import wino
 
@@ -57,4 +59,15 @@ def kernel_of(kind: type[Policy]) -> Any:
     return kind.kernel or KERNELS[tag(kind)]
 
 
-__all__ = ["KERNELS", "BlockView", "Decision", "Memory", "Params", "best", "exact_sum", "kernel_of"]
+__all__ = [
+    "KERNELS",
+    "BlockView",
+    "Decision",
+    "Memory",
+    "Params",
+    "best",
+    "doubt",
+    "exact_sum",
+    "kernel_of",
+    "prob",
+]
