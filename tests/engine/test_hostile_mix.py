@@ -45,9 +45,9 @@ GOOD: tuple[dict[str, Any], ...] = (
 ANY_TEMPERATURE: dict[str, Any] = {"temperature": 1.0, "bad_token_ids": [POISON]}
 LEGAL: tuple[dict[str, Any], ...] = (
     {"max_tokens": 480, "block_length": 480},
-    {"max_tokens": 480, "trace": True, "logprobs": 1},
+    {"max_tokens": 240, "trace": True, "logprobs": 1},
     {"block_length": 1, "stop": LONG_STOPS},
-    {"n": 24, **ANY_TEMPERATURE},
+    {"n": 12, **ANY_TEMPERATURE},
     {"unmask": "capped_threshold:0.3", "remask": "oracle_loo:0.9", "block_length": 8},
     {"logit_bias": {i: -100.0 + i / 2 for i in range(POISON)}},
     {"cfg_scale": 100.0, "bad_token_ids": [POISON]},
