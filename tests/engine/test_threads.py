@@ -69,6 +69,14 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also if the tests run in the background, where it is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 def texts(llm: LLM, prompts: list[str], **fields: Any) -> list[str | None]:
     return [output.outputs[0].text for output in llm.generate(prompts, {**ASK, **fields}, use_tqdm=False)]
 
@@ -149,6 +157,7 @@ def test_a_failed_engine_ends_the_calls_of_all_threads(
     assert llm._thread.num_live == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_call_is_forgotten_and_harms_no_other(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
