@@ -54,7 +54,7 @@ def _unmask(
     params = group.params_at(state.block)
 
     def ask(part: slice) -> None:
-        own = group.canvases[part]
+        own = _canvases(group, part)
         outcome.commit[own] = group.kernel(view.select(own), {name: p[part] for name, p in params.items()})
 
     return ask
@@ -68,7 +68,7 @@ def _remask(
     params = group.params_at(state.block)
 
     def ask(part: slice) -> None:
-        own, held = group.canvases[part], {name: values[part] for name, values in memory.items()}
+        own, held = _canvases(group, part), {name: values[part] for name, values in memory.items()}
         decision = group.kernel(
             view.select(own), outcome.commit[own], {name: p[part] for name, p in params.items()}, held
         )
@@ -89,6 +89,11 @@ def _remask(
             values.copy_(after[name])
 
     return ask
+
+
+def _canvases(group: PolicyGroup, part: slice) -> Tensor | slice:
+    """The canvases of a part of a group; a slice, which copies nothing, if the group is the whole burst."""
+    return part if group.is_whole else group.canvases[part]
 
 
 def _ask(state: BurstState, group: PolicyGroup, ask: Callable[[slice], None]) -> None:

@@ -141,10 +141,12 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
     sampling.edit(logits_NV, owners)
     excluded_NK = _excluded(query, rows, mask_id)
     found, log_norm_N, held_NK = _ranking(logits_NV, query.given[rows], query.needs, excluded_NK)
-    is_hot = query.temperature[rows] > 0
-    hot = _those(is_hot, query)
-    if len(hot) and (sampling.any_hot or query.live is None):
-        drawn = torch.where(is_hot[hot], _draw(logits_NV, query, rows, hot), found.proposal[hot])
+    if query.keys is not None:
+        is_hot = query.temperature[rows] > 0
+        hot = _those(is_hot, query)
+        drawn = torch.where(
+            is_hot[hot], _draw(logits_NV, query, query.keys[rows], rows, hot), found.proposal[hot]
+        )
         found.proposal[hot] = drawn
         found.log_proposal[hot] = found.proposal_logprob[hot] = logits_NV[hot, drawn] - log_norm_N[hot]
     if sampling.any_reranked:
@@ -275,14 +277,14 @@ def _exclude(logits_NV: Tensor, excluded_NK: Tensor) -> tuple[Tensor, Tensor]:
     return held_NK, apart_NK
 
 
-def _draw(logits_NV: Tensor, query: HeadQuery, rows: slice, hot: Tensor) -> Tensor:
+def _draw(logits_NV: Tensor, query: HeadQuery, keys_N: Tensor, rows: slice, hot: Tensor) -> Tensor:
     """Tokens drawn for the rows `hot` of a chunk: the Gumbel maximum of the tempered and filtered logits."""
     sampling, vocab = query.sampling, torch.arange(logits_NV.shape[1], device=logits_NV.device)
     drawn = []
     for part in hot.split(_chunk_len(vocab.device, len(vocab), GUMBEL_SHARE)):
         owners = query.owners[rows][part]
         heat = query.temperature[rows][part].unsqueeze(1)
-        scores_NV = gumbel(query.keys[rows][part], vocab).mul_(heat).add_(logits_NV[part])
+        scores_NV = gumbel(keys_N[part], vocab).mul_(heat).add_(logits_NV[part])
         if sampling.any_filter:
             filtered = _those(sampling.filters[owners], query)
             impossible = sampling.improbable(logits_NV[part][filtered], owners[filtered])

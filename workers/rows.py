@@ -76,7 +76,7 @@ class HeadQuery:
         sampling: the canvases' sampling parameters.
         given: int64 [N]: the token whose probability is wanted.
         temperature: fp32 [N]: of the proposal; 0: the most probable token.
-        keys: int64 [N]: keys of the token stream.
+        keys: int64 [N]: keys of the token stream; None: nobody draws.
         needs: which of "margin" and "entropy" somebody reads.
         guidance: None where nobody is guided: the hidden states are those of the N slots.
         removed: int64 [N, K]: ids that may not be proposed, -1 where there is none; None: nobody has any.
@@ -89,7 +89,7 @@ class HeadQuery:
     sampling: SamplingTables
     given: Tensor
     temperature: Tensor
-    keys: Tensor
+    keys: Tensor | None
     needs: frozenset[str]
     guidance: Guidance | None = None
     removed: Tensor | None = None
@@ -108,7 +108,7 @@ class HeadQuery:
             owners=self.owners[slots],
             given=self.given[slots],
             temperature=self.temperature[slots],
-            keys=self.keys[slots],
+            keys=part(self.keys),
             guidance=Guidance(guided.first[slots], guided.second[slots]) if guided is not None else None,
             removed=part(self.removed),
             live=part(self.live),
@@ -157,7 +157,7 @@ class StepInputs:
         blocks: the active blocks.
         mask_id: M.
         sampling: the canvases' sampling parameters.
-        keys: int64 [R, B]: keys of the token stream.
+        keys: int64 [R, B]: keys of the token stream; None: nobody draws.
         needs: statistics beyond the proposal's probability.
         removed: int64 [R, B, K]: ids that may not be proposed at a slot; None: nobody has any.
     """
@@ -166,7 +166,7 @@ class StepInputs:
     blocks: ActiveBlocks
     mask_id: int
     sampling: SamplingTables
-    keys: Tensor
+    keys: Tensor | None
     needs: frozenset[str]
     removed: Tensor | None
 
@@ -180,7 +180,7 @@ class StepInputs:
         special: Tensor | None = None,
     ) -> HeadQuery:
         """What the head is asked about slots, of which the first `num_main_slots` are of main rows."""
-        owners = slots_N // self.keys.shape[1]
+        owners = slots_N // self.blocks.tokens.shape[1]
         is_main = torch.arange(len(owners), device=owners.device) < num_main_slots
         return HeadQuery(
             owners=owners,
@@ -188,7 +188,7 @@ class StepInputs:
             given=self.blocks.tokens.flatten()[slots_N],
             # Proposals of rows that verify are not used.
             temperature=torch.where(is_main, self.sampling.temperature[owners], 0.0),
-            keys=self.keys.flatten()[slots_N],
+            keys=self.keys.flatten()[slots_N] if self.keys is not None else None,
             needs=self.needs,
             guidance=guidance,
             removed=self.removed.flatten(0, 1)[slots_N] if self.removed is not None else None,

@@ -45,7 +45,7 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     shape = slots.shape
     main = Statistics.blank(slots.numel(), state.device)
     log_verified = torch.zeros(shape, device=state.device)
-    keys = stream_keys(state.keys.unsqueeze(1), Purpose.TOKEN, state.num_forwards.unsqueeze(1), slots)
+    keys = _keys(state, Purpose.TOKEN, slots) if state.sampling.any_hot else None
     num_rows = 0
     step = StepInputs(state.tokens, blocks, model.mask_id, state.sampling, keys, state.needs, state.removed)
     for plan in plans:
@@ -61,6 +61,11 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     return num_rows
 
 
+def _keys(state: BurstState, purpose: Purpose, slots: Tensor) -> Tensor:
+    """Keys of a stream of random numbers for this step, int64 [R, B]."""
+    return stream_keys(state.keys.unsqueeze(1), purpose, state.num_forwards.unsqueeze(1), slots)
+
+
 def _block_view(
     state: BurstState, blocks: ActiveBlocks, main: Statistics, log_verified: Tensor, slots: Tensor
 ) -> BlockView:
@@ -71,9 +76,7 @@ def _block_view(
     committed = blocks.valid & ~blocks.masked
     unread = torch.zeros(shape, device=state.device)
     order, accept, remask_draw = (
-        uniform_at(stream_keys(state.keys.unsqueeze(1), purpose, state.num_forwards.unsqueeze(1), slots))
-        if purpose.name.lower() in state.random_streams
-        else unread
+        uniform_at(_keys(state, purpose, slots)) if purpose.name.lower() in state.random_streams else unread
         for purpose in (Purpose.ORDER, Purpose.ACCEPT, Purpose.REMASK)
     )
     return BlockView(

@@ -67,7 +67,7 @@ def fused_statistics(
         count: int32 [1]: how many are live.
         given_N: int64 [N]: the token whose probability is wanted.
         temperature_N: fp32 [N]: of the proposal; 0: the most probable token.
-        keys_N: int64 [N]: keys of the token stream.
+        keys_N: int64 [N]: keys of the token stream; any numbers where all temperatures are 0.
         mask_id: M.
         needs: which of "margin" and "entropy" somebody reads.
         out: where the live rows' statistics are written; the others are left as they are.

@@ -113,7 +113,7 @@ class TransformerDenoiser(Denoiser):
             count=live.sum(dtype=torch.int32).view(1),
             given_N=query.given,
             temperature_N=query.temperature,
-            keys_N=query.keys,
+            keys_N=query.keys if query.keys is not None else query.given,
             mask_id=self.mask_id,
             needs=query.needs,
             out=out,

@@ -27,6 +27,7 @@ class PolicyGroup:
         members: their indices in the burst.
         canvases: int64 [Rg]: the same, and behind them as many of the burst's last canvas as there is room
             for.
+        is_whole: whether these are all canvases of the burst, each once.
         fields: the policies' fields, fp64 [Rg] each; of a choice between words, the word's place in the spec.
         block_fields: fp64 [entries] each: fields that differ from block to block, those of all canvases one
             behind the other, so that the many blocks of one canvas make no others' tables longer.
@@ -38,6 +39,7 @@ class PolicyGroup:
     kernel: Callable[..., Any]
     members: tuple[int, ...]
     canvases: Tensor
+    is_whole: bool
     fields: Params
     block_fields: Params
     first_block: Tensor
@@ -101,6 +103,8 @@ def group_policies(
                 kernel=kernel_of(kind),
                 members=tuple(members),
                 canvases=torch.tensor(members + [len(policies) - 1] * num_more),
+                # (A graph serves groups of equal sizes, whoever is in them.)
+                is_whole=room == NO_ROOM and len(members) == len(policies),
                 fields=fields,
                 block_fields=block_fields,
                 first_block=first_block,

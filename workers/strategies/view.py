@@ -44,8 +44,8 @@ class BlockView(NamedTuple):
     remask_draw: Tensor
     block_forwards: Tensor
 
-    def select(self, rows: Tensor) -> BlockView:
-        """The view of some of the canvases (int64 indices)."""
+    def select(self, rows: Tensor | slice) -> BlockView:
+        """The view of some of the canvases (int64 indices, or a slice)."""
         return BlockView(*(tensor[rows] for tensor in self))
 
     @property
