@@ -19,25 +19,11 @@ from remask.scheduler.errors import (
     WorkerDied,
 )
 from remask.scheduler.params import SamplingParams
-from remask.scheduler.policies import (
-    Bernoulli,
-    CappedThreshold,
-    Dream,
-    EntropyBound,
-    Factor,
-    LowProb,
-    MemoryField,
-    OracleLoo,
-    RandomRemask,
-    Rcr,
-    RemaskPolicy,
-    Remdm,
-    Saber,
-    Schedule,
-    Threshold,
-    UnmaskPolicy,
-    Wino,
-)
+from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy
+from remask.scheduler.policies import remask as _remask
+from remask.scheduler.policies import unmask as _unmask
+from remask.scheduler.policies.remask import *  # noqa: F403
+from remask.scheduler.policies.unmask import *  # noqa: F403
 
 if TYPE_CHECKING:
     from remask.async_llm import AsyncLLM
@@ -48,37 +34,25 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncLLM",
-    "Bernoulli",
-    "CappedThreshold",
     "CompletionOutput",
-    "Dream",
     "EngineDead",
-    "EntropyBound",
-    "Factor",
     "InvalidRequest",
-    "LowProb",
     "MemoryField",
-    "OracleLoo",
     "Overloaded",
-    "RandomRemask",
-    "Rcr",
     "RemaskError",
     "RemaskPolicy",
-    "Remdm",
     "RequestFailed",
     "RequestMetrics",
     "RequestOutput",
     "RequestTooLarge",
-    "Saber",
     "SamplingParams",
-    "Schedule",
-    "Threshold",
     "Trace",
     "Unavailable",
     "UnmaskPolicy",
-    "Wino",
     "WorkerDied",
 ]
+__all__ += _remask.__all__
+__all__ += _unmask.__all__
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remask.scheduler.policies import Policy
 from remask.workers.burst import BurstState
 from remask.workers.staging import to_device
+from remask.workers.strategies.groups import PolicyKind
 from remask.workers.strategies.view import Memory
 
 TABLES = ("confidences", "logprobs", "commit_steps")  # [R, slots]
@@ -37,7 +37,7 @@ class Carried:
     tokens: Tensor
     tables: dict[str, Tensor]
     counters: dict[str, Tensor]
-    memory: dict[type[Policy], tuple[list[int], Memory]]
+    memory: dict[PolicyKind, tuple[list[int], Memory]]
 
 
 def can_carry(state: BurstState, canvases: Sequence[int]) -> bool:
@@ -106,7 +106,7 @@ def put(carried: Carried, state: BurstState, canvases: Sequence[int]) -> None:
     state.resume()
 
 
-def _places_in_groups(state: BurstState, canvases: Sequence[int]) -> dict[type[Policy], dict[int, int]]:
+def _places_in_groups(state: BurstState, canvases: Sequence[int]) -> dict[PolicyKind, dict[int, int]]:
     """For each kind of policy with memory the places of canvases in its group, by their number in `canvases`;
     only of canvases that have it."""
     number = {canvas: n for n, canvas in enumerate(canvases)}

@@ -51,11 +51,10 @@ def _unmask(
     state: BurstState, view: BlockView, group: PolicyGroup, outcome: Outcome
 ) -> Callable[[slice], None]:
     """Asks an unmask kernel about a part of its group."""
-    params = group.params_at(state.block)
 
     def ask(part: slice) -> None:
         own = _canvases(group, part)
-        outcome.commit[own] = group.kernel(view.select(own), {name: p[part] for name, p in params.items()})
+        outcome.commit[own] = group.kernel(view.select(own), group.params_at(state.block, part))
 
     return ask
 
@@ -65,12 +64,11 @@ def _remask(
 ) -> Callable[[slice], None]:
     """Asks a remask kernel about a part of its group. What it reads is written last, when nothing raises any
     more: it may be asked again."""
-    params = group.params_at(state.block)
 
     def ask(part: slice) -> None:
         own, held = _canvases(group, part), {name: values[part] for name, values in memory.items()}
         decision = group.kernel(
-            view.select(own), outcome.commit[own], {name: p[part] for name, p in params.items()}, held
+            view.select(own), outcome.commit[own], group.params_at(state.block, part), held
         )
         paused = state.paused[own]  # nothing changes for those that take no step
         after = {

@@ -1,43 +1,16 @@
 """Decoding policies: their parameters and bounds, and the rows, memory and random numbers that they need.
 
-Each policy has two halves. The *spec* here is what travels on the wire and what planning reads; the *kernel*
-in `remask.workers.strategies` is the tensor function of the same name. What each policy computes is specified
-by the papers and reference decoders named in the docstrings.
+Each policy has two halves. The *spec* is a struct in `unmask` or `remask` that travels on the wire and that
+planning reads; the *kernel* is the tensor function of the policy's name in `remask.workers.strategies`. What
+each policy computes is specified by the papers and reference decoders named in the docstrings.
 """
 
+from remask.scheduler.policies import remask, unmask
 from remask.scheduler.policies.base import MemoryField, Policy, RemaskPolicy, UnmaskPolicy, tag
 from remask.scheduler.policies.registry import PRESETS, registry
-from remask.scheduler.policies.remask import LowProb, OracleLoo, RandomRemask, Rcr, Remdm, Saber, Wino
-from remask.scheduler.policies.unmask import (
-    Bernoulli,
-    CappedThreshold,
-    Dream,
-    EntropyBound,
-    Factor,
-    Schedule,
-    Threshold,
-)
+from remask.scheduler.policies.remask import *  # noqa: F403
+from remask.scheduler.policies.unmask import *  # noqa: F403
 
-__all__ = [
-    "PRESETS",
-    "Bernoulli",
-    "CappedThreshold",
-    "Dream",
-    "EntropyBound",
-    "Factor",
-    "LowProb",
-    "MemoryField",
-    "OracleLoo",
-    "Policy",
-    "RandomRemask",
-    "Rcr",
-    "RemaskPolicy",
-    "Remdm",
-    "Saber",
-    "Schedule",
-    "Threshold",
-    "UnmaskPolicy",
-    "Wino",
-    "registry",
-    "tag",
-]
+__all__ = ["PRESETS", "MemoryField", "Policy", "RemaskPolicy", "UnmaskPolicy", "registry", "tag"]
+__all__ += remask.__all__
+__all__ += unmask.__all__

@@ -31,13 +31,13 @@ class MemoryField(NamedTuple):
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
     """What unmask and remask policies have in common.
 
-    The fields of a policy are the parameters that a user may set; each has a default. The kernel gets them as
-    fp64 numbers, one a canvas. So a field's type is one of these:
+    The fields of a policy are the parameters that a user may set; each has a default. The kernel gets
+    numbers as fp64, one a canvas, and words as they are. So a field's type is one of these:
 
     - `int` with bounds (`Meta`) within -2**53 and 2**53: fp64 holds these integers exactly;
     - `float`;
     - `bool`: 0 or 1;
-    - `Literal` of strings: the word's place in it, from 0;
+    - `Literal` of strings: the word; a kernel call has canvases of one word;
     - one of the first three, or None: None is 0, so that bounds must exclude 0, or `block_params` must give
       the number under the field's name.
 
@@ -134,7 +134,7 @@ class RemaskPolicy(Policy, frozen=True):
 
 
 @cache
-def words(kind: type[Policy]) -> dict[str, tuple[str, ...]]:
+def choices(kind: type[Policy]) -> dict[str, tuple[str, ...]]:
     """The words that a policy's fields choose from, by field."""
     hints = get_type_hints(kind)
     return {

@@ -15,7 +15,15 @@ import msgspec
 from msgspec import inspect as types
 
 from remask.scheduler.errors import InvalidRequest, shown
-from remask.scheduler.policies.base import EXACT, MemoryField, Policy, RemaskPolicy, UnmaskPolicy, tag, words
+from remask.scheduler.policies.base import (
+    EXACT,
+    MemoryField,
+    Policy,
+    RemaskPolicy,
+    UnmaskPolicy,
+    choices,
+    tag,
+)
 
 LARGEST = 3.4028234e38  # of fp32
 BLOCK_LENS = ((1,), (32,), (8, 8, 8, 8), (32, 32, 7))  # canvases that block_params is tried with
@@ -175,8 +183,8 @@ def _check_field(default: Policy, field: types.Field, given: frozenset[str], fau
     kinds = [kind for kind in members if not isinstance(kind, types.NoneType)]
     is_optional = len(kinds) < len(members)
     kind = kinds[0] if len(kinds) == 1 else None
-    if isinstance(kind, types.LiteralType) and field.name in words(policy) and not is_optional:
-        if all(isinstance(word, str) for word in words(policy)[field.name]):
+    if isinstance(kind, types.LiteralType) and field.name in choices(policy) and not is_optional:
+        if all(isinstance(word, str) for word in choices(policy)[field.name]):
             return
     elif isinstance(kind, types.IntType) and not _is_exact(kind):
         fix = "use Annotated[int, Meta(ge=..., le=...)]"

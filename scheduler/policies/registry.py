@@ -13,28 +13,16 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
+from remask.scheduler.policies import remask, unmask
 from remask.scheduler.policies.base import Policy, RemaskPolicy, UnmaskPolicy, tag
 from remask.scheduler.policies.checking import PolicyFault, check_policy
-from remask.scheduler.policies.remask import LowProb, OracleLoo, RandomRemask, Rcr, Remdm, Saber, Wino
-from remask.scheduler.policies.unmask import (
-    Bernoulli,
-    CappedThreshold,
-    Dream,
-    EntropyBound,
-    Factor,
-    Schedule,
-    Threshold,
-)
+from remask.scheduler.policies.remask import Rcr, Remdm, Saber, Wino
+from remask.scheduler.policies.unmask import CappedThreshold, Dream, Schedule, Threshold
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "remask.strategies"
 WHOLE_CANVAS = 2**31 - 1  # a preset's block length is cut to the canvas
-
-_OWN: tuple[type[Policy], ...] = (
-    Schedule, Threshold, Factor, CappedThreshold, EntropyBound, Bernoulli, Dream,
-    Wino, Rcr, Saber, Remdm, LowProb, RandomRemask, OracleLoo,
-)  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llada": {"unmask": Schedule()},
@@ -64,8 +52,10 @@ def registry() -> Registry:
 def load(entries: Iterable[EntryPoint]) -> Registry:
     """remask's own policies and those of entry points; one that cannot be used harms no other."""
     found = Registry({}, {}, {})
-    for policy in _OWN:
-        _add(found, policy)
+    for module in (unmask, remask):
+        for value in vars(module).values():
+            if isinstance(value, type) and value.__name__ in module.__all__:
+                _add(found, value)
     for entry in entries:
         try:
             _add(found, check_policy(entry.load(), entry.name, {**found.unmask, **found.remask}))

@@ -21,6 +21,8 @@ from remask.scheduler.policies.base import (
 )
 from remask.scheduler.policies.unmask import Schedule
 
+__all__ = ["LowProb", "OracleLoo", "RandomRemask", "Rcr", "Remdm", "Saber", "Wino"]
+
 WINO_MEMORY = (MemoryField("prev_accept", per_slot=False, initial=30.0),)
 LOW_PROB_MEMORY = (
     MemoryField("times", per_slot=True, initial=0.0),
@@ -60,6 +62,39 @@ class Wino(RemaskPolicy, frozen=True, tag="wino"):
         return self.ban_old
 
 
+class Rcr(RemaskPolicy, frozen=True, tag="rcr"):
+    """Proposes at all masked positions in every step and masks again the positions of the block whose last
+    proposal was the least confident, as many as the schedule leaves masked (running confidence remasking,
+    arXiv 2508.13148). Beside `schedule`, which gives the steps.
+
+    Attributes:
+        conf: what confidence means: the proposal's probability, p1 - p2, or -entropy, of the softmax that
+            tokens are drawn from.
+    """
+
+    conf: Literal["prob", "margin", "entropy"] = "prob"
+
+    always_commits: ClassVar[bool] = False
+    memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("stored", per_slot=True, initial=0.0),)
+
+    def head_needs(self) -> frozenset[str]:
+        return frozenset({self.conf}) & {"margin", "entropy"}
+
+    def ranks_as_drawn(self) -> bool:
+        return True
+
+    def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
+        return unmask.block_params(block_lens) if unmask is not None else {}
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
+        if not isinstance(unmask, Schedule):
+            other = "nothing" if unmask is None else tag(unmask)
+            raise InvalidRequest("remask", "rcr", f"works beside schedule, not {other}; use unmask=schedule")
+        if unmask.score != Schedule().score:
+            fix = "means nothing beside rcr, which has its own conf; leave it out"
+            raise InvalidRequest("unmask.score", unmask.score, fix)
+
+
 class Saber(RemaskPolicy, frozen=True, tag="saber"):
     """Commits what is surer than the block's commits were on average, at least n, and takes back the tokens
     whose row lost most certainty since the step before (Saber, arXiv 2510.18165). Brings its own commits.
@@ -81,6 +116,40 @@ class Saber(RemaskPolicy, frozen=True, tag="saber"):
 
     def needs_committed_rows(self) -> bool:
         return True
+
+
+class Remdm(RemaskPolicy, frozen=True, tag="remdm"):
+    """Commits and remasks by chance, so that the share of masks follows a time schedule; a last forward fills
+    what is left with the most probable tokens (ReMDM, arXiv 2503.00307). Brings its own commits.
+
+    Attributes:
+        steps: forwards for the whole canvas (and a last one for each block), shared out over the blocks by
+            length; None: the canvas length.
+        schedule: each committed token turns back with probability min(eta, sigma_max) (`cap`), eta sigma_max
+            (`rescale`), or its share of sigma_max by softmax of minus the confidence that it was committed
+            with (`conf`).
+        eta: None: 0.008 for `cap`, 0.015 for `rescale`; `conf` has none.
+    """
+
+    steps: Steps | None = None
+    schedule: Literal["cap", "rescale", "conf"] = "cap"
+    eta: Probability | None = None
+
+    commits: ClassVar[bool] = True
+    always_commits: ClassVar[bool] = False
+    memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("stored", per_slot=True, initial=0.0),)
+
+    def random_streams(self) -> frozenset[str]:
+        return frozenset({"accept", "remask"})
+
+    def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
+        default = {"cap": 0.008, "rescale": 0.015}.get(self.schedule, 0.0)
+        eta = default if self.eta is None else self.eta
+        return {**block_steps(self.steps, block_lens), "eta": [eta] * len(block_lens)}
+
+    def check(self, unmask: UnmaskPolicy | None) -> None:
+        if self.schedule == "conf" and self.eta is not None:
+            raise InvalidRequest("remask.eta", self.eta, "is no parameter of schedule conf; leave it out")
 
 
 class LowProb(RemaskPolicy, frozen=True, tag="low_prob"):
@@ -151,73 +220,6 @@ class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
         for name, value in msgspec.structs.asdict(self).items():
             if name not in ("like", *own) and value != getattr(RandomRemask(), name):
                 raise InvalidRequest(f"remask.{name}", value, f"is no parameter of {self.like}; leave it out")
-
-
-class Rcr(RemaskPolicy, frozen=True, tag="rcr"):
-    """Proposes at all masked positions in every step and masks again the positions of the block whose last
-    proposal was the least confident, as many as the schedule leaves masked (running confidence remasking,
-    arXiv 2508.13148). Beside `schedule`, which gives the steps.
-
-    Attributes:
-        conf: what confidence means: the proposal's probability, p1 - p2, or -entropy, of the softmax that
-            tokens are drawn from.
-    """
-
-    conf: Literal["prob", "margin", "entropy"] = "prob"
-
-    always_commits: ClassVar[bool] = False
-    memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("stored", per_slot=True, initial=0.0),)
-
-    def head_needs(self) -> frozenset[str]:
-        return frozenset({self.conf}) & {"margin", "entropy"}
-
-    def ranks_as_drawn(self) -> bool:
-        return True
-
-    def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
-        return unmask.block_params(block_lens) if unmask is not None else {}
-
-    def check(self, unmask: UnmaskPolicy | None) -> None:
-        if not isinstance(unmask, Schedule):
-            other = "nothing" if unmask is None else tag(unmask)
-            raise InvalidRequest("remask", "rcr", f"works beside schedule, not {other}; use unmask=schedule")
-        if unmask.score != Schedule().score:
-            fix = "means nothing beside rcr, which has its own conf; leave it out"
-            raise InvalidRequest("unmask.score", unmask.score, fix)
-
-
-class Remdm(RemaskPolicy, frozen=True, tag="remdm"):
-    """Commits and remasks by chance, so that the share of masks follows a time schedule; a last forward fills
-    what is left with the most probable tokens (ReMDM, arXiv 2503.00307). Brings its own commits.
-
-    Attributes:
-        steps: forwards for the whole canvas (and a last one for each block), shared out over the blocks by
-            length; None: the canvas length.
-        schedule: each committed token turns back with probability min(eta, sigma_max) (`cap`), eta sigma_max
-            (`rescale`), or its share of sigma_max by softmax of minus the confidence that it was committed
-            with (`conf`).
-        eta: None: 0.008 for `cap`, 0.015 for `rescale`; `conf` has none.
-    """
-
-    steps: Steps | None = None
-    schedule: Literal["cap", "rescale", "conf"] = "cap"
-    eta: Probability | None = None
-
-    commits: ClassVar[bool] = True
-    always_commits: ClassVar[bool] = False
-    memory: ClassVar[tuple[MemoryField, ...]] = (MemoryField("stored", per_slot=True, initial=0.0),)
-
-    def random_streams(self) -> frozenset[str]:
-        return frozenset({"accept", "remask"})
-
-    def block_params(self, block_lens: Sequence[int], unmask: UnmaskPolicy | None) -> dict[str, list[float]]:
-        default = {"cap": 0.008, "rescale": 0.015}.get(self.schedule, 0.0)
-        eta = default if self.eta is None else self.eta
-        return {**block_steps(self.steps, block_lens), "eta": [eta] * len(block_lens)}
-
-    def check(self, unmask: UnmaskPolicy | None) -> None:
-        if self.schedule == "conf" and self.eta is not None:
-            raise InvalidRequest("remask.eta", self.eta, "is no parameter of schedule conf; leave it out")
 
 
 class OracleLoo(RemaskPolicy, frozen=True, tag="oracle_loo"):

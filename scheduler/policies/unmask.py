@@ -9,6 +9,8 @@ from msgspec import Meta
 
 from remask.scheduler.policies.base import Probability, Steps, UnmaskPolicy, block_steps
 
+__all__ = ["Bernoulli", "CappedThreshold", "Dream", "EntropyBound", "Factor", "Schedule", "Threshold"]
+
 
 class Schedule(UnmaskPolicy, frozen=True, tag="schedule"):
     """The n best masked positions a step, so that a block takes its share of `steps` (LLaDA, arXiv

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import remask
 from remask import CappedThreshold, Factor, InvalidRequest, Schedule, Threshold, Wino
+from remask.scheduler import policies
 from remask.scheduler.policies import registry
 from remask.scheduler.policies.base import share_steps
 from remask.scheduler.policies.parsing import parse_policy
-from remask.workers.strategies import KERNELS
+from remask.workers import strategies
+from remask.workers.strategies import kernel_of
 
 
 @pytest.mark.parametrize(
@@ -61,8 +66,21 @@ def test_a_wrong_policy_is_refused_by_name_with_the_fix(value: object, named: st
     assert hint in str(caught.value)
 
 
-def test_every_spec_has_a_kernel() -> None:
-    assert {*registry().unmask, *registry().remask} == KERNELS.keys()
+def test_every_spec_has_a_kernel_of_its_name() -> None:
+    kinds = {**registry().unmask, **registry().remask}
+    own = {name: kind for name, kind in kinds.items() if kind.kernel is None}
+    assert len(own) == 14
+    assert all(callable(kernel_of(kind)) for kind in own.values())
+    folder = Path(strategies.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "groups", "view"}
+    assert files == own.keys()
+
+
+def test_the_package_exports_every_policy() -> None:
+    kinds = {**registry().unmask, **registry().remask}
+    names = {kind.__name__ for kind in kinds.values() if kind.kernel is None}
+    assert names <= {*remask.__all__} & {*policies.__all__}
+    assert all(getattr(remask, name) is getattr(policies, name) for name in names)
 
 
 @given(st.integers(1, 500), st.lists(st.integers(1, 64), min_size=1, max_size=12))

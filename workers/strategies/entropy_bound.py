@@ -13,9 +13,11 @@ from remask.workers.strategies.view import BlockView, Params, best, exact_cumsum
 
 
 def entropy_bound(view: BlockView, params: Params) -> Tensor:
-    kind = params["order"].long().unsqueeze(1)  # index in the spec's list of choices
-    scores = torch.stack([view.neg_entropy, view.log_confidence, view.log_margin])
-    score = scores.gather(0, kind.expand_as(view.neg_entropy).unsqueeze(0)).squeeze(0)
+    score = {
+        "entropy": view.neg_entropy,
+        "confidence": view.log_confidence,
+        "margin": view.log_margin,
+    }[params["order"]]
     place = ranks(score, view.masked)
     entropy = torch.where(view.masked, -view.neg_entropy, 0.0).clamp(min=0)
     sorted_entropy = torch.zeros_like(entropy).scatter_(1, place, entropy)

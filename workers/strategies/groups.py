@@ -4,54 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from remask.scheduler.policies import MemoryField, Policy, RemaskPolicy
-from remask.scheduler.policies.base import words
+from remask.scheduler.policies import MemoryField, Policy, RemaskPolicy, tag
+from remask.scheduler.policies.base import choices
 from remask.workers.room import NO_ROOM, Room
 from remask.workers.strategies import kernel_of
 from remask.workers.strategies.view import Memory, Params
 
 
+class PolicyKind(NamedTuple):
+    """A policy's class and the words that its fields have chosen. A kernel call serves one kind."""
+
+    policy: type[Policy]
+    words: tuple[tuple[str, str], ...]
+
+
+def kind_of(policy: Policy) -> PolicyKind:
+    """The kind of a policy."""
+    return PolicyKind(type(policy), tuple((name, getattr(policy, name)) for name in choices(type(policy))))
+
+
 @dataclass(frozen=True)
 class PolicyGroup:
-    """The canvases of a burst that share a policy kind.
+    """The canvases of a burst that share a policy and the words that it has chosen.
 
     Attributes:
-        kind: the policy's class.
+        kind: the policy's class and its words.
         kernel: its function, which kinds may share.
         members: their indices in the burst.
         canvases: int64 [Rg]: the same, and behind them as many of the burst's last canvas as there is room
             for.
         is_whole: whether these are all canvases of the burst, each once.
-        fields: the policies' fields, fp64 [Rg] each; of a choice between words, the word's place in the spec.
+        fields: the policies' fields that are numbers, fp64 [Rg] each.
         block_fields: fp64 [entries] each: fields that differ from block to block, those of all canvases one
             behind the other, so that the many blocks of one canvas make no others' tables longer.
         first_block, last_block: int64 [Rg]: where in them the blocks of each canvas begin and end.
         memory_fields: what the kind carries from step to step.
     """
 
-    kind: type[Policy]
+    kind: PolicyKind
     kernel: Callable[..., Any]
     members: tuple[int, ...]
     canvases: Tensor
     is_whole: bool
-    fields: Params
-    block_fields: Params
+    fields: dict[str, Tensor]
+    block_fields: dict[str, Tensor]
     first_block: Tensor
     last_block: Tensor
     memory_fields: tuple[MemoryField, ...]
 
-    def params_at(self, block_R: Tensor) -> Params:
-        """All fields fp64 [Rg] at the active blocks; `block_R` holds those of all canvases of the burst."""
-        if not self.block_fields:
-            return self.fields
-        place = torch.minimum(self.first_block + block_R[self.canvases], self.last_block)
-        return {**self.fields, **{name: table[place] for name, table in self.block_fields.items()}}
+    def params_at(self, block_R: Tensor, part: slice = slice(None)) -> Params:
+        """What the kernel is given about a part of the group.
+
+        Args:
+            block_R: int64 [R]: the active blocks of all canvases of the burst.
+            part: which of the group's canvases.
+        """
+        params = {name: values[part] for name, values in self.fields.items()}
+        if self.block_fields:
+            last = self.last_block[part]
+            place = torch.minimum(self.first_block[part] + block_R[self.canvases[part]], last)
+            params |= {name: table[place] for name, table in self.block_fields.items()}
+        return {**params, **dict(self.kind.words)}
 
     def initial_memory(self, block_len: int) -> Memory:
         """Memory at the start of a block, fp32 [Rg] or [Rg, B]."""
@@ -74,25 +93,19 @@ def group_policies(
         block_params: their parameters that differ from block to block.
         room: sizes of the groups.
     """
-    by_kind: dict[type[Policy], list[int]] = {}
+    by_kind: dict[PolicyKind, list[int]] = {}
     for canvas, policy in enumerate(policies):
         if policy is not None:
-            by_kind.setdefault(type(policy), []).append(canvas)
+            by_kind.setdefault(kind_of(policy), []).append(canvas)
     groups = []
     # In a fixed order, so that bursts with the same kinds share a CUDA graph whoever comes first.
-    for kind, members in sorted(by_kind.items(), key=lambda item: str(item[0].__struct_config__.tag)):
+    for kind, members in sorted(by_kind.items(), key=lambda item: (tag(item[0].policy), item[0].words)):
         num_more = max(0, room.group_size - len(members))
         canvases = members + members[:1] * num_more
-        choices = words(kind)
-
-        def number(name: str, value: Any, choices: dict[str, tuple[str, ...]] = choices) -> float:
-            return float(choices[name].index(value)) if name in choices else float(value or 0)
-
+        numbers = [name for name in kind.policy.__struct_fields__ if name not in dict(kind.words)]
         fields = {
-            name: torch.tensor(
-                [number(name, getattr(policies[c], name)) for c in canvases], dtype=torch.float64
-            )
-            for name in kind.__struct_fields__
+            name: torch.tensor([getattr(policies[c], name) or 0 for c in canvases], dtype=torch.float64)
+            for name in numbers
         }
         block_fields, first_block, last_block = _block_tables(
             [block_params[c] for c in members], num_more, room.num_blocks
@@ -100,7 +113,7 @@ def group_policies(
         groups.append(
             PolicyGroup(
                 kind=kind,
-                kernel=kernel_of(kind),
+                kernel=kernel_of(kind.policy),
                 members=tuple(members),
                 canvases=torch.tensor(members + [len(policies) - 1] * num_more),
                 # (A graph serves groups of equal sizes, whoever is in them.)
@@ -109,7 +122,7 @@ def group_policies(
                 block_fields=block_fields,
                 first_block=first_block,
                 last_block=last_block,
-                memory_fields=kind.memory if issubclass(kind, RemaskPolicy) else (),
+                memory_fields=kind.policy.memory if issubclass(kind.policy, RemaskPolicy) else (),
             )
         )
     return groups
@@ -117,7 +130,7 @@ def group_policies(
 
 def _block_tables(
     rows: Sequence[dict[str, list[float]]], num_more: int, least: int
-) -> tuple[Params, Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Fields that differ from block to block, and where the blocks of each canvas begin and end.
 
     Args:

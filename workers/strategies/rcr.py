@@ -9,9 +9,11 @@ from remask.workers.strategies.view import BlockView, Decision, Memory, Params, 
 
 
 def rcr(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision:
-    kind = params["conf"].long().unsqueeze(1)  # index in the spec's list of choices
-    scores = torch.stack([view.log_confidence, view.log_margin, view.neg_entropy])
-    score = scores.gather(0, kind.expand_as(view.neg_entropy).unsqueeze(0)).squeeze(0)
+    score = {
+        "prob": view.log_confidence,
+        "margin": view.log_margin,
+        "entropy": view.neg_entropy,
+    }[params["conf"]]
     stored = torch.where(view.masked, score, memory["stored"])
     slots, steps = view.masked | view.committed, params["block_steps"].long()
     steps_left = (steps - view.block_forwards - 1).clamp(min=0)

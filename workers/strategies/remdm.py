@@ -8,7 +8,6 @@ from torch import Tensor
 from remask.workers.strategies.view import BlockView, Decision, Memory, Params, exact_sum, prob
 
 LAST_TIME = 1e-5
-RESCALE, CONF = 1, 2  # their places among the spec's schedules
 
 
 def remdm(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision:
@@ -16,14 +15,17 @@ def remdm(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> De
     slope = (1 - LAST_TIME) / steps
     alpha_t, alpha_s = slope * done, (slope * (done + 1)).clamp(max=1 - LAST_TIME)
     sigma_max = ((1 - alpha_s) / alpha_t.clamp(min=1e-30)).clamp(max=1)
-    kind, eta = params["schedule"], params["eta"]
-    sigma = torch.where(kind == RESCALE, eta * sigma_max, eta.minimum(sigma_max))
-    weight = torch.where(view.committed, torch.exp(-prob(memory["stored"])), 0.0)
-    share = weight / exact_sum(weight).clamp(min=1e-30).unsqueeze(1)
-    by_conf = (kind == CONF).unsqueeze(1)
-    takes_back = torch.where(by_conf, share * sigma_max.unsqueeze(1), sigma.unsqueeze(1))
-    # What is taken back must be committed again for the share of masks to follow the schedule.
-    owed = torch.where(kind == CONF, alpha_s - alpha_t, alpha_s - (1 - sigma) * alpha_t)
+    if params["schedule"] == "conf":
+        weight = torch.where(view.committed, torch.exp(-prob(memory["stored"])), 0.0)
+        share = weight / exact_sum(weight).clamp(min=1e-30).unsqueeze(1)
+        takes_back = share * sigma_max.unsqueeze(1)
+        owed = alpha_s - alpha_t
+    else:
+        eta = params["eta"]
+        sigma = eta * sigma_max if params["schedule"] == "rescale" else eta.minimum(sigma_max)
+        takes_back = sigma.unsqueeze(1)
+        # What is taken back must be committed again for the share of masks to follow the schedule.
+        owed = alpha_s - (1 - sigma) * alpha_t
     commits = owed / (1 - alpha_t).clamp(min=LAST_TIME)
     is_over = (done >= steps).unsqueeze(1)
     commit = view.masked & (is_over | (view.accept < commits.unsqueeze(1)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -74,7 +74,8 @@ class BlockView(NamedTuple):
         return self.log_top.exp()
 
 
-Params = dict[str, Tensor]  # a policy's fields, and its `block_params` at the active block: fp64 [R] each
+# A policy's fields and its `block_params` at the active block: numbers fp64 [R], choices as the word (`str`).
+Params = dict[str, Any]
 Memory = dict[str, Tensor]  # fp32 [R] or [R, B] by name
 
 

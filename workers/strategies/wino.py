@@ -11,8 +11,7 @@ from remask.workers.strategies.view import BlockView, Decision, Memory, Params, 
 def wino(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision:
     num_commits = commit.sum(1)
     doubtful = view.committed & (prob(view.log_verified) < params["t2"].unsqueeze(1))
-    # "cur_accept" is the second of the spec's choices.
-    budget = torch.where(params["budget"] > 0, num_commits, memory["prev_accept"].long())
+    budget = num_commits if params["budget"] == "cur_accept" else memory["prev_accept"].long()
     num_remasks = doubtful.sum(1).minimum(budget - 1)
     num_remasks = torch.where(num_commits > 1, num_remasks, 0)
     remask = best(-view.log_verified, doubtful, num_remasks)
