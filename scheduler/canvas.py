@@ -198,6 +198,11 @@ class Canvas:
         self.short_on: frozenset[int] = frozenset()
         self.text_stop: TextStop | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it needs further bursts."""
+        return not (self.aborted or self.state.finished)
+
 
 def new_canvas(
     request_id: str,

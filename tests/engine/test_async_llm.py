@@ -98,7 +98,7 @@ def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
 
     async def test(engine: AsyncLLM) -> None:
         monkeypatch.setattr(InProcessExecutor, "next_event", dies)
-        monkeypatch.setattr("remask.scheduler.scheduler.MAX_LONE_DEATHS", 1)
+        monkeypatch.setattr("remask.scheduler.blame.MAX_LONE_DEATHS", 1)
         with pytest.raises(WorkerDied, match="1 workers in a row died"):
             await only(engine, PROMPTS[0], ASK)
 
