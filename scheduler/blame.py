@@ -1,15 +1,14 @@
 """Finds the canvases that are to blame for bursts that failed.
 
-The canvases of a burst whose worker died are *suspected*: they run again apart from all others, in two
-groups, until the group that kills is a single canvas. Whatever comes back is cleared. So a request that kills
-workers is found in a few deaths, and one that was only there costs nothing. A burst that raises an error, or
-does not fit a worker's memory, is suspected in the same way. (What a policy's kernel raises is no such case:
-the worker finds the canvas itself, and runs the others.)
+The canvases of a failed burst are *suspected*: they run again apart from all others, in two groups, which are
+split again until a group that fails is a single canvas. A group that comes back is cleared. So a few failures
+find the canvas at fault, and its neighbours lose only time. (An exception of a policy's kernel does not fail
+the burst: the worker itself finds the canvas and runs the others.)
 
-A request that raises alone is *accused*. It ends when another burst comes back. If several requests in a row
-are accused of one error, a *probe*, a canvas of one token, decides whether they are at fault or nothing works
-any more. A probe also runs after a worker has died of a single canvas: only if something else lives is that
-canvas to blame.
+A request that raises an error alone is *accused*. It ends when another burst comes back. If several requests
+in a row are accused of one error, a *probe*, a canvas of one token, decides whether they are at fault or
+every burst fails. A probe also runs after a worker has died of a single canvas, which is to blame only if
+another burst comes back.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from remask.scheduler.errors import RemaskError, RequestFailed, RequestTooLarge,
 from remask.scheduler.planning import Budget, split, take
 from remask.scheduler.request import Request
 
-MAX_LONE_DEATHS = 3  # a request is to blame after so many, in a row and without progress
-MAX_ACCUSED = 8  # requests that fail alone with one error before a probe decides
-MAX_PROBE_DEATHS = 8  # in a row: then no worker lives
-MAX_LONE_MEMORY_FAILURES = 2  # the second after all memory was freed
+MAX_LONE_DEATHS = 3  # consecutive deaths of workers with a single canvas before its request is to blame
+MAX_ACCUSED = 8  # consecutive requests accused of one error before a probe decides
+MAX_PROBE_DEATHS = 8  # consecutive deaths of workers with a probe before the engine gives up
+MAX_LONE_MEMORY_FAILURES = 2  # the worker frees all memory after the first
 DEATHS = "{} workers in a row died while it ran alone"
 RAISED = "a step of it raised {}, also while it ran alone; check what is particular about its parameters"
 NO_WORKER_LIVES = "{} workers in a row died of a canvas of one token"
@@ -77,13 +76,13 @@ class Blame:
         self._accused = [request for request in self._accused if request.request_id not in request_ids]
 
     def set_apart(self, canvases: list[Canvas]) -> None:
-        """Lets canvases run apart from all others, in two groups, before those that wait for it already."""
+        """Suspects canvases: two groups of them run apart from all others, before the groups that wait."""
         for canvas in canvases:
             canvas.suspected = True
         self._groups.extendleft(filter(None, reversed(split(canvases))))
 
     def next_group(self, budget: Budget) -> list[Canvas]:
-        """The next group that must run apart, or what of it fits a budget; empty if there is none."""
+        """The next group to run apart, or the part of it that fits a budget; empty if there is none."""
         while self._groups:
             group = (canvas for canvas in self._groups.popleft() if canvas.goes_on)
             taken, passed = take(group, budget)
@@ -96,20 +95,20 @@ class Blame:
         return []
 
     def note_death(self, canvases: list[Canvas], were_alone: bool) -> RemaskError | None:
-        """Suspects canvases whose burst died.
+        """Suspects the canvases of a burst whose worker died.
 
         Args:
-            canvases: those of the burst that go on.
+            canvases: the live canvases of the burst.
             were_alone: whether the burst had one canvas.
 
         Returns:
-            The failure of that canvas if it is to blame.
+            The failure of that canvas if it is to blame, else None.
         """
         self.set_apart(canvases)
         if not (were_alone and canvases):
             return None
         (canvas,) = canvases
-        # A death counts if something else has lived since the one before: else it may be the machine.
+        # A death counts if a burst has come back since the last one: otherwise the machine may be at fault.
         if not canvas.lone_deaths or self._num_survived > canvas.survived:
             canvas.lone_deaths += 1
             canvas.survived = self._num_survived
@@ -120,37 +119,37 @@ class Blame:
         return None
 
     def note_misfit(self, canvas: Canvas) -> RemaskError | None:
-        """Notes that a canvas did not fit a worker's memory alone; its failure if that is the second time."""
+        """Records that a canvas did not fit a worker's memory alone; returns its failure the second time."""
         canvas.lone_memory_failures += 1
         if canvas.lone_memory_failures < MAX_LONE_MEMORY_FAILURES:
             return None
         return RequestTooLarge(TOO_LARGE.format(canvas.num_rows))
 
     def accuse(self, request: Request, error: str) -> None:
-        """Notes that a request, which has ended with `failure`, has raised an error while it ran alone."""
+        """Records that a request, which has ended with a `failure`, raised an error while it ran alone."""
         kind = error.partition(":")[0]
         self._accused.append(request)
         self._accused_of = [*self._accused_of, kind] if self._accused_of[-1:] == [kind] else [kind]
         self.wants_probe |= len(self._accused_of) >= MAX_ACCUSED
 
     def note_success(self) -> list[Request]:
-        """Notes that a burst has come back; returns the requests that `convict` does."""
+        """Records that a burst has come back; returns the requests that are convicted by it."""
         self._num_survived += 1
         self._probe_deaths = 0
         return self.convict()
 
     def convict(self) -> list[Request]:
-        """Ends what is accused: it has raised alone, and something else has not."""
+        """Returns the accused requests, which are at fault, and clears the list."""
         convicted, self._accused, self._accused_of = self._accused, [], []
         self.wants_probe = False
         return convicted
 
     def note_lost_probe(self, died: bool) -> None:
-        """Notes that a probe has not come back, and whether its worker died of it."""
+        """Records that a probe has not come back, and whether its worker died."""
         self.wants_probe = True
         self._probe_deaths += died
 
     def check_probes(self) -> None:
-        """Raises Unavailable if workers die of whatever they run."""
+        """Raises Unavailable if too many workers in a row died of a probe."""
         if self._probe_deaths >= MAX_PROBE_DEATHS:
             raise Unavailable(NO_WORKER_LIVES.format(self._probe_deaths))

@@ -1,4 +1,4 @@
-"""The ready canvases in the order of their turn."""
+"""The queue of ready canvases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from remask.scheduler.planning import Order
 
 
 class ReadyQueue:
-    """A heap of canvases. Those of aborted requests stay in it until they are met, or are too many."""
+    """A heap of canvases. Those of aborted requests are removed lazily."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[Order, Canvas]] = []
@@ -25,11 +25,11 @@ class ReadyQueue:
         return len(self._heap)
 
     def push(self, canvas: Canvas) -> None:
-        """Takes a canvas."""
+        """Adds a canvas."""
         heapq.heappush(self._heap, (canvas.order, canvas))
 
     def note_aborted(self, num_canvases: int) -> None:
-        """Notes that so many of its canvases were marked as aborted."""
+        """Records that `num_canvases` canvases in it were marked as aborted."""
         self._num_aborted += num_canvases
         if 2 * self._num_aborted > len(self._heap):  # so that a removal costs a constant number of moves
             self._heap = [entry for entry in self._heap if not entry[1].aborted]
@@ -37,7 +37,7 @@ class ReadyQueue:
             self._num_aborted = 0
 
     def first(self) -> Canvas | None:
-        """The canvas whose turn it is; it stays. None: there is none."""
+        """The first canvas, which stays in the queue; None if there is none."""
         while self._heap:
             canvas = self._heap[0][1]
             if not canvas.aborted:
@@ -47,5 +47,5 @@ class ReadyQueue:
         return None
 
     def pop(self) -> Canvas:
-        """Takes out what `first` has returned."""
+        """Removes and returns the canvas that `first` has returned."""
         return heapq.heappop(self._heap)[1]

@@ -1,14 +1,14 @@
-"""The live requests, their canvases, and which burst each canvas is in.
+"""The scheduler: the live requests, their canvases, and the bursts in flight.
 
-The scheduler owns every canvas; a worker only borrows it for a burst. A canvas is *ready* (it waits in the
-queue), *in flight* (it is in a burst, and perhaps in others that continue it), or *ended*. Between bursts
-nobody holds a place: each burst takes the first of the queue, so those that run keep running and an urgent
-newcomer displaces the last of them at the cost of nothing but their turn.
+The scheduler owns every canvas; a worker borrows it for a burst. A canvas is *ready* (it waits in the queue),
+*in flight* (it is in a burst, and perhaps in bursts that continue it), or *ended*. No canvas keeps a place
+between bursts: each burst takes the first canvases of the queue. So running canvases keep running, and an
+urgent request preempts the last of them at no cost but their turn.
 
-A burst may fail: its worker dies, it raises an error, or it does not fit the worker's memory. `Blame` then
-says which of its canvases run apart from all others, and which request is at fault. After a burst that did
-not fit, the worker gets smaller bursts for a while. Only a canvas that does not fit alone, twice, ends its
-request. Then it was not the worker's memory that was short, and the worker gets its larger bursts back.
+A burst fails if its worker dies, if it raises an error, or if it does not fit the worker's memory. `Blame`
+then determines which of its canvases run apart from all others, and which request is at fault. After a burst
+that did not fit, the worker gets smaller bursts for a while. A canvas that does not fit alone, twice, ends
+its request; the worker's memory was not short then, and its bursts grow again.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ DEAD = "every burst fails with {}; make a new engine"
 
 @dataclass
 class _Burst:
-    """A burst that has not come back; the worker runs its bursts one after another."""
+    """A burst in flight. A worker runs its bursts one after another."""
 
     worker: int
     canvases: list[Canvas]
     num_steps: int
     follows: int | None  # the burst whose canvases it continues
-    apart: bool  # its canvases are suspected, or it is a probe: the worker has nothing else
-    doomed: bool = False  # what it follows has failed: it will not run
+    apart: bool  # its canvases are suspected, or it is a probe: the worker has no other burst
+    doomed: bool = False  # the burst it follows has failed: it will be skipped
     is_probe: bool = False
 
 
@@ -56,11 +56,12 @@ class Scheduler:
     """Cuts bursts from a queue of canvases and applies their results.
 
     Args:
-        max_num_rows: rows of a forward where a worker's memory allows it; a canvas that is larger runs alone.
-        max_num_seqs: canvases of a burst, likewise.
+        max_num_rows: maximum rows of a forward; a larger canvas runs alone. A worker that is short of memory
+            gets fewer.
+        max_num_seqs: maximum canvases of a burst.
         burst: denoising steps of a burst; None: see `planning.burst_len`.
         probe: a canvas of one token.
-        burst_seconds: how long a burst may last if `burst` is None.
+        burst_seconds: maximum duration of a burst if `burst` is None.
     """
 
     def __init__(
@@ -90,12 +91,12 @@ class Scheduler:
 
     @property
     def num_held(self) -> int:
-        """Canvases that the queue and the bursts in flight refer to, those of aborted requests included."""
+        """Canvases in the queue and in bursts in flight, including those of aborted requests."""
         in_bursts = sum(len(burst.canvases) for burst in self._bursts.values())
         return self._ready.num_held + in_bursts + self._blame.num_suspects
 
     def add(self, request: Request) -> None:
-        """Takes a request; its canvases may join the next burst."""
+        """Adds a request; its canvases may join the next burst."""
         self._requests[request.request_id] = request
         self._num_quiet = 0
         for canvas in request.canvases:
@@ -103,9 +104,9 @@ class Scheduler:
             self._ready.push(canvas)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests in whatever state; what a burst in flight still does to them is dropped.
+        """Drops requests in any state. Results of bursts in flight are ignored for them.
 
-        Ids that are not live are passed over: a request may end just before it is aborted.
+        Ids that are not live are ignored, because a request may end just before it is aborted.
         """
         request_ids = set(request_ids)
         self._blame.forget(request_ids)
@@ -119,22 +120,22 @@ class Scheduler:
         self._ready.note_aborted(num_ready)
 
     def next_batch(self, worker: int = 0, *, num_idle: int = 0) -> StepBatch | None:
-        """The next burst for a worker, or None when there is nothing for it.
+        """The next burst for a worker; None if there is no work for it.
 
-        While a burst of the worker is in flight, the new one may *continue* its canvases: it names their
-        places there, and the worker goes on with what that burst leaves behind.
+        While a burst of the worker is in flight, the new one may *continue* its canvases: it refers to them
+        by their index in that burst, and the worker continues from the state in which that burst leaves them.
 
         Args:
-            worker: whom it is for.
-            num_idle: other workers that have nothing to do; canvases are left for them.
+            worker: number of the worker.
+            num_idle: number of other idle workers; a share of the canvases is left for each.
         """
         follows, before = self._tails.get(worker), list[Canvas]()
         if follows is not None:
             tail = self._bursts[follows]
             if self._blame.has_suspects or tail.apart:
-                return None  # a worker that dies may take the result of the burst before with it
+                return None  # a worker that dies may lose the result of its previous burst
             if tail.doomed:
-                return None  # what follows it would not run either
+                return None  # a burst that follows it would be skipped
             before = tail.canvases
         if self._blame.wants_probe and follows is None:
             return self._cut_probe(worker)
@@ -170,24 +171,22 @@ class Scheduler:
         return batch
 
     def _is_probing(self) -> bool:
-        """Whether it is open if anything else lives; until then suspects wait."""
+        """Whether a probe must run or is in flight; suspects wait for its result."""
         return self._blame.wants_probe or any(burst.is_probe for burst in self._bursts.values())
 
     def _cut_probe(self, worker: int) -> StepBatch:
-        """A burst of the probe alone."""
+        """A burst with the probe alone."""
         burst_id = self._tails[worker] = next(self._burst_ids)
         self._bursts[burst_id] = _Burst(worker, [], 1, None, apart=True, is_probe=True)
         self._blame.wants_probe = False
         return StepBatch(burst_id=burst_id, num_steps=1, specs=[self._probe.spec], states=[self._probe.state])
 
     def update(self, result: StepResult) -> list[Request]:
-        """Applies a burst's result.
-
-        Results of one worker come in the order of its bursts.
+        """Applies the result of a burst. Results of one worker come in the order of its bursts.
 
         Returns:
-            Requests that have ended by it: those that it finished, and those that it has shown to be at
-            fault, which have a `failure`.
+            Requests that the result has ended: finished ones, and ones shown to be at fault, which have a
+            `failure`.
 
         Raises:
             EngineDead: every burst fails.
@@ -208,7 +207,7 @@ class Scheduler:
             if not in_next:
                 canvas.last_burst = None
             canvas.lone_deaths, canvas.lone_memory_failures, canvas.short_on = 0, 0, frozenset()
-            if not canvas.goes_on:  # aborted, or ended by the burst before
+            if not canvas.goes_on:  # aborted, or ended by the previous burst
                 continue
             if state.fault:
                 kind, text = FAULTS[state.fault]
@@ -225,7 +224,7 @@ class Scheduler:
         return finished
 
     def _note_pace(self, burst: _Burst, result: StepResult) -> None:
-        """Notes how fast the worker was, by the steps that were taken."""
+        """Records the seconds per step of the worker."""
         pairs = zip(burst.canvases, result.states, strict=True)
         gains = (s.num_forwards - c.state.num_forwards for c, s in pairs if c.goes_on)
         taken = max(gains, default=0)
@@ -234,28 +233,29 @@ class Scheduler:
             self._paces[burst.worker] = Pace(result.seconds / taken, num_rows)
 
     def take_convicted(self) -> list[Request]:
-        """Accused requests that end because nothing else is live; they have a `failure`."""
+        """Accused requests that end because no other request is live; they have a `failure`."""
         return self._blame.convict() if not (self._requests or self._is_probing()) else []
 
     def lose(self, worker: int, *, died: bool = True) -> list[Request]:
-        """Takes back what a worker had: its canvases are ready again as they were before.
+        """Requeues the canvases of a worker that is gone, in their state before its bursts.
 
         Args:
-            worker: who does not bring its bursts back.
-            died: it died of itself: the burst that it ran, the first of its queue that could, is suspected.
+            worker: number of the worker.
+            died: the worker has died, so that the burst that it ran, the first one not doomed, is suspected.
+                False: it was stopped on purpose.
 
         Returns:
-            Requests that are to blame for it; they have ended with a `failure`.
+            Requests that are to blame; they have ended with a `failure`.
 
         Raises:
-            Unavailable: workers die of whatever they run.
+            Unavailable: workers die of every burst.
         """
         suspects, were_alone = list[Canvas](), False
         lost = {number: burst for number, burst in self._bursts.items() if burst.worker == worker}
         ran = next((burst for burst in lost.values() if not burst.doomed), None)
         for burst_id, burst in lost.items():
             del self._bursts[burst_id]
-            # What follows a failed burst has lost its canvases already; others may have them.
+            # A burst that follows a failed one no longer owns its canvases; other bursts may have them.
             back = [canvas for canvas in burst.canvases if canvas.last_burst in lost]
             for canvas in back:
                 canvas.last_burst = None
@@ -275,7 +275,7 @@ class Scheduler:
         return [self._end(suspects[0], failure)] if failure is not None else []
 
     def _fail(self, burst: _Burst, result: StepResult) -> list[Request]:
-        """Takes back what a worker could not run; returns the request that does not fit alone, if any."""
+        """Requeues the canvases of a burst that has failed; returns the request that is to blame, if any."""
         if burst.is_probe:
             if result.failure == "error":
                 raise EngineDead(DEAD.format(result.error))
@@ -296,7 +296,7 @@ class Scheduler:
                     ended.append(self._end(first, failure))
                     for worker in first.short_on:  # their memory is as large as it was
                         self._allowances.pop(worker, None)
-        # What follows a failure will not run either: its canvases must not come back with others.
+        # Bursts that follow a failed one will be skipped: their canvases must not come back with others.
         back = [
             canvas
             for canvas in burst.canvases
@@ -313,7 +313,7 @@ class Scheduler:
         return ended
 
     def _shrink(self, burst: _Burst) -> None:
-        """Lets a worker have less than a burst that did not fit."""
+        """Reduces the budget of a worker after a burst that did not fit."""
         for canvas in burst.canvases:
             canvas.short_on |= {burst.worker}
         num_rows = sum(canvas.num_rows for canvas in burst.canvases)
@@ -322,7 +322,7 @@ class Scheduler:
         )
 
     def _doom_followers(self, failed: int) -> None:
-        """Marks the bursts in flight that go on from a failed one, directly or not."""
+        """Marks the bursts in flight that follow a failed one, directly or indirectly."""
         doomed = {failed}
         for burst_id, burst in self._bursts.items():
             if burst.follows in doomed:
@@ -330,14 +330,14 @@ class Scheduler:
                 doomed.add(burst_id)
 
     def _end(self, canvas: Canvas, failure: RemaskError) -> Request:
-        """Ends the request of a canvas, which is not in the queue."""
+        """Ends the request of a canvas that is not in the queue."""
         request = self._requests[canvas.request_id]
         request.failure = failure
         self.abort([request.request_id])
         return request
 
     def _take(self, worker: int, before: list[Canvas], num_idle: int) -> list[Canvas]:
-        """The first of the queue, and of a worker's burst in flight, that fit what it may have."""
+        """The first canvases of the queue and of a worker's burst in flight that fit its budget."""
         budget = self._allowances[worker].budget
         if num_idle:
             num_ready = len(self._ready) + sum(canvas.goes_on for canvas in before)
@@ -350,8 +350,8 @@ class Scheduler:
         return taken
 
     def _candidates(self, before: list[Canvas]) -> Iterator[Canvas]:
-        """Who may join a worker's next burst, in order: the queue, whose canvases leave it, and those of its
-        burst in flight."""
+        """The canvases that may join a worker's next burst, in order: those of the queue, which they leave,
+        and those of the worker's burst in flight."""
         running = (canvas for canvas in before if canvas.goes_on)  # a burst is in the order of the queue
         first_running = next(running, None)
         while True:
