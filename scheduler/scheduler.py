@@ -98,6 +98,9 @@ class Scheduler:
         burst: denoising steps of a burst; None: see `planning.burst_len`.
         probe: a canvas of one token.
         burst_seconds: how long a burst may last if `burst` is None.
+
+    Attributes:
+        moved: the canvases that the last result has taken further, the ended ones included.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class Scheduler:
         self._accused_of: list[str] = []  # the class of error of the last of them, for each in a row
         self._wants_probe, self._probe_deaths = False, 0
         self._paces: dict[int, Pace] = {}  # by worker
+        self.moved: list[Canvas] = []
 
     @property
     def num_live(self) -> int:
@@ -236,7 +240,7 @@ class Scheduler:
         Raises:
             EngineDead: every burst fails.
         """
-        burst = self._bursts.pop(result.burst_id)
+        burst, self.moved = self._bursts.pop(result.burst_id), []
         if self._tails[burst.worker] == result.burst_id:
             del self._tails[burst.worker]
         assert burst.doomed == (result.failure == "skipped"), "what follows a failed burst is skipped"
@@ -249,7 +253,7 @@ class Scheduler:
             return finished
         self._note_pace(burst, result)
         self._allowances[burst.worker] = regrow(self._allowances[burst.worker], self._budget)
-        for canvas, state in zip(burst.canvases, result.states, strict=True):
+        for place, (canvas, state) in enumerate(zip(burst.canvases, result.states, strict=True)):
             in_next = canvas.last_burst != result.burst_id
             if not in_next:
                 canvas.last_burst = None
@@ -262,6 +266,9 @@ class Scheduler:
                 continue
             request = self._requests[canvas.request_id]
             canvas.state = request.settle(canvas, state)
+            self.moved.append(canvas)
+            if canvas.spec.trace:
+                canvas.events.append(result.events.get(place, b""))
             if canvas.state.finished:
                 request.num_open -= 1
                 if request.num_open == 0:
