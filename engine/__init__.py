@@ -1,10 +1,11 @@
 """remask: a serving engine for masked diffusion language models.
 
-`LLM` and `AsyncLLM` are imported when first used: `import remask` touches neither torch, Ray nor a GPU.
+What needs a model is imported when first used: `import remask` touches neither torch, Ray nor a GPU.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput, Trace
@@ -41,7 +42,9 @@ from remask.scheduler.policies import (
 
 if TYPE_CHECKING:
     from remask.async_llm import AsyncLLM
+    from remask.engine import Engine, Progress
     from remask.llm import LLM
+    from remask.options import EngineOptions
 
 __version__ = "0.1.0"
 
@@ -52,7 +55,9 @@ __all__ = [
     "CappedThreshold",
     "CompletionOutput",
     "Dream",
+    "Engine",
     "EngineDead",
+    "EngineOptions",
     "EntropyBound",
     "Factor",
     "InvalidRequest",
@@ -60,6 +65,7 @@ __all__ = [
     "MemoryField",
     "OracleLoo",
     "Overloaded",
+    "Progress",
     "RandomRemask",
     "Rcr",
     "RemaskError",
@@ -81,13 +87,16 @@ __all__ = [
 ]
 
 
+_LATE = {
+    "LLM": "remask.llm",
+    "AsyncLLM": "remask.async_llm",
+    "Engine": "remask.engine",
+    "EngineOptions": "remask.options",
+    "Progress": "remask.engine",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from remask.llm import LLM
-
-        return LLM
-    if name == "AsyncLLM":
-        from remask.async_llm import AsyncLLM
-
-        return AsyncLLM
-    raise AttributeError(f"module 'remask' has no attribute {name!r}")
+    if name not in _LATE:
+        raise AttributeError(f"module 'remask' has no attribute {name!r}")
+    return getattr(import_module(_LATE[name]), name)
