@@ -142,7 +142,6 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     commit_steps: bytes  # int32 [G]: the forward (from 1) that committed it; 0 before
     memory: bytes  # float32: the remask policy's fields one after another (CanvasSpec.memory_fields)
     removed: bytes = b""  # int32 [block_length, k]: ids not to be proposed at a slot of the block; -1: none
-    events: bytes = b""  # EVENT: all that happened so far, where it is traced
     block: int = 0  # index of the active block
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
@@ -171,6 +170,7 @@ class Canvas:
     Attributes:
         ordinal: number of the canvas in the engine.
         state: the authoritative copy of its progress.
+        events: EVENT records of each applied burst; empty if the canvas is not traced.
         num_rows: rows of one forward.
         order: its sort key in the queue.
         last_burst: the last burst in flight with this canvas; None if it is ready or has ended.
@@ -184,12 +184,13 @@ class Canvas:
     """
 
     __slots__ = (
-        "aborted", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order", "ordinal",
-        "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
+        "aborted", "events", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order",
+        "ordinal", "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
     )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
         self.request_id, self.ordinal, self.spec, self.state = request_id, ordinal, spec, state
+        self.events: list[bytes] = []
         self.num_rows = spec.num_rows(state.sequence_len)
         self.order: tuple[float, int] = (0.0, ordinal)
         self.last_burst: int | None = None

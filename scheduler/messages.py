@@ -35,6 +35,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     states: list[CanvasState]  # one for each canvas; empty if the burst failed
     num_rows: int  # rows forwarded, all steps together
     seconds: float  # spent in the burst
+    # EVENT records of the burst, by the index of a traced canvas; a canvas without events may be missing
+    events: dict[int, bytes] = {}
     # "memory": it did not fit, a smaller one may; "error": it raised; "skipped": the burst it follows failed
     failure: Literal["memory", "error", "skipped"] | None = None
     error: str | None = None  # class and message of the exception

@@ -62,6 +62,9 @@ class Scheduler:
         burst: denoising steps of a burst; None: see `planning.burst_len`.
         probe: a canvas of one token.
         burst_seconds: maximum duration of a burst if `burst` is None.
+
+    Attributes:
+        moved: the canvases that the last result has changed, including those that it ended.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Scheduler:
         self._burst_ids = itertools.count()
         self._num_quiet = 0  # bursts since the last arrival
         self._paces: dict[int, Pace] = {}  # by worker
+        self.moved: list[Canvas] = []
 
     @property
     def num_live(self) -> int:
@@ -191,7 +195,7 @@ class Scheduler:
         Raises:
             EngineDead: every burst fails.
         """
-        burst = self._bursts.pop(result.burst_id)
+        burst, self.moved = self._bursts.pop(result.burst_id), []
         if self._tails[burst.worker] == result.burst_id:
             del self._tails[burst.worker]
         assert burst.doomed == (result.failure == "skipped"), "what follows a failed burst is skipped"
@@ -202,7 +206,7 @@ class Scheduler:
             return finished
         self._note_pace(burst, result)
         self._allowances[burst.worker] = regrow(self._allowances[burst.worker], self._budget)
-        for canvas, state in zip(burst.canvases, result.states, strict=True):
+        for place, (canvas, state) in enumerate(zip(burst.canvases, result.states, strict=True)):
             in_next = canvas.last_burst != result.burst_id
             if not in_next:
                 canvas.last_burst = None
@@ -215,6 +219,9 @@ class Scheduler:
                 continue
             request = self._requests[canvas.request_id]
             canvas.state = request.settle(canvas, state)
+            self.moved.append(canvas)
+            if canvas.spec.trace:
+                canvas.events.append(result.events.get(place, b""))
             if canvas.state.finished:
                 request.num_open -= 1
                 if request.num_open == 0:

@@ -110,7 +110,7 @@ class BurstState(HoldsTensors):
         self.memory = [self._unpack_memory(group, states) for group in self.remask]
         self.bans_removed = torch.tensor([spec.bans_removed for spec in specs])
         self.removed = self._unpack_removed(states) if any(spec.bans_removed for spec in specs) else None
-        self.events = EventLog(specs, states)
+        self.events = EventLog(specs)
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +179,7 @@ class BurstState(HoldsTensors):
         confidences, logprobs = results.confidences.numpy(), results.logprobs.numpy()
         commit_steps = results.commit_steps.numpy().astype(TOKEN)
         counters = results.counters.tolist()
-        memories, events = self._pack_memory(results.memory), self.events.pack(results.events)
+        memories = self._pack_memory(results.memory)
         states = []
         for i, spec in enumerate(self.specs):
             length = spec.canvas_len
@@ -192,7 +192,6 @@ class BurstState(HoldsTensors):
                     commit_steps=commit_steps[i, :length].tobytes(),
                     memory=memories[i],
                     removed=self._pack_removed(i, results.removed),
-                    events=events.get(i, b""),
                     block=block,
                     num_forwards=num_forwards,
                     num_block_forwards=block_forwards,

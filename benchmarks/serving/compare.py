@@ -31,8 +31,8 @@ from remask.benchmarks.throughput import Dtype, Keep, find_model, spread
 from remask.benchmarks.tiny.policies import COMPARED, POLICIES
 from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import SEED, Job, answers, workload
-from remask.llm import load_tokenizer
 from remask.scheduler.errors import did_you_mean
+from remask.text import load_tokenizer
 from remask.workers.models.denoiser import load_denoiser
 from remask.workers.models.loading import read_config
 

@@ -27,7 +27,7 @@ from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Tar
 from remask.benchmarks.throughput import Dtype, Keep, find_model
 from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import Job, workload
-from remask.llm import load_tokenizer
+from remask.text import load_tokenizer
 from remask.workers.models.denoiser import load_denoiser
 from remask.workers.models.loading import read_config
 

@@ -110,10 +110,10 @@ def generate(
 
     with LLM(
         model,
-        dtype=dtype,  # type: ignore[arg-type]
-        quantization=quantization,  # type: ignore[arg-type]
+        dtype=dtype,
+        quantization=quantization,
         device=device,
-        attention_backend=attention_backend,  # type: ignore[arg-type]
+        attention_backend=attention_backend,
         batch_invariant=batch_invariant,
     ) as llm:
         started = time.monotonic()

@@ -119,13 +119,21 @@ def run_batch(
     from remask.batch.run import run_batch as run
     from remask.cli.progress import ProgressDisplay
     from remask.llm import LLM
+    from remask.options import EngineOptions
 
-    options = BatchOptions(
+    engine = EngineOptions.parse(
         model=model,
         dtype=dtype,
         quantization=quantization,
+        device=device,
+        attention_backend=attention_backend,
         batch_invariant=batch_invariant,
         seed=seed,
+        max_num_rows=max_num_rows,
+        max_num_seqs=max_num_seqs,
+    )
+    options = BatchOptions(
+        engine=engine,
         defaults={name: value for name, value in given.items() if value is not None},
         chat=chat,
         model_names=served_model_name or (),
@@ -134,22 +142,9 @@ def run_batch(
         max_live=2 * max_num_seqs,
     )
 
-    def make_llm() -> LLM:
-        return LLM(
-            model,
-            dtype=dtype,  # type: ignore[arg-type]
-            quantization=quantization,  # type: ignore[arg-type]
-            device=device,
-            attention_backend=attention_backend,  # type: ignore[arg-type]
-            batch_invariant=batch_invariant,
-            seed=seed,
-            max_num_rows=max_num_rows,
-            max_num_seqs=max_num_seqs,
-        )
-
     try:
         with ProgressDisplay() as report:
-            summary = run(input_file, output_file, make_llm, options, report)
+            summary = run(input_file, output_file, lambda: LLM.from_options(engine), options, report)
     except KeyboardInterrupt:
         typer.echo("remask: interrupted; what is done is safe, --resume goes on", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from remask import LLM
+from remask import LLM, EngineOptions
 from remask.batch.run import BatchOptions, Summary, run_batch
 
 Run = Callable[..., Summary]
@@ -28,7 +28,7 @@ def run(tiny_llm: LLM) -> Run:
         return LLM("tiny", device="cpu", max_num_rows=4096) if is_forked else nullcontext(tiny_llm)
 
     def run(source: Path, output: Path, **options: Any) -> Summary:
-        return run_batch(source, output, engine, BatchOptions(model="tiny", **options))
+        return run_batch(source, output, engine, BatchOptions(engine=EngineOptions(model="tiny"), **options))
 
     return run
 

@@ -64,7 +64,7 @@ def test_who_gives_up_aborts_the_request(how: str) -> None:
         generator = engine.generate(PROMPTS[0], long)
         task = asyncio.ensure_future(anext(generator))
         await asyncio.sleep(0.5)
-        assert engine._llm._thread.num_live == 1
+        assert engine.engine.num_live == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -72,7 +72,7 @@ def test_who_gives_up_aborts_the_request(how: str) -> None:
             await generator.aclose()
         output = await only(engine, PROMPTS[1], ASK)
         assert output.finished
-        assert engine._llm._thread.num_live == 0
+        assert engine.engine.num_live == 0
 
     run(test, burst=1)
 

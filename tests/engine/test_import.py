@@ -23,8 +23,9 @@ def modules_after(code: str) -> set[str]:
     [
         ("import remask; remask.SamplingParams", {"torch", "ray", "transformers"}),
         ("import remask.scheduler.scheduler", {"torch", "ray", "transformers", "remask.workers"}),
-        ("import remask.workers.executor", {"ray", "transformers", "remask.llm", "remask.core"}),
+        ("import remask.workers.executor", {"ray", "transformers", "remask.llm", "remask.engine"}),
         ("import remask.cli", {"torch", "ray", "remask.benchmarks"}),
+        ("from remask import EngineOptions", {"torch", "ray", "transformers"}),
         ("from remask import LLM", {"ray"}),
     ],
 )

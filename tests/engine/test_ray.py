@@ -70,7 +70,7 @@ def on_ray(**options: Any) -> LLM:
 
 def pids(llm: LLM) -> list[int]:
     """Process ids of the workers that are up."""
-    executor = llm._executor
+    executor = llm.engine._engine.executor
     assert isinstance(executor, RayExecutor)
     actors = [executor._pool.held[number].actor for number in executor.workers]
     return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
@@ -149,7 +149,7 @@ def test_a_worker_that_stalls_is_replaced(
         llm.generate(PROMPTS[0])
         os.kill(pids(llm)[0], signal.SIGSTOP)
         assert told(llm.generate(*workload)) == expected
-        executor = llm._executor
+        executor = llm.engine._engine.executor
         assert isinstance(executor, RayExecutor)
         assert executor._pool.reason == "timeout: it answered no heartbeat within 2 s"
     assert living() == []
@@ -405,8 +405,8 @@ def test_one_worker_measures_the_knee_for_all(
     monkeypatch.setattr(WorkerPool, "measure_knee", counted)
     options: dict[str, Any] = {"distributed_executor_backend": "ray", "data_parallel_size": 2}
     with LLM(golden_checkpoint, device="cpu", **options) as llm:
-        assert [llm._executor.max_num_rows] == asked
+        assert [llm.engine._engine.executor.max_num_rows] == asked
         assert asked[0] >= 64
     with LLM(golden_checkpoint, device="cpu", max_num_rows=100, **options) as llm:
-        assert llm._executor.max_num_rows == 100
+        assert llm.engine._engine.executor.max_num_rows == 100
     assert len(asked) == 1

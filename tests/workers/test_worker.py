@@ -106,29 +106,16 @@ def test_an_interrupted_burst_that_follows_another_can_be_run_again(
     assert worker.run(following).states == expected
 
 
-def test_results_are_read_in_the_order_of_their_bursts() -> None:
-    read: list[int] = []
-
-    class Canvases:
-        def __init__(self, burst_id: int) -> None:
-            self.burst_id = burst_id
-
-        def to_states(self, results: object) -> list[CanvasState]:
-            read.append(self.burst_id)
-            return []
-
-        def results(self) -> list[torch.Tensor]:
-            return []
-
-    before: Launched | None = None
-    for i in range(3):
-        steps = StepQueue(lambda: 0, 0, torch.zeros(1, dtype=torch.bool))
-        before = Launched(i, 0.0, 0, Canvases(i), steps, before)  # type: ignore[arg-type]
-    assert before is not None
-    for _ in range(2):
-        before.wait()
-    assert read == [0, 1, 2]
-    assert before.before is None, "and are not kept"
+def test_the_seconds_of_a_burst_begin_when_the_one_before_it_has_ended(
+    golden_model: TransformerDenoiser,
+) -> None:
+    worker, state = Worker(golden_model), BurstState([make(0, 4).spec], [make(0, 4).state])
+    steps = StepQueue(lambda: 0, 0, state.paused)
+    first, second = (
+        Launched(i, started, 1, state, steps, states=[], ended=ended)
+        for i, (started, ended) in enumerate([(10.0, 12.0), (11.0, 15.0)])
+    )
+    assert [worker.collect(burst).seconds for burst in (first, second)] == [2.0, 3.0]
 
 
 def test_a_burst_ends_where_a_canvas_pauses_for_a_look_at_its_text(
