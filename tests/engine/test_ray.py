@@ -19,7 +19,7 @@ import pytest
 import ray
 
 from remask import LLM, InvalidRequest, SamplingParams
-from remask.benchmarks.chaos import worker_processes
+from remask.benchmarks import chaos
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.ray_actor import RemaskWorker
 from remask.workers.ray_executor import RayExecutor, check_version
@@ -74,6 +74,10 @@ def pids(llm: LLM) -> list[int]:
     assert isinstance(executor, RayExecutor)
     actors = [executor._pool.held[number].actor for number in executor.workers]
     return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
+
+
+def worker_processes() -> list[int]:
+    return chaos.worker_processes(ray.get_runtime_context().get_session_name())
 
 
 def living() -> list[str]:
