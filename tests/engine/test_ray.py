@@ -25,7 +25,7 @@ from remask.workers.ray_actor import RemaskWorker
 from remask.workers.ray_executor import RayExecutor, check_version
 from remask.workers.ray_pool import WorkerPool
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPTS = ["123+456=", "111+222=", "12..34..2.4.43.1=", "999+1="]
 ASKS: list[dict[str, Any]] = [
