@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,7 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ['distributed_executor_backend="ray"', "AsyncLLM"])
 def test_the_other_python_examples_run(what: str) -> None:
     (code,) = [block for language, block in BLOCKS if language == "python" and what in block]
@@ -63,13 +66,36 @@ def test_the_other_python_examples_run(what: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_run(command: str, tmp_path: Path) -> None:
+def test_the_commands_run(
+    command: str,
+    remask: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ours in this process, whatever else the line holds in a shell."""
+    monkeypatch.chdir(tmp_path)
+    told = ""
+    for step in command.split(" && "):
+        told = ""
+        for part in step.split(" | "):
+            if part.startswith("remask "):
+                run = remask(*shlex.split(part)[1:], stdin=told)
+            else:
+                run = subprocess.run(part, shell=True, input=told, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+            told = run.stdout
+    assert told
+
+
+@pytest.mark.slow
+def test_a_command_with_a_pipe_runs_in_a_shell(tmp_path: Path) -> None:
+    (command,) = [line for line in COMMANDS if line.endswith("| remask trace --png map.png")]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    run = subprocess.run(
+    done = subprocess.run(
         command, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "map.png").stat().st_size > 1000
 
 
 def test_there_are_commands_to_run() -> None:

@@ -14,7 +14,7 @@ import ray
 from remask.scheduler.errors import Unavailable
 from remask.workers.ray_session import RaySession
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 OURS = """
 import gc, json, os, ray

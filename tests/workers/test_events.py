@@ -172,7 +172,7 @@ def test_log_probabilities_are_those_of_the_untempered_softmax_at_the_commit(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("num_steps", [1, 4, 1000])
+@pytest.mark.parametrize("num_steps", [1, 1000])
 def test_a_banned_token_does_not_come_back_to_its_position_in_the_block(
     golden_model: TransformerDenoiser, unmask: Any, remask: Any, num_steps: int
 ) -> None:

@@ -24,7 +24,7 @@ from remask.workers.ray_executor import RayExecutor
 from remask.workers.ray_pool import Held, WorkerPool
 from remask.workers.setup import WorkerSetup
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
