@@ -7,6 +7,7 @@ positions, the slots, are denoised block by block; all others are context and ne
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Union
 
 import msgspec
@@ -35,8 +36,8 @@ def _registered(parameter: Literal["unmask", "remask"]) -> Any:
     return Union[tuple(getattr(registry(), parameter).values())]  # noqa: UP007
 
 
-class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The constant part of a canvas."""
+class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """The constant part of a canvas. What is derived from it is computed once and kept with it."""
 
     slots: bytes  # int32 [G]: positions of the sequence to denoise, in block order
     block_length: int  # slots a block; the last block may be shorter
@@ -49,18 +50,23 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     pause_at_blocks: bool  # a burst ends at the end of a block, so that the engine can look for stop strings
     trace: bool = False  # whether its events are recorded
 
-    @property
+    @cached_property
     def canvas_len(self) -> int:
         return len(self.slots) // TOKEN.itemsize
 
-    @property
+    @cached_property
+    def slot_array(self) -> NDArray[np.int64]:
+        """The positions [G] in `slots`."""
+        return np.frombuffer(self.slots, TOKEN).astype(np.int64)
+
+    @cached_property
     def block_lens(self) -> list[int]:
         whole, rest = divmod(self.canvas_len, self.block_length)
         return [self.block_length] * whole + [rest] * (rest > 0)
 
     def canvas_tokens(self, state: CanvasState) -> NDArray[np.int32]:
         """Ids [G] in the slots."""
-        return state.token_array()[np.frombuffer(self.slots, TOKEN)]
+        return state.token_array()[self.slot_array]
 
     def first_stop(self, tokens: NDArray[np.int32]) -> int | None:
         """The index of the first token that ends the canvas; None if there is none."""
@@ -71,46 +77,56 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         (places,) = (stop_ids[nearest] == tokens).nonzero()
         return int(places[0]) if len(places) else None
 
-    @property
+    @cached_property
     def memory_fields(self) -> tuple[MemoryField, ...]:
         return self.remask.memory if self.remask is not None else ()
 
-    @property
+    @cached_property
     def policies(self) -> list[UnmaskPolicy | RemaskPolicy]:
         return [policy for policy in (self.unmask, self.remask) if policy is not None]
 
-    @property
+    @cached_property
+    def random_streams(self) -> frozenset[str]:
+        """Streams of random numbers that its policies read, except that of tokens."""
+        return frozenset[str]().union(*(policy.random_streams() for policy in self.policies))
+
+    @cached_property
+    def head_needs(self) -> frozenset[str]:
+        """Additional statistics that its policies read."""
+        return frozenset[str]().union(*(policy.head_needs() for policy in self.policies))
+
+    @cached_property
     def always_commits(self) -> bool:
         """Whether each step commits a slot of a block that has masks."""
         return all(policy.always_commits for policy in self.policies)
 
-    @property
+    @cached_property
     def num_shadow_rows(self) -> int:
         return self.block_length if self.remask is not None and self.remask.needs_shadow_rows() else 0
 
-    @property
+    @cached_property
     def shadows_see_each_other(self) -> bool:
         return self.remask is not None and self.remask.shadows_see_each_other()
 
-    @property
+    @cached_property
     def verifies(self) -> bool:
         return self.remask is not None and self.remask.verifies()
 
-    @property
+    @cached_property
     def reads_committed_rows(self) -> bool:
         """Whether the head computes statistics of the rows of committed slots."""
         return self.remask is not None and self.remask.needs_committed_rows()
 
-    @property
+    @cached_property
     def num_copies(self) -> int:
         """Maximum number of extra sequences of a forward: one for each committed slot of the block."""
         return self.block_length if self.remask is not None and self.remask.needs_copies() else 0
 
-    @property
+    @cached_property
     def bans_removed(self) -> bool:
         return self.remask is not None and self.remask.bans_removed()
 
-    @property
+    @cached_property
     def needs_logits(self) -> bool:
         """Whether its rows need whole logits, not only the largest ones and sums of the softmax."""
         return self.sampling.edits or self.sampling.filters or self.sampling.reranks or self.bans_removed
@@ -119,15 +135,17 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Maximum number of rows of a forward."""
         return sequence_len * (1 + self.is_guided + self.num_copies) + self.num_shadow_rows
 
+    @cached_property
     def unmask_params(self) -> dict[str, list[float]]:
         """The unmask policy's parameters that differ from block to block."""
         return self.unmask.block_params(self.block_lens) if self.unmask is not None else {}
 
+    @cached_property
     def remask_params(self) -> dict[str, list[float]]:
         """The remask policy's parameters that differ from block to block."""
         return self.remask.block_params(self.block_lens, self.unmask) if self.remask is not None else {}
 
-    @property
+    @cached_property
     def is_guided(self) -> bool:
         """Whether a forward needs a second copy of the sequence, with its context masked."""
         return self.sampling.cfg_scale > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -28,7 +29,7 @@ def bias_bytes(biases: Mapping[int, float]) -> bytes:
     return np.array(sorted(biases.items()), BIAS).tobytes()
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """Edits of the logits, filters and temperature of the draw, and the softmax that ranks.
 
     Lists of ids are bytes, because they may hold a whole vocabulary and are sent with every burst.
@@ -59,18 +60,18 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ranks_as_drawn: bool = False
     unranked_ids: list[int] = []
 
-    @property
+    @cached_property
     def filters(self) -> bool:
         """Whether filters leave out a part of the vocabulary when tokens are drawn or ranked."""
         uses_heat = self.temperature > 0 or self.ranks_as_drawn
         return uses_heat and (self.top_p < 1 or self.min_p > 0 or self.top_k > 0)
 
-    @property
+    @cached_property
     def reranks(self) -> bool:
         """Whether positions are ranked by a softmax other than the untempered one."""
         return self.ranks_as_drawn or bool(self.unranked_ids)
 
-    @property
+    @cached_property
     def edits(self) -> bool:
         """Whether logits are changed before everything else."""
         return bool(self.cfg_scale > 0 or self.logit_bias or self.banned_ids or self.allowed_ids)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import msgspec
 import torch
 
-from remask.scheduler.canvas import CanvasState
+from remask.scheduler.canvas import CanvasSpec, CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.burst import BurstState, Results
 from remask.workers.carry import put, take
@@ -247,6 +249,7 @@ class Worker:
             last = self._last
             assert last is not None, "there is no burst to follow"
             assert last.burst_id == batch.follows, f"burst {batch.follows} is not the last one here"
+            batch = _with_known_specs(batch, last.state.specs)
             # In fixed shapes, how many tokens slots have lost is read from the bytes, and grows.
             may_go_on = tensors is not None and not (fixed and tensors.state.removed is not None)
             if tensors is not None and may_go_on and batch.states == list(range(last.num_canvases)):
@@ -272,6 +275,16 @@ class Worker:
         state.make_room(batch.num_steps)
         tree = to_device((state, plan_packs(state, self._model, self._pack_rows)), self._model.device)
         return Unpacked(*tree, None, states)
+
+
+def _with_known_specs(batch: StepBatch, before: Sequence[CanvasSpec]) -> StepBatch:
+    """The burst with the worker's own specs of continued canvases. They keep what is derived from them, while
+    the specs of a message are new objects."""
+    specs = [
+        before[state] if isinstance(state, int) else spec
+        for spec, state in zip(batch.specs, batch.states, strict=True)
+    ]
+    return msgspec.structs.replace(batch, specs=specs)
 
 
 def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:

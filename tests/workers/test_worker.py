@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from remask import SamplingParams
+from remask import SamplingParams, Threshold
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import resolve
@@ -80,6 +80,28 @@ def test_following_a_burst_equals_sending_the_canvases(
         states=[result.states[state] if isinstance(state, int) else state for state in following.states],
     )
     assert worker.run(following).states == Worker(golden_model).run(sent).states
+
+
+def test_what_is_derived_from_a_canvas_is_derived_once_while_it_stays(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Specs are decoded from every message anew, as on Ray."""
+    asked: list[list[int]] = []
+    monkeypatch.setattr(Threshold, "block_params", lambda self, lens: asked.append([*lens]) or {})
+    worker, lens = Worker(golden_model), [4, 8, 12]
+    batch = first_burst([make(0, n) for n in lens], 1)
+    for burst_id in range(3):
+        worker.run(msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=StepBatch))
+        joined = make(0, 16 + burst_id)
+        batch = StepBatch(
+            burst_id=burst_id + 1,
+            num_steps=1,
+            follows=burst_id,
+            specs=[*batch.specs[:2], joined.spec],
+            states=[0, 1, joined.state],
+        )
+    blocks = [[4] * (n // 4) + [n % 4] * (n % 4 > 0) for n in (*lens, 16, 17)]
+    assert asked == blocks
 
 
 def test_an_interrupted_burst_that_follows_another_can_be_run_again(
