@@ -72,9 +72,10 @@ def generate(llm: LLM, requests: list[Ask]) -> list[tuple[Any, ...]]:
 
 has_bfloat16 = multiplies(torch.bfloat16, torch.device("cpu"))
 no_bfloat16 = pytest.mark.skipif(not has_bfloat16, reason="this CPU cannot multiply bf16")
+bfloat16 = pytest.param("bfloat16", marks=[no_bfloat16, pytest.mark.slow])
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=no_bfloat16)])
+@pytest.fixture(scope="module", params=["float32", bfloat16])
 def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
 
