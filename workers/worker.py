@@ -19,7 +19,7 @@ import torch
 
 from remask.scheduler.canvas import CanvasSpec, CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.burst import BurstState, Results
+from remask.workers.burst import BurstState
 from remask.workers.carry import put, take
 from remask.workers.device import on_device
 from remask.workers.enqueue import StepQueue
@@ -28,6 +28,7 @@ from remask.workers.memory import describe, is_out_of_memory, loses_device
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.staging import Fetched, to_device
 from remask.workers.step import Plans, denoise, plan_packs
+from remask.workers.wire import Results
 
 logger = logging.getLogger(__name__)
 
