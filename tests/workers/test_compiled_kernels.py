@@ -1,8 +1,9 @@
 """Every Triton kernel compiles for the GPUs we know, in all variants that occur, with few spilled registers.
 
 No GPU is needed: the kernels' own wrappers are called on tensors that are never read, and each launch only
-compiles. So types, specializations and shared memory are those of a run. The file is also a script that
-prints the table, also in an environment with another Triton:
+compiles. So types, specializations and shared memory are those of a run. No number of rows makes a variant of
+its own: a worker compiles all of them when it starts. The file is also a script that prints the table, also
+in an environment with another Triton:
 
     python tests/workers/test_compiled_kernels.py
 """
@@ -66,6 +67,27 @@ def compile_all() -> Iterator[Compiled]:
             for name, kernel in compiled:
                 registers, spilled = _resources(kernel.asm["cubin"])
                 yield Compiled(name, variant, capability, registers, spilled, kernel.metadata.shared)
+
+
+def variants() -> Iterator[tuple[str, str]]:
+    """What each launch would compile, with several numbers of rows: the kernel and the launch's variant, and
+    Triton's key of all that it compiles for. Nothing is compiled."""
+    import torch
+    import triton
+
+    found: list[tuple[str, str]] = []
+
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        found.append((fn.name.split(".")[-1], key))
+        return True
+
+    triton.knobs.runtime.jit_cache_hook = note
+    _pretend(90)
+    for num_rows in (64, 33, 17, 16, 1):
+        for variant, launch in _launches(torch, 90, num_rows):
+            found.clear()
+            launch()
+            yield from ((f"{kernel}, {variant}", key) for kernel, key in found)
 
 
 def _pretend(capability: int) -> None:
@@ -185,6 +207,15 @@ def check(kernels: list[Compiled]) -> None:
         assert kernel.shared <= SHARED[kernel.capability], kernel
 
 
+def test_no_number_of_rows_makes_another_variant_of_a_kernel(tmp_path: Path) -> None:
+    keys: dict[str, list[str]] = {}
+    for variant, key in printed("--variants", tmp_path):
+        keys.setdefault(variant, []).append(key)
+    assert {variant.split(",")[0] for variant in keys} == KERNELS
+    for variant, found in keys.items():
+        assert (len(found), len(set(found))) == (5, 1), variant
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_with_few_spills(tmp_path: Path) -> None:
@@ -203,7 +234,7 @@ def test_every_kernel_compiles_with_the_triton_of_gpu_machines(tmp_path: Path) -
 
 
 if __name__ == "__main__":
-    found = list(compile_all())
+    found = list(variants() if "--variants" in sys.argv else compile_all())
     if len(sys.argv) > 1:
         sys.stdout.write(json.dumps(found))
     else:

@@ -5,7 +5,8 @@ what is ranked and drawn. The vocabulary is cut into splits of a fixed number of
 to do in parallel; a second, small kernel merges them. `remask.workers.head` is the reference.
 
 Nothing is read on the host: grids and memory follow from shapes, and how many rows are live is on the device.
-A row's numbers do not depend on the rows beside it, on its place or on how many are live.
+A row's numbers do not depend on the rows beside it, on its place or on how many are live. One model has as
+many variants of the kernels as `needs` has: no number of rows makes another.
 """
 
 # Inside kernels Triton's functions take and give what their annotations do not say.
@@ -222,7 +223,7 @@ def _part(x, part: tl.constexpr, PARTS: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _split(
     normed_ptr,
     head_ptr,
@@ -300,7 +301,7 @@ def _best(values, ids):
     return best_id, ids == best_id[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_reals_stride", "out_ids_stride", "num_rows"])
 def _merge(
     reals_ptr,
     ids_ptr,
