@@ -4,12 +4,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --durations=30 --durations-min=1
 DEPS := $(VENV)/.dependencies
 
 export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo test lint format docs
+.PHONY: install demo test test-slow test-all lint format docs
 
 $(DEPS): requirements-dev.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,8 +24,16 @@ install: $(DEPS)
 demo: install
 	$(BIN)/python -m remask.benchmarks.tiny.demo
 
+# The fast tier; a bare `pytest` runs it, too.
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# What the fast tier leaves out: Ray, processes and whatever takes longer than two seconds.
+test-slow: install
+	$(PYTEST) -m "slow and not long"
+
+test-all: install
+	$(PYTEST) -m "not long"
 
 lint: install
 	$(BIN)/ruff check .

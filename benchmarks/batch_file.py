@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from remask import LLM
+from remask import LLM, EngineOptions
 from remask.batch.run import BatchOptions, run_batch
 from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
@@ -62,7 +62,9 @@ def contend(name: str, source: Path, output: Path) -> None:
         if name == "generate":
             llm.generate(prompts, dict(PARAMS), use_tqdm=False)
         else:
-            run_batch(source, output, lambda: nullcontext(llm), BatchOptions(model="tiny"))
+            run_batch(
+                source, output, lambda: nullcontext(llm), BatchOptions(engine=EngineOptions(model="tiny"))
+            )
         os.write(1, DONE)
 
 

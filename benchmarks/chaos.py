@@ -60,12 +60,17 @@ def told(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
     return [(o.error, s.token_ids, s.nfe, s.confidences, s.commit_steps) for o in outputs for s in o.outputs]
 
 
-def worker_processes() -> list[int]:
-    """Ids of the processes on this machine that show themselves as remask's workers."""
+def worker_processes(session: str) -> list[int]:
+    """Process ids of the remask workers of a Ray session, as far as they run on this machine.
+
+    Other clusters on the machine may have such workers, too. The output of a worker goes to a file of its
+    session.
+    """
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if Path(f"/proc/{entry}/cmdline").read_bytes().startswith(b"ray::RemaskWorker"):
+            is_worker = Path(f"/proc/{entry}/cmdline").read_bytes().startswith(b"ray::RemaskWorker")
+            if is_worker and f"/{session}/" in os.readlink(f"/proc/{entry}/fd/1"):
                 found.append(int(entry))
         except OSError:
             continue
@@ -107,6 +112,7 @@ def measure(count: int, seconds: float, pause: float) -> dict[str, Any]:
     cluster, rng = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), random.Random(0)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(NUM_NODES)]
     ray.init(address=cluster.address, log_to_driver=False)
+    session = ray.get_runtime_context().get_session_name()
     kills = removals = 0
     try:
         with LLM("tiny", **options, distributed_executor_backend="ray", data_parallel_size=NUM_NODES) as llm:
@@ -120,7 +126,7 @@ def measure(count: int, seconds: float, pause: float) -> dict[str, Any]:
                     cluster.remove_node(nodes.pop(0), allow_graceful=False)
                     nodes.append(cluster.add_node(num_cpus=1))
                     removals += 1
-                elif victims := worker_processes():
+                elif victims := worker_processes(session):
                     os.kill(rng.choice(victims), signal.SIGKILL)
                     kills += 1
             runs.enough.set()
@@ -141,7 +147,7 @@ def measure(count: int, seconds: float, pause: float) -> dict[str, Any]:
         "missing_or_repeated": runs.missing,
         "changed": runs.changed,
         "actors_left": len(left),
-        "processes_left": len(worker_processes()),
+        "processes_left": len(worker_processes(session)),
     }
 
 

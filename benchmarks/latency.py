@@ -9,7 +9,7 @@ them. A ratio is taken within an iteration.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from remask import LLM, InvalidRequest
 from remask.benchmarks.environment import Steadiness, environment_stamp, unfinished
 from remask.benchmarks.plain_canvas import Decoded
 from remask.benchmarks.throughput import (
+    NO_OPTIONS,
     Decoder,
     Dtype,
     Keep,
@@ -45,9 +46,10 @@ def measure(
     num_iters_warmup: int,
     dtype: Dtype,
     keep: Keep = lambda _: None,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> dict[str, Any]:
     """The report: environment, arguments and the figures of engine and baseline; `keep` gets it after every
-    iteration.
+    iteration. `options` are more options of the engine.
 
     Raises:
         InvalidRequest: an argument cannot be, or the model cannot be loaded or does not fit the workload.
@@ -59,7 +61,7 @@ def measure(
     check_arguments(batch_size, num_iters, [dtype])
     environment = environment_stamp()
     directory, load_format = find_model(model)
-    with LLM(directory, dtype=dtype, load_format=load_format) as llm:
+    with LLM(directory, dtype=dtype, load_format=load_format, **options) as llm:
         denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
         jobs = workload(workload_name, llm.tokenizer, denoiser.config, batch_size)
         name = "plain loop" if batch_size == 1 else "static batch"
@@ -78,6 +80,7 @@ def measure(
                 "benchmark": "latency",
                 "environment": environment,
                 "model": model,
+                "engine_options": dict(options),
                 "dtype": dtype,
                 "attention_backend": denoiser.attention.name,
                 "workload": workload_name,

@@ -32,7 +32,7 @@ from remask.embedded import model_directory
 from remask.scheduler.messages import StepBatch
 from remask.workers.executor import Finished
 from remask.workers.ray_executor import RayExecutor
-from remask.workers.start import WorkerSetup
+from remask.workers.setup import WorkerSetup
 
 MODEL = "llada-124m"
 DTYPE = "float32"
@@ -90,7 +90,7 @@ def compare(num_workers: int, num_requests: int, repetitions: int, steadiness: S
     """Seconds of workers on Ray and of as many independent engines, and how many times as fast Ray is."""
     sides = SideBySide(num_workers)
     with make_llm(num_workers) as llm:
-        jobs = workload("mixed", llm.tokenizer, llm._executor.facts.config, num_requests)
+        jobs = workload("mixed", llm.tokenizer, llm.engine.intake.config, num_requests)
         for warm_up in (llm, sides):
             warm_up.serve(jobs[:2]) if isinstance(warm_up, SideBySide) else serve(warm_up, jobs[:2])
         pairs = []

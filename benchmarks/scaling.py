@@ -19,14 +19,16 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from remask import Engine, EngineOptions
 from remask.benchmarks.environment import environment_stamp
-from remask.benchmarks.simulation import PROBE, Requests
+from remask.benchmarks.simulation import Requests
 from remask.benchmarks.throughput import spread, write_report
-from remask.core import EngineCore
+from remask.embedded import model_directory
 from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.scheduler.scheduler import Scheduler
 from remask.workers.executor import Event, Executor, Finished
+from remask.workers.models.loading import read_config
+from remask.workers.start import WorkerFacts
 
 NUM_WORKERS = (1, 4, 16, 64)
 CANVASES_A_WORKER = 256
@@ -38,8 +40,12 @@ class InstantExecutor(Executor):
     """Workers that return what they get."""
 
     queue_depth = 2
+    max_num_rows = 1 << 30
 
     def __init__(self, num_workers: int) -> None:
+        with model_directory("tiny") as directory:
+            config = read_config(directory)[1]
+        self.facts = WorkerFacts(config=config, row_limit=None, attention_backend=None, overlaps=False)
         self.workers = range(num_workers)
         self.num_bursts = self.num_canvases = 0
         self.encoding_ms: list[float] = []
@@ -74,17 +80,17 @@ class InstantExecutor(Executor):
 def measure(num_workers: int, seconds: float) -> dict[str, Any]:
     """What one engine does a second with so many workers."""
     executor, requests = InstantExecutor(num_workers), Requests()
-    scheduler = Scheduler(max_num_rows=1 << 30, max_num_seqs=CANVASES_A_WORKER, burst=NUM_STEPS, probe=PROBE)
-    core = EngineCore(scheduler, executor)
+    options = EngineOptions(model="tiny", max_num_seqs=CANVASES_A_WORKER, burst=NUM_STEPS)
+    engine = Engine(options, executor)
     for _ in range(num_workers * CANVASES_A_WORKER):
-        core.add(requests.make(64, 64))
+        engine.add_request(requests.make(64, 64))
     for _ in range(4 * num_workers):  # everybody has what it goes on with
-        core.step()
+        engine.step()
     executor.num_bursts = executor.num_canvases = 0
     executor.encoding_ms.clear()
     started = time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:
-        core.step()
+        engine.step()
     elapsed -= sum(executor.encoding_ms) / 1000
     return {
         "workers": num_workers,

@@ -23,10 +23,10 @@ from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.throughput import find_model, spread, write_report
 from remask.benchmarks.tiny.policies import POLICIES, params
 from remask.benchmarks.tiny.tasks import PUZZLES
-from remask.llm import load_tokenizer
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.text import load_tokenizer
 from remask.workers.burst import BurstState
 from remask.workers.head import Statistics
 from remask.workers.models.denoiser import Denoiser, load_denoiser

@@ -17,10 +17,11 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from rich.table import Table
@@ -36,6 +37,7 @@ from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
 Dtype = Literal["float32", "bfloat16"]
 Keep = Callable[[dict[str, Any]], None]
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -119,9 +121,10 @@ def measure(
     repetitions: int,
     dtypes: Sequence[Dtype],
     keep: Keep = lambda _: None,
+    options: Mapping[str, Any] = NO_OPTIONS,
 ) -> dict[str, Any]:
     """The report: environment, arguments and the figures of each decoder; `keep` gets it after every
-    repetition, so that an interrupted run loses one.
+    repetition, so that an interrupted run loses one. `options` are more options of the engine.
 
     Raises:
         InvalidRequest: an argument cannot be, or the model cannot be loaded or does not fit the workload.
@@ -132,7 +135,7 @@ def measure(
     decoders: dict[str, Decoder] = {}
     jobs: list[Job] = []
     for dtype in dtypes:
-        llm = LLM(directory, dtype=dtype, load_format=load_format)
+        llm = LLM(directory, dtype=dtype, load_format=load_format, **options)
         denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
         if not jobs:
             jobs = workload(workload_name, llm.tokenizer, denoiser.config, num_requests)
@@ -151,6 +154,7 @@ def measure(
             "benchmark": "throughput",
             "environment": environment,
             "model": model,
+            "engine_options": dict(options),
             "attention_backend": denoiser.attention.name,
             "num_parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
             "workload": workload_name,

@@ -1,10 +1,11 @@
 """remask: a serving engine for masked diffusion language models.
 
-`LLM` and `AsyncLLM` are imported when first used: `import remask` touches neither torch, Ray nor a GPU.
+What needs a model is imported when first used: `import remask` touches neither torch, Ray nor a GPU.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput, Trace
@@ -27,7 +28,9 @@ from remask.scheduler.policies.unmask import *  # noqa: F403
 
 if TYPE_CHECKING:
     from remask.async_llm import AsyncLLM
+    from remask.engine import Engine, Progress
     from remask.llm import LLM
+    from remask.options import EngineOptions
 
 __version__ = "0.1.0"
 
@@ -35,10 +38,13 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "Engine",
     "EngineDead",
+    "EngineOptions",
     "InvalidRequest",
     "MemoryField",
     "Overloaded",
+    "Progress",
     "RemaskError",
     "RemaskPolicy",
     "RequestFailed",
@@ -55,13 +61,16 @@ __all__ += _remask.__all__
 __all__ += _unmask.__all__
 
 
+_LATE = {
+    "LLM": "remask.llm",
+    "AsyncLLM": "remask.async_llm",
+    "Engine": "remask.engine",
+    "EngineOptions": "remask.options",
+    "Progress": "remask.engine",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from remask.llm import LLM
-
-        return LLM
-    if name == "AsyncLLM":
-        from remask.async_llm import AsyncLLM
-
-        return AsyncLLM
-    raise AttributeError(f"module 'remask' has no attribute {name!r}")
+    if name not in _LATE:
+        raise AttributeError(f"module 'remask' has no attribute {name!r}")
+    return getattr(import_module(_LATE[name]), name)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from remask.engine import Engine, Progress
 from remask.intake import Prompt
-from remask.llm import LLM
-from remask.outputs import RequestOutput, request_output
+from remask.options import EngineOptions, call_signature
+from remask.outputs import RequestOutput
 from remask.scheduler.errors import RemaskError
 from remask.scheduler.params import SamplingParams
-from remask.scheduler.request import Request
+from remask.thread import EngineThread
 
 
 class AsyncLLM:
@@ -27,15 +29,26 @@ class AsyncLLM:
 
     The arguments are those of `LLM`, and so are the errors. Making one loads the model and blocks: on an
     event loop use `await AsyncLLM.start(...)`.
+
+    Attributes:
+        engine: what all coroutines share.
     """
 
+    __signature__ = call_signature()
+
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self._llm = LLM(model, **options)
+        self.engine = EngineThread(Engine(EngineOptions.parse(model=model, **options)))
+        self._close = weakref.finalize(self, self.engine.close)
 
     @classmethod
     async def start(cls, model: str | Path, **options: Any) -> AsyncLLM:
         """Makes one without blocking the event loop."""
         return await asyncio.to_thread(cls, model, **options)
+
+    @classmethod
+    def from_options(cls, options: EngineOptions) -> AsyncLLM:
+        """As `LLM.from_options`; it blocks."""
+        return cls(**msgspec.structs.asdict(options))
 
     async def generate(
         self,
@@ -60,11 +73,11 @@ class AsyncLLM:
             WorkerDied: workers died again and again while it ran alone.
             EngineDead, Unavailable: the engine was closed, has failed, or has no workers any more.
         """
-        thread, intake = self._llm._thread, self._llm._intake
-        thread.check_alive()
-        loop, items = asyncio.get_running_loop(), asyncio.Queue[Request | RemaskError]()
+        engine, intake = self.engine, self.engine.intake
+        engine.check_alive()
+        loop, items = asyncio.get_running_loop(), asyncio.Queue[Progress | RemaskError]()
 
-        def send(item: Request | RemaskError) -> None:
+        def send(item: Progress | RemaskError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
@@ -72,26 +85,27 @@ class AsyncLLM:
         request = await asyncio.to_thread(
             lambda: intake.request(intake.check(prompt, sampling_params), ordinal)
         )
-        thread.add([request], send)
+        engine.add([request], send)
         try:
             ended = await items.get()
         finally:
-            thread.abort([request.request_id])
+            engine.abort([request.request_id])
         if isinstance(ended, RemaskError):
-            thread.check_alive()
+            engine.check_alive()
             raise ended
-        if ended.failure is not None:
-            raise ended.failure
-        output = await asyncio.to_thread(request_output, ended, intake.decode)
+        if request.failure is not None:
+            raise request.failure
+        output = await asyncio.to_thread(lambda: ended.output)
+        assert output is not None, "it has ended"
         yield output if request_id is None else msgspec.structs.replace(output, request_id=request_id)
 
     def scale(self, num_workers: int) -> None:
         """As `LLM.scale`."""
-        self._llm.scale(num_workers)
+        self.engine.scale(num_workers)
 
     def close(self) -> None:
         """As `LLM.close`; it waits for a burst to end."""
-        self._llm.close()
+        self._close()
 
     async def __aenter__(self) -> AsyncLLM:
         return self

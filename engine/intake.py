@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from remask.limits import Limits
+from remask.limits import check_num_prompts, check_params
+from remask.options import EngineOptions
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import ResolvedParams, SamplingParams, resolve
@@ -43,25 +44,24 @@ class Intake:
     Args:
         config: the model's shape and special ids.
         tokenizer: None: prompts must be token ids.
-        max_len: largest prompt and canvas together, in tokens.
-        seed: with a request's ordinal the seed of requests that give none.
-        limits: ceilings for what a call may ask for.
+        options: the engine's: the largest length, the seed, and ceilings for what a call may ask for.
 
     Attributes:
+        config: the model's.
         decode: visible ids to text; None without a tokenizer.
+
+    Raises:
+        InvalidRequest: `max_model_len` is not within the model's.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        tokenizer: PreTrainedTokenizerBase | None,
-        *,
-        max_len: int,
-        seed: int,
-        limits: Limits,
+        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
     ) -> None:
-        self._config, self._tokenizer, self._max_len, self._seed = config, tokenizer, max_len, seed
-        self._limits = limits
+        self.config, self._tokenizer, self._options = config, tokenizer, options
+        self._max_len = config.max_len if options.max_model_len is None else options.max_model_len
+        if not 2 <= self._max_len <= config.max_len:
+            problem = f"must lie between 2 and the model's {config.max_len}"
+            raise InvalidRequest("max_model_len", options.max_model_len, problem)
         self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, config.mask_id)
         self.decode = None if tokenizer is None else _decoder(tokenizer)
         self._silent_ids = [] if tokenizer is None else _silent_ids(tokenizer)
@@ -85,7 +85,7 @@ class Intake:
             InvalidRequest: naming the index of the first prompt at fault and its parameter.
         """
         every = self._as_list(prompts)
-        self._limits.check_num_prompts(len(every))
+        check_num_prompts(self._options, len(every))
         params = _one_each("sampling_params", sampling_params, len(every))
         own_priorities = _one_each("priority", priorities, len(every))
         if priorities is not None and listed(priorities, 0) is None:
@@ -95,7 +95,7 @@ class Intake:
         for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
             try:
                 checked.append(self.check(prompt, own, priority))
-                num_tokens = self._limits.check(checked[-1].params, num_tokens)
+                num_tokens = check_params(self._options, checked[-1].params, num_tokens)
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
         first = self.reserve(len(checked))
@@ -123,7 +123,7 @@ class Intake:
         """
         text, ids = self._read_prompt(prompt)
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
-        self._limits.check(resolved)
+        check_params(self._options, resolved)
         self._check_lengths(ids, resolved)
         return CheckedPrompt(text, ids, self._with_own_ids(self._with_stops(resolved)))
 
@@ -146,7 +146,7 @@ class Intake:
             self._num_canvases += params.n
         seed = params.seed
         if seed is None:
-            seed = _derived_seed(self._seed, ordinal if place is None else place)
+            seed = _derived_seed(self._options.seed, ordinal if place is None else place)
         request_id = str(ordinal)
         end_ids = [] if params.ignore_eos else self._end_ids
         stop_token_ids = frozenset(params.stop_token_ids).difference(end_ids)
@@ -157,7 +157,7 @@ class Intake:
             params,
             seed=seed,
             sample=0,
-            mask_id=self._config.mask_id,
+            mask_id=self.config.mask_id,
             stop_ids=[*end_ids, *stop_token_ids],
         )
         more = [
@@ -193,7 +193,7 @@ class Intake:
             InvalidRequest: no tokenizer, no chat template, or a message without role and content.
         """
         self._check_template()
-        ceiling = self._limits.max_prompts_per_call
+        ceiling = self._options.max_prompts_per_call
         given = None if isinstance(messages, Mapping) else _entries(messages, Mapping, self._max_len, ceiling)
         if not given:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
@@ -221,7 +221,7 @@ class Intake:
         """A list of prompts from one (text, a dict, or ids) or a list, column or iterator of them."""
         if isinstance(prompts, str | Mapping):
             return [prompts]
-        every = _entries(prompts, Integral, self._max_len, self._limits.max_prompts_per_call)
+        every = _entries(prompts, Integral, self._max_len, self._options.max_prompts_per_call)
         if every is None:
             raise InvalidRequest("prompts", prompts, "give a prompt or a list of prompts")
         return [every] if every and all(isinstance(entry, Integral) for entry in every) else every
@@ -253,14 +253,14 @@ class Intake:
             raise InvalidRequest("prompt", ids, f"{kind} text or a list of token ids")
         if not ids:
             raise InvalidRequest("prompt", ids, "is empty; give at least one token")
-        outside = [i for i in ids if not 0 <= i < self._config.vocab_size]
+        outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
         if outside:
             raise InvalidRequest(
-                "prompt_token_ids", outside[0], f"is outside the vocabulary 0..{self._config.vocab_size - 1}"
+                "prompt_token_ids", outside[0], f"is outside the vocabulary 0..{self.config.vocab_size - 1}"
             )
-        if self._config.mask_id in ids:
+        if self.config.mask_id in ids:
             problem = "is the mask id, which a canvas alone may hold; leave it out"
-            raise InvalidRequest("prompt_token_ids", self._config.mask_id, problem)
+            raise InvalidRequest("prompt_token_ids", self.config.mask_id, problem)
         return ids
 
     def _check_lengths(self, ids: list[int], params: ResolvedParams) -> None:
@@ -275,7 +275,7 @@ class Intake:
 
     def _with_own_ids(self, params: ResolvedParams) -> ResolvedParams:
         """Checks the ids of the sampling parameters and adds the model's own where they are asked for."""
-        sampling, vocab_size = params.sampling, self._config.vocab_size
+        sampling, vocab_size = params.sampling, self.config.vocab_size
         biased = np.frombuffer(sampling.logit_bias, BIAS)["id"]
         allowed, banned = id_array(sampling.allowed_ids), id_array(sampling.banned_ids)
         for name, ids in (
@@ -286,8 +286,8 @@ class Intake:
             if len(ids) and ids[-1] >= vocab_size:  # they are in ascending order
                 raise InvalidRequest(name, int(ids[-1]), f"is outside the vocabulary 0..{vocab_size - 1}")
         if params.suppress_eos:
-            banned = np.union1d(banned, self._config.eos_ids).astype(TOKEN)
-        never = np.union1d(banned, [self._config.mask_id])
+            banned = np.union1d(banned, self.config.eos_ids).astype(TOKEN)
+        never = np.union1d(banned, [self.config.mask_id])
         if len(allowed) and np.isin(allowed, never).all():
             fix = "leaves no token to propose; allow one that is not banned"
             raise InvalidRequest("allowed_token_ids", allowed.tolist(), fix)
@@ -302,14 +302,14 @@ class Intake:
         """Checks what ends a text; stop strings that are a special token become its id."""
         if params.stop and self._tokenizer is None:
             raise InvalidRequest("stop", params.stop, "needs a tokenizer; use stop_token_ids")
-        stop, ids = split_stops(params.stop, self._special, mask_id=self._config.mask_id)
+        stop, ids = split_stops(params.stop, self._special, mask_id=self.config.mask_id)
         ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))
         for stop_id in ids:
-            if stop_id >= self._config.vocab_size or stop_id == self._config.mask_id:
+            if stop_id >= self.config.vocab_size or stop_id == self.config.mask_id:
                 raise InvalidRequest(
                     "stop_token_ids",
                     stop_id,
-                    f"must lie in 0..{self._config.vocab_size - 1} and not be the mask id",
+                    f"must lie in 0..{self.config.vocab_size - 1} and not be the mask id",
                 )
         return msgspec.structs.replace(params, stop=stop, stop_token_ids=ids)
 

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas
+from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas, CanvasSpec
 from remask.scheduler.request import Request
 
 
@@ -168,18 +168,19 @@ def _completion(
         seed=spec.seed,
         logprobs=logprobs,
         cumulative_logprob=sum(logprobs) if logprobs is not None else None,
-        trace=_trace(canvas) if spec.trace else None,
+        trace=trace_of(spec, b"".join(canvas.events)) if spec.trace else None,
     )
 
 
-def _trace(canvas: Canvas) -> Trace:
-    events = np.frombuffer(canvas.state.events, EVENT)
+def trace_of(spec: CanvasSpec, records: bytes) -> Trace:
+    """EVENT records of a canvas as lists."""
+    events = np.frombuffer(records, EVENT)
     return Trace(
         step=events["step"].tolist(),
         position=events["slot"].tolist(),
-        block=(events["slot"] // canvas.spec.block_length).tolist(),
+        block=(events["slot"] // spec.block_length).tolist(),
         token=events["token"].tolist(),
         is_commit=(events["is_commit"] > 0).tolist(),
         confidence=events["confidence"].tolist(),
-        canvas_len=canvas.spec.canvas_len,
+        canvas_len=spec.canvas_len,
     )

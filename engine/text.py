@@ -1,4 +1,4 @@
-"""Text and token ids around special tokens: encoding, chat templates and stop strings.
+"""The tokenizer, and text and token ids around special tokens: encoding, chat templates, stop strings.
 
 The mask token is never a prompt's: a text that spells it means its characters. Special tokens are never a
 completion's: what looks for one in a text must look for its id.
@@ -7,14 +7,31 @@ completion's: what looks for one in a text must look for its id.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from remask.scheduler.errors import InvalidRequest
 
 MAX_REASON_LEN = 200  # characters of what a chat template says
+
+
+def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a directory (`tokenizer.json`), never looked up online; None where there is none.
+
+    Raises:
+        InvalidRequest: it cannot be read, or is missing and required.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        if required:
+            raise InvalidRequest("tokenizer", str(directory), "holds no tokenizer.json")
+        return None
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+        raise InvalidRequest("tokenizer", str(directory), f"cannot be read: {error}") from None
 
 
 class PromptEncoder:

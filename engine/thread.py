@@ -1,4 +1,4 @@
-"""The thread that runs an engine: nothing else touches its core.
+"""The thread that steps an engine: nothing else does.
 
 Callers in any number of threads and event loops hand over requests, each with a function that is called when
 the request has ended. Their requests share every step.
@@ -6,17 +6,20 @@ the request has ended. Their requests share every step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import TypeAlias
 
-from remask.core import EngineCore
-from remask.limits import Limits
-from remask.scheduler.errors import EngineDead, RemaskError
+from remask.engine import Engine, Progress
+from remask.outputs import RequestOutput
+from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError
+from remask.scheduler.plain import plain
 from remask.scheduler.request import Request
 
 logger = logging.getLogger(__name__)
@@ -24,38 +27,36 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 1.0  # between two steps of an idle engine, which look after its workers
 CLOSED = "the engine was closed; make a new one"
 
-Listener: TypeAlias = Callable[[Request | RemaskError], None]
-
-
-class _Live(NamedTuple):
-    """A request that has not ended."""
-
-    listener: Listener
-    num_tokens: int
+Listener: TypeAlias = Callable[[Progress | RemaskError], None]
 
 
 class EngineThread:
-    """Steps a core until it is closed or fails.
+    """Steps an engine until it is closed or fails.
 
     Args:
-        core: whose alone it is from now on.
-        limits: ceilings for what may be live.
+        engine: whose alone it is from now on.
 
     Attributes:
-        num_live: requests that have been taken and have not ended.
+        intake: makes the requests that `add` and `serve` take, in any thread.
+        tokenizer: the model's; None: there is none.
     """
 
-    def __init__(self, core: EngineCore, limits: Limits) -> None:
-        self._core, self._limits = core, limits
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.intake, self.tokenizer = engine.intake, engine.tokenizer
         self._pid = os.getpid()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._live: dict[str, _Live] = {}  # the engine thread's own
-        self.num_live = self._num_tokens = 0  # under the lock, like the next
+        self._listeners: dict[str, Listener] = {}  # the thread's own
         self._dead: RemaskError | None = None
         self._lock = threading.RLock()  # the garbage collector may call `close` wherever it likes
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="remask-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def num_live(self) -> int:
+        """Requests that have been taken and have not ended."""
+        return self._engine.admission.num_requests
 
     def check_alive(self) -> None:
         """Raises EngineDead or Unavailable if the engine takes no requests, or not those of this process."""
@@ -71,7 +72,7 @@ class EngineThread:
 
         Args:
             requests: validated ones.
-            listener: called by the engine's thread with each of them when it has ended, or, also more than
+            listener: called by the engine's thread with the last progress of each of them, or, also more than
                 once, with the error that has ended the engine.
 
         Raises:
@@ -79,23 +80,56 @@ class EngineThread:
             EngineDead: the engine was closed or has failed, or belongs to another process.
             Unavailable: it has no workers any more.
         """
-        num_tokens = [request.num_canvas_tokens for request in requests]
         self.check_alive()
         with self._lock:
             self.check_alive()
-            self._limits.check_live(
-                num_requests=self.num_live, num_tokens=self._num_tokens, more=(len(requests), sum(num_tokens))
-            )
-            self.num_live += len(requests)
-            self._num_tokens += sum(num_tokens)
-            lives = [_Live(listener, own) for own in num_tokens]
-            self._inbox.put(functools.partial(self._add, list(zip(requests, lives, strict=True))))
+            self._engine.admission.admit(requests)
+            self._inbox.put(functools.partial(self._add, requests, listener))
+
+    def serve(
+        self, requests: Iterable[Request], *, max_live: int | None = None
+    ) -> Generator[RequestOutput, None, None]:
+        """Outputs in the order in which requests finish; at most `max_live` are taken from `requests` ahead.
+
+        Closing the generator, or an error in it, forgets what has not finished.
+        """
+        source = iter(requests)
+        ended: queue.SimpleQueue[Progress | RemaskError] = queue.SimpleQueue()
+        live: set[str] = set()
+        try:
+            while True:
+                more = list(itertools.islice(source, None if max_live is None else max_live - len(live)))
+                live.update(request.request_id for request in more)
+                if not live:
+                    return
+                if more:
+                    self.add(more, ended.put)
+                progress = ended.get()
+                if isinstance(progress, RemaskError):
+                    self.check_alive()
+                    raise progress
+                live.discard(progress.request_id)
+                assert progress.output is not None, "it has ended"
+                yield progress.output
+        finally:
+            self.abort(live)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forgets requests that nobody waits for any more; from any thread. Ids that are not live are passed
         over."""
         if os.getpid() == self._pid and self._dead is None:
             self._inbox.put(functools.partial(self._abort, list(request_ids)))
+
+    def scale(self, num_workers: int) -> None:
+        """Wants another number of workers on Ray; from any thread.
+
+        Raises:
+            InvalidRequest: the engine is not on Ray, or the cluster has too little.
+        """
+        num_workers = plain(num_workers)
+        if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
+            raise InvalidRequest("num_workers", num_workers, "must be a positive integer")
+        self._engine.executor.scale(num_workers)
 
     def close(self) -> None:
         """Ends all requests with EngineDead and frees the workers; idempotent, from any thread. It waits for
@@ -110,8 +144,9 @@ class EngineThread:
         error: RemaskError = EngineDead(CLOSED)
         try:
             while self._take_messages():
-                for request in self._core.step():
-                    self._forget(request.request_id, request)
+                for progress in self._engine.step():
+                    if progress.has_ended and (listener := self._listeners.pop(progress.request_id, None)):
+                        listener(progress)
         except RemaskError as failure:
             error = failure
         except BaseException as failure:  # whoever waits must hear of it
@@ -121,17 +156,18 @@ class EngineThread:
         with self._lock:
             self._dead = error
         try:
-            self._core.close()
+            self._engine.close()
         finally:
             while not self._inbox.empty():
                 self._inbox.get()()
-            for request_id in list(self._live):
-                self._forget(request_id, error)
+            for listener in self._listeners.values():
+                listener(error)
+            self._listeners.clear()
 
     def _take_messages(self) -> bool:
         """Does what callers have asked for; waits for it if there is nothing else to do. False: the engine is
         to close."""
-        waits = not self._core.is_busy
+        waits = not self._engine.has_unfinished()
         while not self._closing:
             try:
                 message = self._inbox.get(timeout=IDLE_SECONDS) if waits else self._inbox.get_nowait()
@@ -141,27 +177,16 @@ class EngineThread:
             waits = False
         return not self._closing
 
-    def _add(self, requests: Sequence[tuple[Request, _Live]]) -> None:
-        for request, live in requests:
-            self._live[request.request_id] = live
-            if self._dead is None:
-                self._core.add(request)
+    def _add(self, requests: Sequence[Request], listener: Listener) -> None:
+        for request in requests:
+            self._listeners[request.request_id] = listener
+            with contextlib.suppress(RemaskError):  # the listeners of a dead engine hear of it
+                self._engine.add_request(request)
 
     def _abort(self, request_ids: Sequence[str]) -> None:
-        self._core.abort(request_ids)
+        self._engine.abort(request_ids)
         for request_id in request_ids:
-            self._forget(request_id)
+            self._listeners.pop(request_id, None)
 
     def _close(self) -> None:
         self._closing = True
-
-    def _forget(self, request_id: str, result: Request | RemaskError | None = None) -> None:
-        """Drops a request that has ended, and tells who listens, unless it was aborted."""
-        live = self._live.pop(request_id, None)
-        if live is None:
-            return
-        with self._lock:
-            self.num_live -= 1
-            self._num_tokens -= live.num_tokens
-        if result is not None:
-            live.listener(result)

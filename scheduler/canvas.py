@@ -1,12 +1,13 @@
 """The state of one sequence: what a canvas is (`CanvasSpec`, fixed) and how far it has come (`CanvasState`).
 
-Both travel with every burst and are all a worker needs: a burst is a pure function of them. Arrays are
-little-endian bytes, so that the structs encode without hooks. A canvas is a sequence of tokens of which some
-positions, the slots, are to be denoised, block by block; everything else is context and never changes.
+Both are sent with every burst and are all that a worker needs: a burst is a pure function of them. Arrays
+are little-endian bytes, so that the structs encode without hooks. A canvas is a sequence of tokens. Some
+positions, the slots, are denoised block by block; all others are context and never change.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Union
 
 import msgspec
@@ -18,25 +19,25 @@ from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, r
 from remask.scheduler.sampling import TOKEN as TOKEN
 from remask.scheduler.sampling import Sampling, id_array, id_bytes
 
-# Faults of a canvas: logits that are NaN; no commit where its policy must; a kernel that raises for it alone,
-# or does not fit the memory.
+# Faults of a canvas: logits that are NaN; a step without a commit although the policy must commit; a kernel
+# that raises for the canvas alone, or does not fit the memory.
 NOT_NUMBERS, NO_COMMIT, RAISES, NO_MEMORY = 1, 2, 3, 4
 
 REAL = np.dtype("<f4")
-# What happened to one slot in one step: committed, or remasked (then `token` is the one removed).
+# A commit or a remasking of one slot in one step; `token` is the committed or the removed token.
 EVENT = np.dtype(
     [("step", "<i4"), ("slot", "<i4"), ("token", "<i4"), ("confidence", "<f4"), ("is_commit", "<i4")]
 )
 
 
 def _registered(parameter: Literal["unmask", "remask"]) -> Any:
-    """The tagged union that decoding needs. Annotations are evaluated when a canvas is first decoded: by then
-    the packages that bring policies can be loaded."""
+    """The tagged union for decoding. Annotations are evaluated when a canvas is first decoded, when packages
+    that add policies can be loaded."""
     return Union[tuple(getattr(registry(), parameter).values())]  # noqa: UP007
 
 
-class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is asked of one canvas; never changes."""
+class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """The constant part of a canvas. What is derived from it is computed once and kept with it."""
 
     slots: bytes  # int32 [G]: positions of the sequence to denoise, in block order
     block_length: int  # slots a block; the last block may be shorter
@@ -45,25 +46,30 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     sampling: Sampling
     seed: int  # with `sample`, the key of every random number
     sample: int
-    stop_ids: bytes  # int32, ascending: a finished block that holds one ends the canvas
-    pause_at_blocks: bool  # a burst takes it no further than a block's end: its text is looked at
-    trace: bool = False  # whether its events are kept
+    stop_ids: bytes  # int32, ascending: a finished block with one of them ends the canvas
+    pause_at_blocks: bool  # a burst ends at the end of a block, so that the engine can look for stop strings
+    trace: bool = False  # whether its events are recorded
 
-    @property
+    @cached_property
     def canvas_len(self) -> int:
         return len(self.slots) // TOKEN.itemsize
 
-    @property
+    @cached_property
+    def slot_array(self) -> NDArray[np.int64]:
+        """The positions [G] in `slots`."""
+        return np.frombuffer(self.slots, TOKEN).astype(np.int64)
+
+    @cached_property
     def block_lens(self) -> list[int]:
         whole, rest = divmod(self.canvas_len, self.block_length)
         return [self.block_length] * whole + [rest] * (rest > 0)
 
     def canvas_tokens(self, state: CanvasState) -> NDArray[np.int32]:
         """Ids [G] in the slots."""
-        return state.token_array()[np.frombuffer(self.slots, TOKEN)]
+        return state.token_array()[self.slot_array]
 
     def first_stop(self, tokens: NDArray[np.int32]) -> int | None:
-        """The place of the first token that ends the canvas; None where none does."""
+        """The index of the first token that ends the canvas; None if there is none."""
         stop_ids = id_array(self.stop_ids)
         if not len(stop_ids):
             return None
@@ -71,70 +77,82 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         (places,) = (stop_ids[nearest] == tokens).nonzero()
         return int(places[0]) if len(places) else None
 
-    @property
+    @cached_property
     def memory_fields(self) -> tuple[MemoryField, ...]:
         return self.remask.memory if self.remask is not None else ()
 
-    @property
+    @cached_property
     def policies(self) -> list[UnmaskPolicy | RemaskPolicy]:
         return [policy for policy in (self.unmask, self.remask) if policy is not None]
 
-    @property
+    @cached_property
+    def random_streams(self) -> frozenset[str]:
+        """Streams of random numbers that its policies read, except that of tokens."""
+        return frozenset[str]().union(*(policy.random_streams() for policy in self.policies))
+
+    @cached_property
+    def head_needs(self) -> frozenset[str]:
+        """Additional statistics that its policies read."""
+        return frozenset[str]().union(*(policy.head_needs() for policy in self.policies))
+
+    @cached_property
     def always_commits(self) -> bool:
         """Whether each step commits a slot of a block that has masks."""
         return all(policy.always_commits for policy in self.policies)
 
-    @property
+    @cached_property
     def num_shadow_rows(self) -> int:
         return self.block_length if self.remask is not None and self.remask.needs_shadow_rows() else 0
 
-    @property
+    @cached_property
     def shadows_see_each_other(self) -> bool:
         return self.remask is not None and self.remask.shadows_see_each_other()
 
-    @property
+    @cached_property
     def verifies(self) -> bool:
         return self.remask is not None and self.remask.verifies()
 
-    @property
+    @cached_property
     def reads_committed_rows(self) -> bool:
-        """Whether the head must look at the rows of committed slots."""
+        """Whether the head computes statistics of the rows of committed slots."""
         return self.remask is not None and self.remask.needs_committed_rows()
 
-    @property
+    @cached_property
     def num_copies(self) -> int:
-        """Extra sequences of one forward, at most: one for each committed slot of the block."""
+        """Maximum number of extra sequences of a forward: one for each committed slot of the block."""
         return self.block_length if self.remask is not None and self.remask.needs_copies() else 0
 
-    @property
+    @cached_property
     def bans_removed(self) -> bool:
         return self.remask is not None and self.remask.bans_removed()
 
-    @property
+    @cached_property
     def needs_logits(self) -> bool:
-        """Whether its rows ask for more than the greatest logits and the softmax's sums."""
+        """Whether its rows need whole logits, not only the largest ones and sums of the softmax."""
         return self.sampling.edits or self.sampling.filters or self.sampling.reranks or self.bans_removed
 
     def num_rows(self, sequence_len: int) -> int:
-        """Rows of one forward, at most."""
+        """Maximum number of rows of a forward."""
         return sequence_len * (1 + self.is_guided + self.num_copies) + self.num_shadow_rows
 
+    @cached_property
     def unmask_params(self) -> dict[str, list[float]]:
         """The unmask policy's parameters that differ from block to block."""
         return self.unmask.block_params(self.block_lens) if self.unmask is not None else {}
 
+    @cached_property
     def remask_params(self) -> dict[str, list[float]]:
         """The remask policy's parameters that differ from block to block."""
         return self.remask.block_params(self.block_lens, self.unmask) if self.remask is not None else {}
 
-    @property
+    @cached_property
     def is_guided(self) -> bool:
-        """Whether a forward needs the sequence a second time, with its fixed tokens masked."""
+        """Whether a forward needs a second copy of the sequence, with its context masked."""
         return self.sampling.cfg_scale > 0
 
 
 class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far a canvas has come. A worker takes one and returns the next."""
+    """The progress of a canvas. A worker receives one and returns the next."""
 
     tokens: bytes  # int32 [L]: the whole sequence; uncommitted slots hold the mask id
     confidences: bytes  # float32 [G]: the confidence each slot's token was committed with; 0 before
@@ -142,13 +160,12 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     commit_steps: bytes  # int32 [G]: the forward (from 1) that committed it; 0 before
     memory: bytes  # float32: the remask policy's fields one after another (CanvasSpec.memory_fields)
     removed: bytes = b""  # int32 [block_length, k]: ids not to be proposed at a slot of the block; -1: none
-    events: bytes = b""  # EVENT: all that happened so far, where it is traced
     block: int = 0  # index of the active block
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
     finished: bool = False
-    fault: int = 0  # what ended it without an answer: 0 (nothing) or one of the faults above
-    error: str = ""  # class and message of what its policy's kernel raised
+    fault: int = 0  # the fault that ended it, one of those above; 0: none
+    error: str = ""  # class and message of the exception of its policy's kernel
 
     @property
     def sequence_len(self) -> int:
@@ -159,37 +176,39 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class TextStop(NamedTuple):
-    """Where a stop string ended a canvas."""
+    """The place where a stop string ended a canvas."""
 
-    num_tokens: int  # up to the token that completes the string
+    num_tokens: int  # up to and including the token that completes the string
     string: str
 
 
 class Canvas:
-    """One sequence of a request as the scheduler holds it.
+    """One sequence of a request in the scheduler.
 
     Attributes:
         ordinal: number of the canvas in the engine.
-        state: the authoritative copy.
+        state: the authoritative copy of its progress.
+        events: EVENT records of each applied burst; empty if the canvas is not traced.
         num_rows: rows of one forward.
-        order: its place in the queue.
-        last_burst: the last burst in flight that it is in; None where it is ready or has ended.
-        aborted: nobody waits for it any more.
-        suspected: it waits to run apart from all others, because a worker died while it ran.
-        lone_deaths: workers that died in a row while it ran alone.
-        survived: bursts that any worker had brought back when the last of them died.
-        lone_memory_failures: times in a row that it did not fit a worker's memory alone.
-        short_on: workers whose memory was too small for bursts with it, since it last came back.
+        order: its sort key in the queue.
+        last_burst: the last burst in flight with this canvas; None if it is ready or has ended.
+        aborted: the request was aborted or has failed.
+        suspected: it waits to run apart from all others, because a burst with it failed.
+        lone_deaths: consecutive deaths of workers that ran it alone.
+        survived: number of bursts that had come back, of any worker, at the last of these deaths.
+        lone_memory_failures: consecutive failures to fit a worker's memory alone.
+        short_on: workers whose memory was too small for a burst with it since it last came back.
         text_stop: the stop string that ended it.
     """
 
     __slots__ = (
-        "aborted", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order", "ordinal",
-        "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
+        "aborted", "events", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order",
+        "ordinal", "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
     )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
         self.request_id, self.ordinal, self.spec, self.state = request_id, ordinal, spec, state
+        self.events: list[bytes] = []
         self.num_rows = spec.num_rows(state.sequence_len)
         self.order: tuple[float, int] = (0.0, ordinal)
         self.last_burst: int | None = None
@@ -197,6 +216,11 @@ class Canvas:
         self.lone_deaths = self.lone_memory_failures = self.survived = 0
         self.short_on: frozenset[int] = frozenset()
         self.text_stop: TextStop | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it needs further bursts."""
+        return not (self.aborted or self.state.finished)
 
 
 def new_canvas(

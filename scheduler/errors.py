@@ -1,4 +1,4 @@
-"""Errors that a user may see. The class decides the HTTP status; the message says what to do."""
+"""Errors that users may see. The class determines the HTTP status; the message says what to do."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class RemaskError(Exception):
 
 
 class InvalidRequest(RemaskError, ValueError):
-    """The caller asked for something that cannot be done.
+    """A parameter of the request is invalid.
 
     Attributes:
         parameter: name of the field or file at fault.
-        value: what was given.
+        value: the invalid value.
+        problem: what is wrong, and how to correct it.
     """
 
     status = 400
@@ -41,28 +42,28 @@ class InvalidRequest(RemaskError, ValueError):
         return type(self), (self.parameter, self.value, self.problem)
 
     def at(self, place: str) -> InvalidRequest:
-        """The same error with the place it came from (a prompt's index) in front of the parameter."""
+        """A copy of the error with its place, such as a prompt's index, in front of the parameter."""
         return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)
 
 
 class Overloaded(RemaskError):
-    """The engine has as many requests or tokens waiting as its options allow; try again later."""
+    """The engine's queue is full (`max_queued_requests`, `max_queued_tokens`); try again later."""
 
     status = 429
 
 
 class RequestTooLarge(RemaskError):
-    """A step of the request does not fit into a worker's memory, also if it runs alone."""
+    """A step of the request does not fit into a worker's memory, even if it runs alone."""
 
     status = 413
 
 
 class RequestFailed(RemaskError):
-    """A step of the request raised an error, also if it ran alone, or left numbers that mean nothing."""
+    """A step of the request raised an error, even if it ran alone, or its logits are not numbers."""
 
 
 class WorkerDied(RemaskError):
-    """Workers died again and again while the request ran alone."""
+    """Several workers in a row died while the request ran alone."""
 
 
 class Unavailable(RemaskError):
@@ -78,19 +79,19 @@ class EngineDead(RemaskError):
 
 
 def shown(value: object) -> str:
-    """As `repr`, cut to 120 characters; no more of a text or a container is formatted than is shown."""
+    """`repr(value)`, cut to 120 characters. Only the shown part of a text or container is formatted."""
     return cut(_formatted(value, MAX_SHOWN))
 
 
 def cut(text: str, length: int = MAX_SHOWN) -> str:
-    """The text, or its start and dots if it is longer than `length`."""
+    """The text; if it is longer than `length`, its start followed by dots."""
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _formatted(value: object, room: int) -> str:
-    """The start of `repr(value)`: all of it if that has at most `room` characters, else more than `room`.
+    """The start of `repr(value)`: all of it if it has at most `room` characters, else more than `room`.
 
-    A container of another kind than Python's own, such as an array, is told by its length if it is long.
+    A long container of a type that is not Python's own, such as an array, is described by its length.
     """
     if room < 0:
         return "..."
@@ -118,7 +119,7 @@ def _formatted(value: object, room: int) -> str:
 def _joined(
     opening: str, entries: Collection[Any], closing: str, formatted: Callable[[Any, int], str], room: int
 ) -> str:
-    """The start of a container's text, as `_formatted`; `formatted` writes an entry."""
+    """The start of a container's `repr`; `formatted` writes one entry."""
     parts: list[str] = []
     left = room - len(opening)  # deep nesting uses the room up, too
     for entry in entries:
@@ -140,7 +141,7 @@ def _field_of(value: object) -> Callable[[str, int], str]:
 
 
 def _length(value: object) -> int:
-    """The number of entries; 0 for what is no container."""
+    """The number of entries; 0 if the value is not a container."""
     try:
         return len(value)  # type: ignore[arg-type]
     except Exception:
@@ -148,14 +149,14 @@ def _length(value: object) -> int:
 
 
 def did_you_mean(name: object, known: Collection[str]) -> str:
-    """The known name that is meant, or all of them."""
+    """A hint: the closest known name, or all known names."""
     text = cut(name) if isinstance(name, str) else shown(name)
     close = difflib.get_close_matches(text, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def invalid_field(parent: str, fields: dict[str, Any], error: msgspec.ValidationError) -> InvalidRequest:
-    """msgspec's message, with the field it names put in front and the value that was given behind."""
+    """An InvalidRequest from msgspec's message, which names the field, and the value of that field."""
     problem, _, path = str(error).rpartition(" - at ")
     problem, path = (problem, path) if problem else (path, "")  # a message may name no field
     found = re.search(r"\$\.(\w+)", path)

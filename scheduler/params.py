@@ -1,8 +1,8 @@
 """`SamplingParams`: everything a request may ask for, and the one place where it is checked.
 
-The constructor stores what it is given. `resolve` validates it once, at intake, against the model it is for
-and gives the engine a form without None, text or dicts. Fields that are part of the surface but cannot be
-honoured yet are refused by name unless they hold their neutral value.
+The constructor stores its arguments unchecked. `resolve` validates them once, at intake, and returns a form
+without None, text or dicts for the engine. Fields that are not supported are refused by name unless they hold
+their neutral value.
 """
 
 from __future__ import annotations
@@ -25,47 +25,50 @@ Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a request asks for. Names and meanings follow vLLM where vLLM has the field.
+    """What a request asks for. Names and meanings follow vLLM if vLLM has the field.
 
     Attributes:
-        max_tokens: canvas size in tokens, and the limit. It changes the text as well as its length: a
-            bidirectional model sees the whole canvas.
-        block_length: slots a block; blocks are denoised left to right and the last may be shorter.
-            `max_tokens` means whole-sequence decoding. None: 32, or the canvas where that is smaller or the
-            policy (`dream`) works on the whole.
-        unmask: which masked positions a step commits: `Threshold(0.9)`, `{"type": "threshold", "t": 0.9}` or
-            `"threshold:0.9"`. None: threshold:0.9.
-        remask: which committed positions a step turns back into masks; None: none.
-        rank: what confidence means at a temperature: "proposal": the probability of the token drawn (as the
-            published code); "top": the row's largest probability. The same at temperature 0.
-        temperature: 0 takes the most probable token; above, tokens are drawn by Gumbel-max from
+        max_tokens: Canvas size in tokens, and the limit of the output. It changes the text as well as its
+            length, because a bidirectional model sees the whole canvas.
+        block_length: Slots per block. Blocks are denoised from left to right, and the last may be shorter.
+            `max_tokens` means whole-sequence decoding. None: 32, or the canvas if that is smaller or if the
+            policy (`dream`) works on the whole canvas.
+        unmask: Policy that commits masked positions in a step: `Threshold(0.9)`,
+            `{"type": "threshold", "t": 0.9}` or `"threshold:0.9"`. None: `threshold:0.9`.
+        remask: Policy that turns committed positions back into masks in a step. None: no remasking.
+        rank: Meaning of confidence at a temperature. "proposal": the probability of the drawn token, as in
+            the published code. "top": the largest probability of the row. Both are equal at temperature 0.
+        temperature: 0 takes the most probable token. Above 0, tokens are drawn by Gumbel-max from
             softmax(logits / T).
-        top_k, top_p, min_p: which tokens may be drawn at a temperature, of softmax(logits / T): the k most
-            probable (0 or -1: all), those with at least `min_p` of the largest probability, and of these the
-            fewest that hold `top_p` of the rest. Confidence stays that of the whole, untempered softmax.
-        logit_bias: added to the logits of these ids, before everything else; -100 to 100.
-        allowed_token_ids: nothing else is proposed.
-        bad_token_ids: never proposed.
-        cfg_scale: classifier-free guidance w: logits u + (w + 1)(l - u), u those of the same canvas without
-            its prompt. It doubles the rows.
-        suppress_eos: the model's end-of-sequence ids are never proposed (LLaDA's `logits_eos_inf`).
-        suppress_eos_confidence: an end of sequence or turn that is proposed ranks last (LLaDA's
-            `confidence_eos_eot_inf`).
-        seed: key of the random numbers; None: drawn from `LLM(seed)` and the request's ordinal, and told in
-            the output.
-        n: samples of the prompt; sample i has random numbers of its own. `LLM(max_n)` is the ceiling.
-        ignore_eos: go on after the model's end-of-sequence tokens.
-        stop: strings that end the text where they first appear. The text is looked at when a block is
-            finished; what stands behind the string is dropped. One that is a special token's text, which no
-            text shows, is taken for its id. `LLM(max_stop_strings, max_stop_len)` are ceilings.
-        stop_token_ids: ids that end the text like the model's own end-of-sequence tokens.
-        include_stop_str_in_output: leave what ended the text in it.
-        logprobs: 0 or 1: tell the log-probability of each token at its commit, of the whole, untempered
+        top_k: Number of most probable tokens of softmax(logits / T) that may be drawn. 0 or -1: all.
+        top_p: Cumulative probability of the tokens that may be drawn: the fewest of those that `top_k` and
+            `min_p` leave which hold this share of them. Confidence stays that of the whole, untempered
             softmax.
-        trace: tell every commit and every remasking.
-        priority: the lower, the sooner; each minute of waiting counts as one.
-
-    The other fields are not supported yet and refused unless neutral.
+        min_p: Smallest probability of a token that may be drawn, as a share of the largest.
+        logit_bias: Bias in -100 to 100 by token id, added to the logits before everything else.
+        allowed_token_ids: Ids that may be proposed. None: all.
+        bad_token_ids: Ids that are never proposed.
+        cfg_scale: Weight w of classifier-free guidance: logits u + (w + 1)(l - u), with u computed on the
+            same canvas without its prompt. Guidance doubles the rows of a forward.
+        suppress_eos: Never propose the model's end-of-sequence ids (`logits_eos_inf` of LLaDA).
+        suppress_eos_confidence: Rank a proposed end of sequence or turn last (`confidence_eos_eot_inf` of
+            LLaDA).
+        seed: Random seed. None: derived from `LLM(seed)` and the request's index, and reported as
+            `CompletionOutput.seed`.
+        n: Number of samples. Each sample has its own random numbers. `LLM(max_n)` is the ceiling.
+        ignore_eos: Continue after the model's end-of-sequence tokens.
+        stop: Strings that end the text at their first occurrence; the text before it is returned. The engine
+            looks for them when a block is finished. A string that is the text of a special token stands for
+            its id. `LLM(max_stop_strings, max_stop_len)` are the ceilings.
+        stop_token_ids: Ids that end the text like the model's own end-of-sequence tokens.
+        include_stop_str_in_output: Keep the stop string or stop token in the text.
+        logprobs: 0 or 1: report the log-probability of each token at its commit, of the whole, untempered
+            softmax.
+        trace: Report every commit and every remasking.
+        priority: Lower values run first. A minute of waiting lowers the value by one.
+        repetition_penalty: Not supported; 1.0 is accepted.
+        presence_penalty: Not supported; 0.0 is accepted.
+        frequency_penalty: Not supported; 0.0 is accepted.
     """
 
     max_tokens: Annotated[int, Meta(ge=1)] = 128
@@ -92,7 +95,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     suppress_eos_confidence: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=1)] | None = None
     trace: bool = False
-    # Not supported yet (see NEUTRAL).
+    # Not supported (see NEUTRAL).
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -109,7 +112,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return cls(**fields)
 
 
-# The values of unsupported fields that change nothing and are therefore accepted.
+# Values of unsupported fields that are accepted, because they change nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "repetition_penalty": (1.0,),
     "presence_penalty": (0.0,),
@@ -118,7 +121,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Validated parameters of one request with nothing left to default (but the seed)."""
+    """Validated parameters of one request. All defaults but the seed are filled in."""
 
     max_tokens: int
     block_length: int
@@ -150,15 +153,15 @@ def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(params: SamplingParams | Mapping[str, Any] | None, **overrides: Any) -> ResolvedParams:
-    """Validates what a user wrote and fills in the defaults.
+    """Validates sampling parameters and fills in the defaults.
 
     Args:
-        params: an object, or its JSON form as a dict (which may name a `preset`); with NumPy values, too.
+        params: an object, or its JSON form as a dict, which may name a `preset`. NumPy values are accepted.
         overrides: fields that win over those of `params`.
 
     Raises:
-        InvalidRequest: naming the field, for an unknown field, a wrong type, a value out of range, fields
-            that contradict each other or that are not supported yet.
+        InvalidRequest: a field is unknown, of the wrong type, out of range, not supported or contradicts
+            another one; the error names the field.
     """
     if params is None:
         params = SamplingParams()

@@ -1,6 +1,6 @@
-"""Plain Python values from what NumPy, pandas, Arrow and iterators hand over.
+"""Converts values of NumPy, pandas, Arrow and iterators to plain Python values.
 
-Users pass columns, arrays, NumPy numbers and generators where the engine wants lists, integers and text. None
+Users pass columns, arrays, NumPy numbers and generators where the engine needs lists, integers and text. None
 of these libraries is imported: arrays, columns and scalars have `tolist`, `to_list`, `to_pylist` or `as_py`.
 """
 
@@ -16,12 +16,12 @@ _PLAIN = frozenset({int, str, float, bool, type(None)})
 
 
 def plain(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """The value with lists for sequences, arrays, columns and iterators and dicts for mappings, all through.
+    """Converts sequences, arrays, columns and iterators to lists and mappings to dicts, at every level.
 
     Args:
-        value: anything; what stands for no plain value stays as it is, and so does an iterator of more than
-            `MAX_ITERATED` entries.
-        depth: levels to look at; deeper ones stay as they are.
+        value: anything. A value without a plain form is returned unchanged, and so is an iterator of more
+            than `MAX_ITERATED` entries.
+        depth: levels to convert; deeper ones are left unchanged.
     """
     if type(value) in _PLAIN or depth == 0:
         return value
@@ -45,13 +45,13 @@ def _plain_key(key: Any) -> Any:
 
 
 def listed(value: Any, limit: int | None = None) -> list[Any] | None:
-    """The entries of a sequence, an array, a column or an iterator; None: the value is none of these.
+    """The entries of a sequence, an array, a column or an iterator; None for any other value.
 
-    Sets, which have no order, and data frames, whose entries are the names of columns, are none of these.
+    Sets, which have no order, and data frames, whose entries are names of columns, count as other values.
 
     Args:
         value: anything.
-        limit: entries to take at most; None: all.
+        limit: maximum number of entries; None: all.
     """
     if isinstance(value, str | bytes | bytearray):
         return None
@@ -62,7 +62,7 @@ def listed(value: Any, limit: int | None = None) -> list[Any] | None:
 
 
 def _converted(value: Any) -> Any:
-    """What an array, a column or a scalar of theirs makes of itself; other values stay as they are."""
+    """The plain form of an array, a column or a scalar; other values unchanged."""
     for name in ("tolist", "to_list", "to_pylist", "as_py"):
         method = None if isinstance(value, type) else getattr(value, name, None)
         if callable(method):

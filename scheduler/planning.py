@@ -1,7 +1,7 @@
-"""The rules of scheduling as pure functions: who goes before whom, who shares a burst, how long it is.
+"""The rules of scheduling as pure functions: the order of the queue, who shares a burst, its length.
 
-`Scheduler` holds the live requests and asks here. Nothing in this file keeps state, so every rule can be
-tested by itself.
+`Scheduler` holds the live requests and calls these functions. They keep no state, so that each rule can be
+tested alone.
 """
 
 from __future__ import annotations
@@ -12,54 +12,54 @@ from typing import NamedTuple, TypeAlias
 from remask.scheduler.canvas import Canvas
 from remask.scheduler.policies import tag
 
-AGEING_SECONDS = 60.0  # a request that has waited so much longer overtakes one priority class
-MAX_BURST = 8  # steps: long enough to hide the host, short enough to let newcomers in
-BURST_SECONDS = 0.2  # a burst gets no longer for the sake of the host, whose share is lost in it
+AGEING_SECONDS = 60.0  # of waiting make up for one priority class
+MAX_BURST = 8  # steps: long enough to hide the host, short enough to admit new requests soon
+BURST_SECONDS = 0.2  # longer bursts gain nothing: the host's share of one is negligible
 # If workers launch a burst while another runs, a shorter one hides the host, and computes fewer rows of
-# canvases that have ended.
+# finished canvases.
 OVERLAPPED_BURST_SECONDS = 0.05
-WAITING_BURST_SECONDS = 0.05  # while others wait for a place; they wait for a step in any case
-MAX_PASSED = 32  # canvases that do not fit before the search for smaller ones ends
-REGROW_AFTER = 64  # bursts in a row that fit a worker's memory before it gets larger ones again
+WAITING_BURST_SECONDS = 0.05  # maximum while other canvases wait, but at least one step
+MAX_PASSED = 32  # canvases to skip before the search for smaller ones ends
+REGROW_AFTER = 64  # consecutive bursts that fit a worker's memory before its budget doubles
 
 Order: TypeAlias = tuple[float, int]
 
 
 class Budget(NamedTuple):
-    """What a burst may hold; one canvas that is larger runs alone."""
+    """The maximum size of a burst. A canvas that exceeds it runs alone."""
 
     max_num_rows: int
     max_num_seqs: int
 
 
 class Allowance(NamedTuple):
-    """What a worker gets: the engine's budget, or less after a burst that did not fit its memory."""
+    """The budget of one worker: the engine's, or less after a burst that did not fit its memory."""
 
     budget: Budget
-    num_fitting: int = 0  # bursts in a row that fitted since the budget last changed
+    num_fitting: int = 0  # consecutive bursts that fitted since the budget last changed
 
 
 class Pace(NamedTuple):
-    """How fast a worker was in its last burst."""
+    """The speed of a worker in its last burst."""
 
     step_seconds: float
     num_rows: int  # of a step
 
     def step_seconds_of(self, num_rows: int) -> float:
-        """Seconds of a step of that many rows: in proportion if they are more. Not less if they are fewer: a
-        small step waits for weights and not for arithmetic."""
+        """Estimated seconds of a step of `num_rows` rows: proportional for more rows, constant for fewer,
+        because a small step waits for weights and not for arithmetic."""
         return self.step_seconds * max(1.0, num_rows / self.num_rows)
 
 
 def order_of(priority: int, arrival_time: float, ordinal: int) -> Order:
-    """The place in the queue: the lower goes first.
+    """The sort key of a canvas in the queue; the lowest runs first.
 
-    A request's standing is its priority less one class for every `AGEING_SECONDS` it has waited. All age at
-    the same rate, so who precedes whom never changes: the key is fixed on arrival, a queue need not be sorted
-    again, and a lower class waits for a bounded time however many of a higher class arrive.
+    The effective priority of a request is its priority less one for every `AGEING_SECONDS` that it has
+    waited. All requests age at one rate, so their order never changes: the key is fixed on arrival, the queue
+    is never sorted again, and a request of a low class waits for a bounded time.
 
     Args:
-        priority: the lower, the more urgent.
+        priority: lower values are more urgent.
         arrival_time: monotonic seconds.
         ordinal: breaks ties; first come, first served.
     """
@@ -67,10 +67,10 @@ def order_of(priority: int, arrival_time: float, ordinal: int) -> Order:
 
 
 def take(candidates: Iterable[Canvas], budget: Budget) -> tuple[list[Canvas], list[Canvas]]:
-    """The first of the queue that fit the budget, at least one canvas, and those that were passed over.
+    """The first canvases of the queue that fit the budget (at least one), and those that were skipped.
 
-    A canvas that does not fit lets later ones use the room that is left. That costs it nothing: nobody holds
-    a place, the next burst asks it again before them, and only those before it can keep it waiting.
+    Later canvases may use the space that a canvas which does not fit leaves. This does not delay it: the next
+    burst considers it before them again, and only canvases before it can keep it waiting.
     """
     taken: list[Canvas] = []
     passed: list[Canvas] = []
@@ -88,10 +88,10 @@ def take(candidates: Iterable[Canvas], budget: Budget) -> tuple[list[Canvas], li
 
 
 def split(suspects: Sequence[Canvas]) -> tuple[list[Canvas], list[Canvas]]:
-    """Two groups of suspected canvases; the first is empty if there is only one.
+    """Splits suspected canvases into two groups; the first is empty if there is one canvas.
 
-    Who has never run is suspected before who has, so the two kinds are told apart first. Among equals, those
-    of a policy stand side by side: what one canvas fails of, others with its policy may fail of.
+    Canvases that have never run are separated from the others first, because they are likelier to be at
+    fault. Otherwise canvases with equal policies stay together: they may fail for the same reason.
     """
     fresh = [canvas for canvas in suspects if not canvas.state.num_forwards]
     proven = [canvas for canvas in suspects if canvas.state.num_forwards]
@@ -110,16 +110,18 @@ def burst_len(
     step_seconds: float,
     max_seconds: float = BURST_SECONDS,
 ) -> int:
-    """Steps of a burst: doubling as long as nobody arrives, and no more than fit `max_seconds`, because no
-    other worker can take the canvases of a burst. While others wait for a place: as many as are over in
+    """The number of steps of a burst.
+
+    It doubles with each burst without an arrival, within `max_seconds`, because no other worker can take the
+    canvases of a burst. While ready canvases wait that did not fit, a burst lasts at most
     `WAITING_BURST_SECONDS`.
 
     Args:
-        fixed: what the user asked for; None: adapt.
-        others_wait: whether somebody is ready who did not fit.
+        fixed: the number of steps that the user has set; None: adapt.
+        others_wait: whether ready canvases did not fit.
         num_quiet: bursts since the last arrival.
-        step_seconds: what a step is expected to take; 0: not known.
-        max_seconds: how long a burst may last.
+        step_seconds: estimated seconds of a step; 0: unknown.
+        max_seconds: maximum duration of a burst.
     """
     if fixed is not None:
         return fixed
@@ -131,10 +133,10 @@ def burst_len(
 
 
 def shrink(allowance: Allowance, *, num_rows: int, num_seqs: int) -> Allowance:
-    """What a worker gets after a burst of that size did not fit its memory: at most half of it.
+    """The allowance of a worker after a burst of this size did not fit its memory: at most half of it.
 
-    So a few failures in a row lead to bursts of a single canvas, whatever it is that does not fit. A canvas
-    that failed alone says nothing about how many fit together.
+    A few consecutive failures thus lead to bursts of a single canvas. A canvas that failed alone does not
+    reduce the number of canvases, because it says nothing about how many fit together.
     """
     rows, seqs = allowance.budget
     rows = max(1, min(rows, num_rows // 2))
@@ -142,10 +144,10 @@ def shrink(allowance: Allowance, *, num_rows: int, num_seqs: int) -> Allowance:
 
 
 def regrow(allowance: Allowance, full: Budget) -> Allowance:
-    """What a worker gets after one that fitted: after `REGROW_AFTER` in a row twice as much, up to `full`.
+    """The allowance after a burst that fitted: doubled after `REGROW_AFTER` consecutive ones, up to `full`.
 
-    Memory may be short for a while only, because others use the device; and where it stays short, one burst
-    in so many is lost on finding out.
+    Memory may be short only for a while, because other processes use the device. If it stays short, probing
+    costs one failed burst in every `REGROW_AFTER`.
     """
     (rows, seqs), num_fitting = allowance.budget, allowance.num_fitting + 1
     if num_fitting < REGROW_AFTER:

@@ -1,4 +1,4 @@
-"""A request inside the engine: the canvases of its samples, and when all of them have ended."""
+"""A request inside the engine: one prompt and the canvases of its samples."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Request:
     """One prompt with its n canvases, validated and ready to be scheduled.
 
     Attributes:
-        priority: the lower, the sooner.
-        find_stop: looks for a stop string in the finished blocks of a canvas, which pauses at the end of
-            each; None: there are none.
+        priority: lower values run first.
+        find_stop: searches the finished blocks of a canvas, which pauses at the end of each, for a stop
+            string; None: the request has none.
         stop_token_ids: ids that end a text besides the model's own.
-        include_stop_in_text: whether the text shows what stopped it.
-        logprobs: whether the output tells log-probabilities.
-        arrival_time: monotonic seconds at which the engine took it.
-        finish_time: monotonic seconds at which its last canvas finished; None before.
+        include_stop_in_text: whether the text keeps the stop string or token.
+        logprobs: whether the output has log-probabilities.
+        arrival_time: monotonic seconds when the engine accepted it.
+        finish_time: monotonic seconds when its last canvas finished; None before.
         num_open: canvases that have not finished.
-        failure: why it ended without finishing; None if it has finished or goes on.
+        failure: the error that ended the request; None if it has finished or is live.
     """
 
     request_id: str
@@ -47,7 +47,7 @@ class Request:
 
     @property
     def num_canvas_tokens(self) -> int:
-        """Slots of its canvases together."""
+        """Total slots of its canvases."""
         return sum(canvas.spec.canvas_len for canvas in self.canvases)
 
     @property
@@ -56,7 +56,7 @@ class Request:
         return str(self.failure) if self.failure is not None else None
 
     def settle(self, canvas: Canvas, state: CanvasState) -> CanvasState:
-        """What a burst made of a canvas, ended where a block has brought a stop string."""
+        """The state of a canvas after a burst, marked as finished if a block has completed a stop string."""
         if self.find_stop is None or state.block == canvas.state.block:
             return state
         canvas.text_stop = self.find_stop(canvas, state)

@@ -1,8 +1,9 @@
-"""How a proposal is made from a row's logits: what a canvas keeps of its request's sampling parameters."""
+"""The sampling parameters of a canvas: how a proposal is made from a row's logits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -14,37 +15,37 @@ BIAS = np.dtype([("id", "<i4"), ("bias", "<f4")])
 
 
 def id_bytes(ids: Iterable[int]) -> bytes:
-    """Token ids as they travel: int32, each once, in ascending order."""
+    """Token ids on the wire: int32, unique, in ascending order."""
     return np.unique(np.fromiter(ids, TOKEN)).tobytes()
 
 
 def id_array(ids: bytes) -> NDArray[np.int32]:
-    """The ids that `id_bytes` has packed."""
+    """The ids in the bytes that `id_bytes` returns."""
     return np.frombuffer(ids, TOKEN)
 
 
 def bias_bytes(biases: Mapping[int, float]) -> bytes:
-    """What is added to the logits of ids as it travels: `BIAS` [ids], in ascending order of the ids."""
+    """Biases of logits on the wire: `BIAS` [ids], in ascending order of the ids."""
     return np.array(sorted(biases.items()), BIAS).tobytes()
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Edits of the logits, then filters and the draw, then what ranking may see.
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """Edits of the logits, filters and temperature of the draw, and the softmax that ranks.
 
-    Lists of ids are bytes, because they may hold a whole vocabulary and travel with every burst.
+    Lists of ids are bytes, because they may hold a whole vocabulary and are sent with every burst.
 
     Attributes:
         cfg_scale: guidance w: logits u + (w + 1)(l - u), u of a second row that sees fixed tokens as masks.
         logit_bias: added to the logits of ids; see `bias_bytes`.
         banned_ids: their logits are -inf; see `id_bytes`.
-        allowed_ids: the logits of all others are -inf; empty: all are allowed; see `id_bytes`.
+        allowed_ids: the logits of all other ids are -inf; empty: all ids are allowed; see `id_bytes`.
         temperature: 0 takes the most probable token.
         top_k, top_p, min_p: which tokens may be drawn at a temperature, of the tempered softmax: the k most
             probable (0: all), those of at least `min_p` of the largest probability, and of these the fewest
             whose share is at least `top_p`.
-        rank: what confidence means: the probability of the token drawn, or the row's largest.
-        ranks_as_drawn: what is ranked are probabilities after temperature and filters.
-        unranked_ids: their logits are -inf for ranking only: such a proposal ranks with confidence 0.
+        rank: meaning of confidence: the probability of the drawn token, or the row's largest.
+        ranks_as_drawn: rank by the probabilities after temperature and filters.
+        unranked_ids: their logits are -inf for ranking only; a proposal of such an id has confidence 0.
     """
 
     cfg_scale: float = 0.0
@@ -59,18 +60,18 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ranks_as_drawn: bool = False
     unranked_ids: list[int] = []
 
-    @property
+    @cached_property
     def filters(self) -> bool:
-        """Whether a part of the vocabulary counts for what is drawn or ranked."""
+        """Whether filters leave out a part of the vocabulary when tokens are drawn or ranked."""
         uses_heat = self.temperature > 0 or self.ranks_as_drawn
         return uses_heat and (self.top_p < 1 or self.min_p > 0 or self.top_k > 0)
 
-    @property
+    @cached_property
     def reranks(self) -> bool:
-        """Whether another softmax than the untempered one is ranked by."""
+        """Whether positions are ranked by a softmax other than the untempered one."""
         return self.ranks_as_drawn or bool(self.unranked_ids)
 
-    @property
+    @cached_property
     def edits(self) -> bool:
         """Whether logits are changed before everything else."""
         return bool(self.cfg_scale > 0 or self.logit_bias or self.banned_ids or self.allowed_ids)

@@ -66,6 +66,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_exactly_the_tree(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -108,6 +109,7 @@ def named_distributions(wheel: Path) -> dict[str, Distribution]:
     return found
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_the_demo_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     """With exactly the dependencies that its metadata names: an environment of links to what is installed."""
     home = tmp_path / "environment"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
@@ -61,56 +64,54 @@ class BurstState(HoldsTensors):
     ) -> None:
         self.specs = specs
 
-        def ints(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64)
+        def table(values: Sequence[Any], dtype: DTypeLike = np.int64) -> Tensor:
+            return torch.from_numpy(np.array(values, dtype))
 
-        sequences = [state.token_array() for state in states]
-        self.cu_tokens = np.cumsum([0, *map(len, sequences)]).tolist()
+        flat = np.frombuffer(b"".join([state.tokens for state in states]), TOKEN)
+        self.cu_tokens = [0, *itertools.accumulate(state.sequence_len for state in states)]
         more = max(0, room.main_rows - self.cu_tokens[-1])
-        flat = np.concatenate([*sequences, np.zeros(more + 1, dtype=TOKEN)])
-        self.tokens = torch.from_numpy(flat.astype(np.int64))
+        self.tokens = torch.from_numpy(np.concatenate([flat, np.zeros(more + 1, np.int64)]))
         canvas_lens = [spec.canvas_len for spec in specs]
         self.num_slots = max(*canvas_lens, room.canvas_len)
-        self.canvas_len, self.block_len = ints(canvas_lens), ints([spec.block_length for spec in specs])
+        self.canvas_len, self.block_len = table(canvas_lens), table([spec.block_length for spec in specs])
         self.max_block_len = max(*(spec.block_length for spec in specs), room.widest)
-        slots = [np.frombuffer(spec.slots, TOKEN) for spec in specs]
-        rows = [own.astype(np.int64) + start for own, start in zip(slots, self.cu_tokens, strict=False)]
-        self.slot_rows = self._table(rows, fill=self.cu_tokens[-1])
-        self.confidences = self._table([np.frombuffer(s.confidences, REAL) for s in states], fill=0.0)
-        self.logprobs = self._table([np.frombuffer(s.logprobs, REAL) for s in states], fill=0.0)
-        self.commit_steps = self._table(
-            [np.frombuffer(s.commit_steps, TOKEN).astype(np.int64) for s in states], fill=0
+        is_slot = np.arange(self.num_slots + 1) < np.array(canvas_lens)[:, None]
+        rows = np.concatenate([spec.slot_array for spec in specs]) + np.repeat(
+            self.cu_tokens[:-1], canvas_lens
         )
-        self.block = ints([state.block for state in states])
-        self.num_forwards = ints([state.num_forwards for state in states])
-        self.block_forwards = ints([state.num_block_forwards for state in states])
-        self.finished = torch.tensor([state.finished for state in states])
-        self.pauses = torch.tensor([spec.pause_at_blocks for spec in specs])
-        self.fault = ints([state.fault for state in states])
+        self.slot_rows = _table(rows, is_slot, np.int64, fill=self.cu_tokens[-1])
+        self.confidences, self.logprobs = (
+            _table(np.frombuffer(b"".join(parts), REAL), is_slot, np.float32)
+            for parts in ([s.confidences for s in states], [s.logprobs for s in states])
+        )
+        steps = np.frombuffer(b"".join([state.commit_steps for state in states]), TOKEN)
+        self.commit_steps = _table(steps, is_slot, np.int64)
+        self.block = table([state.block for state in states])
+        self.num_forwards = table([state.num_forwards for state in states])
+        self.block_forwards = table([state.num_block_forwards for state in states])
+        self.finished = table([state.finished for state in states], np.bool_)
+        self.pauses = table([spec.pause_at_blocks for spec in specs], np.bool_)
+        self.fault = table([state.fault for state in states])
         self.errors = {i: state.error for i, state in enumerate(states) if state.error}
         self.paused = self.finished | (self.fault > 0)
-        self.always_commits = torch.tensor([spec.always_commits for spec in specs])
+        self.always_commits = table([spec.always_commits for spec in specs], np.bool_)
         self.sampling = SamplingTables([spec.sampling for spec in specs])
-        self.keys = stream_keys(ints([spec.seed for spec in specs]), ints([spec.sample for spec in specs]))
+        self.keys = stream_keys(table([spec.seed for spec in specs]), table([spec.sample for spec in specs]))
         self.stops = StopIds([spec.stop_ids for spec in specs], room.num_stops)
         self.unmask = group_policies(
-            [spec.unmask for spec in specs], [spec.unmask_params() for spec in specs], room
+            [spec.unmask for spec in specs], [spec.unmask_params for spec in specs], room
         )
         self.remask = group_policies(
-            [spec.remask for spec in specs], [spec.remask_params() for spec in specs], room
+            [spec.remask for spec in specs], [spec.remask_params for spec in specs], room
         )
-        self.reads_committed = torch.tensor([spec.reads_committed_rows for spec in specs])
-        self.verifies = torch.tensor([spec.verifies for spec in specs])
-        self.random_streams = frozenset[str]().union(
-            *(policy.random_streams() for spec in specs for policy in spec.policies)
-        )
-        self.needs = frozenset[str]().union(
-            *(policy.head_needs() for spec in specs for policy in spec.policies)
-        )
+        self.reads_committed = table([spec.reads_committed_rows for spec in specs], np.bool_)
+        self.verifies = table([spec.verifies for spec in specs], np.bool_)
+        self.random_streams = frozenset[str]().union(*(spec.random_streams for spec in specs))
+        self.needs = frozenset[str]().union(*(spec.head_needs for spec in specs))
         self.memory = [self._unpack_memory(group, states) for group in self.remask]
-        self.bans_removed = torch.tensor([spec.bans_removed for spec in specs])
+        self.bans_removed = table([spec.bans_removed for spec in specs], np.bool_)
         self.removed = self._unpack_removed(states) if any(spec.bans_removed for spec in specs) else None
-        self.events = EventLog(specs, states)
+        self.events = EventLog(specs)
 
     @property
     def device(self) -> torch.device:
@@ -133,12 +134,6 @@ class BurstState(HoldsTensors):
             num_held = int((self.removed >= 0).sum(2).max())
             room = num_held + (num_steps + 1) // 2 - self.removed.shape[2]
             self.removed = torch.nn.functional.pad(self.removed, (0, max(0, room)), value=-1)
-
-    def _table(self, rows: Sequence[np.ndarray], fill: float) -> Tensor:
-        table = np.full((len(rows), self.num_slots + 1), fill, dtype=rows[0].dtype)
-        for line, row in zip(table, rows, strict=True):
-            line[: len(row)] = row
-        return torch.from_numpy(table)
 
     def active_slots(self) -> tuple[Tensor, Tensor]:
         """Slots [R, B] of the active blocks (the padding column where there is none), and which are valid."""
@@ -179,7 +174,7 @@ class BurstState(HoldsTensors):
         confidences, logprobs = results.confidences.numpy(), results.logprobs.numpy()
         commit_steps = results.commit_steps.numpy().astype(TOKEN)
         counters = results.counters.tolist()
-        memories, events = self._pack_memory(results.memory), self.events.pack(results.events)
+        memories = self._pack_memory(results.memory)
         states = []
         for i, spec in enumerate(self.specs):
             length = spec.canvas_len
@@ -192,7 +187,6 @@ class BurstState(HoldsTensors):
                     commit_steps=commit_steps[i, :length].tobytes(),
                     memory=memories[i],
                     removed=self._pack_removed(i, results.removed),
-                    events=events.get(i, b""),
                     block=block,
                     num_forwards=num_forwards,
                     num_block_forwards=block_forwards,
@@ -203,26 +197,19 @@ class BurstState(HoldsTensors):
             )
         return states
 
-    def _memory_slices(self, canvas: int) -> dict[str, slice]:
-        """Where each field stands in a canvas's memory bytes (counted in numbers)."""
-        spec, start, slices = self.specs[canvas], 0, {}
-        for field in spec.memory_fields:
-            end = start + (spec.block_length if field.per_slot else 1)
-            slices[field.name] = slice(start, end)
-            start = end
-        return slices
-
     def _unpack_memory(self, group: PolicyGroup, states: Sequence[CanvasState]) -> Memory:
         memory = group.initial_memory(self.max_block_len)
-        for place, canvas in enumerate(group.members if memory else ()):
-            numbers, slices = np.frombuffer(states[canvas].memory, REAL), self._memory_slices(canvas)
+        block_lens = np.array([self.specs[canvas].block_length for canvas in group.members])
+        for block_len in np.unique(block_lens) if memory else ():
+            (places,) = (block_lens == block_len).nonzero()
+            held = b"".join([states[group.members[place]].memory for place in places])
+            numbers = np.frombuffer(held, REAL).reshape(len(places), -1)
             for field in group.memory_fields:
-                values = torch.from_numpy(numbers[slices[field.name]].copy())
-                target = memory[field.name][place]
+                own, numbers = np.split(numbers, [block_len if field.per_slot else 1], axis=1)
                 if field.per_slot:
-                    target[: len(values)] = values
+                    memory[field.name].numpy()[places, :block_len] = own
                 else:
-                    target.copy_(values[0])
+                    memory[field.name].numpy()[places] = own[:, 0]
         return memory
 
     def _pack_memory(self, memories: Sequence[Memory]) -> list[bytes]:
@@ -253,3 +240,10 @@ class BurstState(HoldsTensors):
             return b""
         own = removed[canvas, : self.specs[canvas].block_length].numpy()
         return own[:, : (own >= 0).sum(1).max()].astype(TOKEN).tobytes()
+
+
+def _table(values: np.ndarray, is_slot: np.ndarray, dtype: DTypeLike, fill: float = 0) -> Tensor:
+    """The values of all canvases one behind the other as a table: where `is_slot` [R, G + 1], else `fill`."""
+    table = np.full(is_slot.shape, fill, dtype)
+    table[is_slot] = values
+    return torch.from_numpy(table)

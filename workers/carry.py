@@ -40,12 +40,6 @@ class Carried:
     memory: dict[PolicyKind, tuple[list[int], Memory]]
 
 
-def can_carry(state: BurstState, canvases: Sequence[int]) -> bool:
-    """Whether a burst's canvases can be moved: not those whose lists grow from burst to burst, which the host
-    keeps (traces, and tokens that may not be proposed again)."""
-    return state.removed is None and not any(state.specs[canvas].trace for canvas in canvases)
-
-
 def take(state: BurstState, canvases: Sequence[int]) -> Carried:
     """What some canvases of a burst hold when its enqueued steps are over.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remask.scheduler.canvas import EVENT, CanvasSpec, CanvasState
+from remask.scheduler.canvas import EVENT, CanvasSpec
 from remask.workers.staging import HoldsTensors
 
 
@@ -19,10 +19,9 @@ class EventLog(HoldsTensors):
         canvases: int64: which canvases of the burst are traced.
     """
 
-    def __init__(self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState]) -> None:
-        traced = [canvas for canvas, spec in enumerate(specs) if spec.trace]
-        self.canvases = torch.tensor(traced, dtype=torch.int64)
-        self._packed = {canvas: states[canvas].events for canvas in traced}
+    def __init__(self, specs: Sequence[CanvasSpec]) -> None:
+        self._traced = [canvas for canvas, spec in enumerate(specs) if spec.trace]
+        self.canvases = torch.tensor(self._traced, dtype=torch.int64)
         self._steps: list[tuple[Tensor, ...]] = []
 
     def add(
@@ -54,10 +53,11 @@ class EventLog(HoldsTensors):
         return [torch.stack(parts, 1) for parts in zip(*steps, strict=True)]
 
     def pack(self, taken: list[Tensor]) -> dict[int, bytes]:
-        """All events of each traced canvas, by step and slot; `taken` are the last, on the host."""
+        """EVENT records of each traced canvas, by step and slot; `taken` are on the host."""
+        packed: dict[int, bytes] = {}
         if taken:
             fields = [part.numpy() for part in taken]
-            for place, canvas in enumerate(self._packed):
+            for place, canvas in enumerate(self._traced):
                 step, slot, token, confidence, commit, remask = (field[place] for field in fields)
                 happened = commit | remask
                 events = np.empty(int(happened.sum()), dtype=EVENT)
@@ -69,5 +69,5 @@ class EventLog(HoldsTensors):
                     ("is_commit", commit),
                 ):
                     events[name] = values[happened]
-                self._packed[canvas] += events.tobytes()
-        return self._packed
+                packed[canvas] = events.tobytes()
+        return packed

@@ -28,7 +28,8 @@ from remask.workers.ray_actor import QUEUE_DEPTH
 from remask.workers.ray_pool import Held, WorkerPool, explain, is_ready
 from remask.workers.ray_resources import WorkerResources, check_num_gpus
 from remask.workers.ray_session import RaySession
-from remask.workers.start import WorkerSetup, row_budget
+from remask.workers.setup import WorkerSetup
+from remask.workers.start import row_budget
 
 OLDEST_RAY = (2, 52)
 

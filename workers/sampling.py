@@ -7,9 +7,11 @@ no table for it and does no work for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.sampling import BIAS, TOKEN, Sampling
@@ -87,19 +89,21 @@ class SamplingTables(HoldsTensors):
     """
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:
-        def reals(name: str) -> Tensor:
-            return torch.tensor([float(getattr(s, name)) for s in samplings])
+        def table(values: list[Any], dtype: DTypeLike) -> Tensor:
+            return torch.from_numpy(np.array(values, dtype))
 
-        self.temperature, self.top_p, self.min_p = reals("temperature"), reals("top_p"), reals("min_p")
-        self.cfg_scale = reals("cfg_scale")
-        self.top_k = torch.tensor([s.top_k for s in samplings])
-        self.rank_by_top = torch.tensor([s.rank == "top" for s in samplings])
-        self.ranks_as_drawn = torch.tensor([s.ranks_as_drawn for s in samplings])
+        self.temperature = table([s.temperature for s in samplings], np.float32)
+        self.top_p = table([s.top_p for s in samplings], np.float32)
+        self.min_p = table([s.min_p for s in samplings], np.float32)
+        self.cfg_scale = table([s.cfg_scale for s in samplings], np.float32)
+        self.top_k = table([s.top_k for s in samplings], np.int64)
+        self.rank_by_top = table([s.rank == "top" for s in samplings], np.bool_)
+        self.ranks_as_drawn = table([s.ranks_as_drawn for s in samplings], np.bool_)
         self.entropy_floor = torch.where(self.ranks_as_drawn, 1e-10, 0.0)
         filters, reranked = [s.filters for s in samplings], [s.reranks for s in samplings]
-        self.filters, self.any_filter = torch.tensor(filters), any(filters)
+        self.filters, self.any_filter = table(filters, np.bool_), any(filters)
         self.any_narrowed = any(s.ranks_as_drawn and s.filters for s in samplings)
-        self.reranked, self.any_reranked = torch.tensor(reranked), any(reranked)
+        self.reranked, self.any_reranked = table(reranked, np.bool_), any(reranked)
         self.any_hot = any(s.temperature > 0 for s in samplings)
         self.edits = LogitEdits(samplings) if any(any(edit_lists(s)) for s in samplings) else None
         self.unranked = _padded([s.unranked_ids for s in samplings])

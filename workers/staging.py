@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
+import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +32,12 @@ def mapped(tree: Tree, function: Callable[[Tensor], Tensor]) -> Tree:
     """A copy of a tree with each tensor replaced, in a fixed order.
 
     Trees are tensors, lists, tuples and dicts of trees, dataclasses and `HoldsTensors` with trees as
-    attributes, and anything else, which is kept.
+    attributes, and anything else, which is kept. A list or tuple that begins with a number, a text or a
+    struct has no tensors.
     """
     value: Any = tree
+    if isinstance(value, list | tuple) and value and isinstance(value[0], int | str | msgspec.Struct):
+        return tree
     if isinstance(value, Tensor):
         return function(value)  # type: ignore[return-value]
     if isinstance(value, list):
@@ -70,10 +75,12 @@ class Buffer(NamedTuple):
     Attributes:
         words: uint8 [bytes].
         views: the tensors in it.
+        starts: their offsets in bytes.
     """
 
     words: Tensor
     views: list[Tensor]
+    starts: list[int]
 
 
 def signature(tensors: list[Tensor]) -> Signature:
@@ -88,27 +95,32 @@ def new_buffer(tensors: list[Tensor], device: torch.device) -> Buffer:
         starts.append(end)
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     words = torch.empty(end, dtype=torch.uint8, device=device)
-    return Buffer(words, _views(words, tensors, starts))
+    return Buffer(words, _views(words, tensors, starts), starts)
 
 
 def load(tree: Tree, buffer: Buffer) -> Tree:
-    """The tree with its tensors in the buffer, which has been made for such; returns before they are there.
+    """The tree with its tensors in a buffer for its signature. Returns before the copy has ended.
 
-    What ran on the device before has read the buffer to the end: copies keep their turn.
+    Reusing the buffer is safe: the copy is ordered on the stream after every kernel that reads it.
     """
-    host = torch.empty(buffer.words.shape, dtype=torch.uint8, pin_memory=buffer.words.is_cuda)
-    tensors = tensors_of(tree)
-    starts = [view.data_ptr() - buffer.words.data_ptr() for view in buffer.views]
-    for own, tensor in zip(_views(host, tensors, starts), tensors, strict=True):
-        own.copy_(tensor)
-    buffer.words.copy_(host, non_blocking=True)
-    views = iter(buffer.views)
-    return mapped(tree, lambda _: next(views))
+    return _load(tree, tensors_of(tree), buffer)
 
 
 def to_device(tree: Tree, device: torch.device) -> Tree:
-    """The tree with its tensors in one piece of memory of the device; returns before they are there."""
-    return load(tree, new_buffer(tensors_of(tree), device))
+    """The tree with its tensors in one new piece of memory of the device. Returns before the copy has
+    ended."""
+    tensors = tensors_of(tree)
+    return _load(tree, tensors, new_buffer(tensors, device))
+
+
+def _load(tree: Tree, tensors: list[Tensor], buffer: Buffer) -> Tree:
+    host = torch.empty(buffer.words.shape, dtype=torch.uint8, pin_memory=buffer.words.is_cuda)
+    words = host.numpy()
+    for tensor, start in zip(tensors, buffer.starts, strict=True):
+        words[start : start + tensor.nbytes] = tensor.numpy().reshape(-1).view(np.uint8)
+    buffer.words.copy_(host, non_blocking=True)
+    views = iter(buffer.views)
+    return mapped(tree, lambda _: next(views))
 
 
 class Fetched(Generic[Tree]):

@@ -15,21 +15,8 @@ from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import TransformerDenoiser, denoiser_of, pick_device
 from remask.workers.models.load import load_model
 from remask.workers.models.shared import SharedWeights, model_of
+from remask.workers.setup import WorkerSetup
 from remask.workers.worker import Worker
-
-
-class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a worker is started with; the fields are arguments of `LLM`."""
-
-    model: str  # a directory, on the worker's own node
-    dtype: str
-    device: str
-    load_format: str
-    batch_invariant: bool
-    max_num_rows: int | None
-    attention_backend: str
-    quantization: str | None
-    gpu_memory_utilization: float
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import msgspec
 import torch
 
-from remask.scheduler.canvas import CanvasState
+from remask.scheduler.canvas import CanvasSpec, CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.burst import BurstState, Results
-from remask.workers.carry import can_carry, put, take
+from remask.workers.carry import put, take
 from remask.workers.device import on_device
 from remask.workers.enqueue import StepQueue
 from remask.workers.graphs import Shape, StepGraphs
@@ -66,10 +68,10 @@ class Launched:
         num_canvases: how many of the state's canvases are the burst's; the others pad it.
         state: the canvases.
         steps: its steps.
-        before: the burst before it, until that has been waited for.
         results: what the burst leaves behind, once all its steps are enqueued.
         error: what ended it before that.
         states: the canvases as the scheduler gets them, once they have been waited for.
+        events: what happened to those that are traced, by their places.
         ended: monotonic seconds; 0: not known yet.
     """
 
@@ -78,10 +80,10 @@ class Launched:
     num_canvases: int
     state: BurstState
     steps: StepQueue
-    before: Launched | None
     results: Fetched[Results] | None = None
     error: BaseException | None = None
     states: list[CanvasState] | None = None
+    events: dict[int, bytes] = field(default_factory=dict)
     ended: float = 0.0
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -106,16 +108,13 @@ class Launched:
         """The canvases, when the burst is over; from any thread, also while the next burst is launched."""
         with self.lock:
             self.enqueue_rest()
-            if self.before is not None:  # a trace goes on where the last one ended
-                if self.before.error is None:
-                    self.before.wait()
-                    self.started = max(self.started, self.before.ended)  # until then it waited for the device
-                self.before = None
             if self.error is not None:
                 raise self.error
             if self.states is None:
                 assert self.results is not None, "all steps are enqueued"
-                self.states = self.state.to_states(self.results.wait())[: self.num_canvases]
+                results = self.results.wait()
+                self.states = self.state.to_states(results)[: self.num_canvases]
+                self.events = self.state.events.pack(results.events)
                 self.ended = time.perf_counter()
             return self.states
 
@@ -136,6 +135,7 @@ class Worker:
         self._last: Launched | None = None
         self._tensors: Unpacked | None = None  # what it left where the model is
         self._failed: int | None = None  # the last burst, where it did not run
+        self._free_since = 0.0  # when the last burst that was collected had ended
 
     @property
     def model(self) -> Denoiser:
@@ -186,11 +186,15 @@ class Worker:
             except Exception as error:
                 launched = not_run(launched.burst_id, error, time.perf_counter() - launched.started)
             else:
+                # Until the burst before it had ended it waited for the device.
+                started = max(launched.started, self._free_since)
+                self._free_since = launched.ended
                 return StepResult(
                     burst_id=launched.burst_id,
                     states=states,
                     num_rows=launched.steps.num_rows,
-                    seconds=launched.ended - launched.started,
+                    seconds=launched.ended - started,
+                    events=launched.events,
                 )
         burst_id, failure, seconds, message = launched
         return StepResult(
@@ -214,7 +218,7 @@ class Worker:
         pauses = any(spec.pause_at_blocks for spec in batch.specs)
         is_over = unpacked is tensors and last is not None and last.steps.all_paused and not pauses
         steps = self._steps(unpacked, 0 if is_over else batch.num_steps)
-        launched = Launched(batch.burst_id, started, len(batch.specs), unpacked.state, steps, last)
+        launched = Launched(batch.burst_id, started, len(batch.specs), unpacked.state, steps)
         steps.enqueue_first()
         if self._model.device.type == "cpu":
             launched.wait()  # the next burst writes into the same tensors
@@ -245,13 +249,14 @@ class Worker:
             last = self._last
             assert last is not None, "there is no burst to follow"
             assert last.burst_id == batch.follows, f"burst {batch.follows} is not the last one here"
-            # In fixed shapes, how many tokens slots have lost is read from the bytes.
+            batch = _with_known_specs(batch, last.state.specs)
+            # In fixed shapes, how many tokens slots have lost is read from the bytes, and grows.
             may_go_on = tensors is not None and not (fixed and tensors.state.removed is not None)
             if tensors is not None and may_go_on and batch.states == list(range(last.num_canvases)):
                 tensors.state.resume()
                 return tensors
             places = {n: state for n, state in enumerate(batch.states) if isinstance(state, int)}
-            if fixed and tensors is not None and can_carry(tensors.state, list(places.values())):
+            if fixed and tensors is not None and may_go_on:
                 carried = take(tensors.state, list(places.values()))
                 unpacked = self._place(batch, tensors.origin)
                 put(carried, unpacked.state, list(places))
@@ -270,6 +275,16 @@ class Worker:
         state.make_room(batch.num_steps)
         tree = to_device((state, plan_packs(state, self._model, self._pack_rows)), self._model.device)
         return Unpacked(*tree, None, states)
+
+
+def _with_known_specs(batch: StepBatch, before: Sequence[CanvasSpec]) -> StepBatch:
+    """The burst with the worker's own specs of continued canvases. They keep what is derived from them, while
+    the specs of a message are new objects."""
+    specs = [
+        before[state] if isinstance(state, int) else spec
+        for spec, state in zip(batch.specs, batch.states, strict=True)
+    ]
+    return msgspec.structs.replace(batch, specs=specs)
 
 
 def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:

@@ -13,16 +13,16 @@ once a policy, on problems of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 from rich.table import Table
 
-from remask import AsyncLLM, InvalidRequest, Unavailable
+from remask import AsyncLLM, EngineOptions, InvalidRequest, Unavailable
 from remask.benchmarks.environment import Steadiness, environment_stamp, unfinished
 from remask.benchmarks.serving.load import closed_loop, figures
 from remask.benchmarks.serving.rivals import check_rival, open_rival
@@ -31,8 +31,8 @@ from remask.benchmarks.throughput import Dtype, Keep, find_model, spread
 from remask.benchmarks.tiny.policies import COMPARED, POLICIES
 from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import SEED, Job, answers, workload
-from remask.llm import load_tokenizer
 from remask.scheduler.errors import did_you_mean
+from remask.text import load_tokenizer
 from remask.workers.models.denoiser import load_denoiser
 from remask.workers.models.loading import read_config
 
@@ -58,6 +58,7 @@ class CompareOptions:
 
     Attributes:
         model: the engine's.
+        engine: more options of the engine.
         baseline: the autoregressive checkpoint; None: the embedded twin.
         rivals: names of ways to serve it, see `open_rival`.
         dtype: of all weights that are loaded here.
@@ -69,6 +70,7 @@ class CompareOptions:
     """
 
     model: str = "tiny"
+    engine: Mapping[str, Any] = field(default_factory=dict)
     baseline: Path | None = None
     rivals: Sequence[str] = RIVALS
     dtype: str = "float32"
@@ -80,6 +82,7 @@ class CompareOptions:
 
     def check(self) -> None:
         """Raises InvalidRequest where one cannot be."""
+        EngineOptions.parse(model=self.model, **self.engine)
         for policy in self.policies:
             if policy not in POLICIES:
                 raise InvalidRequest("policy", policy, f"unknown; {did_you_mean(policy, POLICIES)}")
@@ -147,7 +150,8 @@ class _Comparison:
             ]
             self._look_at_the_model()
             engine = await AsyncLLM.start(
-                self._directory, gpu_memory_utilization=memory_share, **self._loading
+                self._directory,
+                **{"gpu_memory_utilization": memory_share, **options.engine, **self._loading},
             )
             ours = await stack.enter_async_context(EngineTarget(engine))
             systems: dict[str, tuple[Target, dict[str, Any]]] = {
@@ -192,6 +196,7 @@ class _Comparison:
                 "benchmark": "compare",
                 "environment": self._environment,
                 "model": self._options.model,
+                "engine_options": dict(self._options.engine),
                 "baseline": str(self._options.baseline or "tiny/twin"),
                 "dtype": self._options.dtype,
                 "attention_backend": self._attention_backend,

@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.table import Table
 
-from remask import AsyncLLM, InvalidRequest
+from remask import AsyncLLM, EngineOptions, InvalidRequest
 from remask.benchmarks.environment import Steadiness, environment_stamp, unfinished
 from remask.benchmarks.serving.load import Run, Served, Told, arrival_times, closed_loop, figures, open_loop
 from remask.benchmarks.serving.peer import PeerTarget
@@ -27,7 +27,7 @@ from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Tar
 from remask.benchmarks.throughput import Dtype, Keep, find_model
 from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import Job, workload
-from remask.llm import load_tokenizer
+from remask.text import load_tokenizer
 from remask.workers.models.denoiser import load_denoiser
 from remask.workers.models.loading import read_config
 
@@ -39,6 +39,7 @@ class LoadOptions:
     Attributes:
         target: "remask", one of `RIVALS`, or a server's URL.
         model: of the engine; its tokenizer also makes the requests of other targets.
+        engine: more options of the engine.
         baseline: the autoregressive checkpoint of autoregressive targets; None: the embedded twin.
         served_model: what a server calls its model; None: its first.
         peer, peer_python: another engine for the same model, see `PeerTarget`; in place of a target.
@@ -49,6 +50,7 @@ class LoadOptions:
 
     target: str = "remask"
     model: str = "tiny"
+    engine: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     baseline: Path | None = None
     served_model: str | None = None
@@ -64,6 +66,7 @@ class LoadOptions:
     def check(self) -> None:
         """Raises InvalidRequest where one cannot be."""
         check_rival("target", self.target, ["remask"])
+        EngineOptions.parse(model=self.model, **self.engine)
         if (self.peer is None) != (self.peer_python is None):
             raise InvalidRequest("peer_python", self.peer_python, "goes with peer: give both or neither")
         if self.num_prompts < 1:
@@ -134,6 +137,7 @@ async def _measure(options: LoadOptions, told: Callable[[], None], keep: Keep) -
         "environment": environment,
         "target": target.name,
         "model": options.model,
+        "engine_options": dict(options.engine),
         "workload": options.workload,
         "num_prompts": options.num_prompts,
         "max_concurrency": options.max_concurrency,
@@ -161,7 +165,8 @@ def _target(options: LoadOptions, directory: Path, load_format: str, jobs: Seque
     if options.peer is not None and options.peer_python is not None:
         return PeerTarget(options.peer, options.peer_python, directory, max_requests)
     if options.target == "remask":
-        return EngineTarget(AsyncLLM(directory, dtype=options.dtype, load_format=load_format))
+        own = {"dtype": options.dtype, "load_format": load_format}
+        return EngineTarget(AsyncLLM(directory, **options.engine, **own))
     return open_rival(
         options.target,
         jobs,

@@ -28,9 +28,11 @@ FUNCTIONS: dict[str, Callable[..., str]] = {
     "autoclasses": reference.autoclasses,
     "autopolicies": reference.autopolicies,
     "cli": reference.cli,
+    "options": reference.options,
     "parameters": reference.parameters,
     "policy_table": reference.policy_table,
     "preset_table": reference.preset_table,
+    "sampling_parameters": reference.sampling_parameters,
 }
 EXPRESSIONS = Environment(undefined=StrictUndefined, autoescape=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -13,11 +13,13 @@ import typer
 
 import remask
 from remask.cli import app
+from remask.scheduler.params import NEUTRAL
 from remask.scheduler.policies import PRESETS, Policy
 from remask.scheduler.policies import remask as remask_policies
 from remask.scheduler.policies import unmask as unmask_policies
 from remask.scheduler.policies.base import tag
 
+BAR = "\\|"  # in a cell
 OUTPUTS = ("RequestOutput", "CompletionOutput", "RequestMetrics", "Trace")
 BASES = ("UnmaskPolicy", "RemaskPolicy", "MemoryField")
 
@@ -72,6 +74,25 @@ def parameters(name: str) -> str:
     for field in msgspec.structs.fields(kind):
         default, meaning = f"`{_word(field.default)}`", meanings.get(field.name, "").rstrip(".")
         lines.append(f"| `{field.name}` | {_type(field.type)} | {default} | {meaning} |")
+    return "\n".join(lines)
+
+
+def sampling_parameters() -> str:
+    """The parameters of a request that are supported: name, default, meaning."""
+    params = remask.SamplingParams
+    return _meanings(params, [name for name in params.__struct_fields__ if name not in NEUTRAL])
+
+
+def options(*chosen: str) -> str:
+    """Some options of an engine: name, default, meaning."""
+    return _meanings(remask.EngineOptions, chosen)
+
+
+def _meanings(struct: Any, chosen: Sequence[str]) -> str:
+    defaults = {field.name: field.default for field in msgspec.structs.fields(struct)}
+    meanings = _attributes(struct)
+    lines = ["| name | default | meaning |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | `{_word(defaults[name])}` | {meanings[name]} |" for name in chosen]
     return "\n".join(lines)
 
 
@@ -166,15 +187,22 @@ def cli() -> str:
 
 
 def _section(name: str, command: Any) -> str:
-    header = ["| argument or option | default | meaning |", "| --- | --- | --- |"]
-    lines = [f"## `{name}`", "", command.help or "", "", *header]
+    panels: dict[str, list[Any]] = {}
     for parameter in command.params:
-        if parameter.name == "help":
-            continue
-        is_option = parameter.param_type_name == "option"
-        spelled = ", ".join(f"`{word}`" for word in parameter.opts) if is_option else f"`{parameter.name}`"
-        default = parameter.default
-        shown = "" if default in (None, False, ()) or callable(default) else f"`{default}`"
-        meaning = (parameter.help or "").replace("|", "\\|")
-        lines.append(f"| {spelled} | {shown} | {meaning} |")
-    return "\n".join(lines)
+        if parameter.name != "help":
+            panels.setdefault(getattr(parameter, "rich_help_panel", None) or "", []).append(parameter)
+    parts = [f"## `{name}`", command.help or ""]
+    for panel, parameters in panels.items():
+        lines = ["| argument or option | default | meaning |", "| --- | --- | --- |", *map(_row, parameters)]
+        parts += [f"### {panel} options of `{name}`"] * bool(panel) + ["\n".join(lines)]
+    return "\n\n".join(parts)
+
+
+def _row(parameter: Any) -> str:
+    """A line of the table; the help of generated flags ends with their default, as markup."""
+    is_option = parameter.param_type_name == "option"
+    spelled = ", ".join(f"`{word}`" for word in parameter.opts) if is_option else f"`{parameter.name}`"
+    meaning, _, told = (parameter.help or "").replace("\\[", "[").partition("  [default: ")
+    default = told.removesuffix("]") or parameter.default
+    is_shown = not (default in (None, False, ()) or callable(default))
+    return f"| {spelled} | {f'`{default}`' if is_shown else ''} | {meaning.replace('|', BAR)} |"

@@ -21,6 +21,7 @@ from remask.batch.lines import Line, LineReader
 from remask.batch.parquet import is_parquet, require_pyarrow, write_rows
 from remask.batch.source import Source
 from remask.openai.responses import Completion, completion, error_body, failure_body
+from remask.options import EngineOptions
 from remask.outputs import RequestOutput
 from remask.scheduler.request import Request
 
@@ -28,16 +29,13 @@ if TYPE_CHECKING:
     from remask.llm import LLM
 
 OK, REFUSED = 200, 400  # HTTP
+DECISIVE = ("dtype", "quantization", "batch_invariant", "seed")  # engine options that decide results
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run is asked to do beside its files. The first six decide the results and name the run."""
+    """What a run is asked to do beside its files. The first three decide the results and name the run."""
 
-    model: str  # as given to LLM
-    dtype: str = "auto"  # as given to LLM
-    quantization: str | None = None  # as given to LLM
-    batch_invariant: bool = False  # as given to LLM
-    seed: int = 0  # as given to LLM; with its place in the file the seed of a line without one
+    engine: EngineOptions  # `seed`: with its place in the file the seed of a line without one
     defaults: Mapping[str, Any] = {}  # parameters of lines that do not give them
     chat: bool = False  # text prompts go through the chat template
     model_names: Sequence[str] = ()  # what else lines may call the model; the first stands in results
@@ -106,13 +104,10 @@ def run_batch(
     with Journal(output, resume=options.resume) as journal:
         run = RunName(
             lines.digest()[:8],
-            model_digest(options.model),
+            model_digest(options.engine.model),
             parameters_digest(
                 {
-                    "dtype": options.dtype,
-                    "quantization": options.quantization,
-                    "batch_invariant": options.batch_invariant,
-                    "seed": options.seed,
+                    **{name: getattr(options.engine, name) for name in DECISIVE},
                     "defaults": options.defaults,
                     "chat": options.chat,
                 }
@@ -132,11 +127,15 @@ class _Run:
     def __init__(
         self, source: Source, journal: Journal, run: RunName, llm: LLM, options: BatchOptions, report: Report
     ) -> None:
-        self._source, self._journal, self._run, self._llm = source, journal, run, llm
+        self._source, self._journal, self._run, self._engine = source, journal, run, llm.engine
         self._options, self._report = options, report
-        self._names = (*options.model_names, options.model, Path(options.model).name)
+        self._names = (
+            *options.model_names,
+            str(options.engine.model),
+            Path(options.engine.model).name,
+        )
         self._reader = LineReader(
-            llm._intake,
+            llm.engine.intake,
             unit=source.unit,
             model_names=tuple(dict.fromkeys(self._names)),
             defaults=options.defaults,
@@ -156,7 +155,7 @@ class _Run:
         self._report("running", self._num_done, self._num_lines)
         started = time.monotonic()
         try:
-            for output in self._llm._serve(self._requests(done), max_live=self._options.max_live):
+            for output in self._engine.serve(self._requests(done), max_live=self._options.max_live):
                 index, line = self._live.pop(output.request_id)
                 self._write_output(index, line, output)
             if self._num_failed:
@@ -187,7 +186,7 @@ class _Run:
                 self._num_refused += 1
                 self._write(index, line, REFUSED, error_body(line.fault))
                 continue
-            request = self._llm._intake.request(line.checked, place=index)
+            request = self._engine.intake.request(line.checked, place=index)
             self._live[request.request_id] = (index, line._replace(checked=None))
             yield request
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from remask.cli.options import with_flags
 from remask.scheduler.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -31,9 +32,12 @@ Baseline = Annotated[
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
+Options = dict[str, Any]
+with_engine_flags = with_flags(engine_except=["model", "dtype", "load_format", "seed"])
 
 
 @bench.command()
+@with_engine_flags
 def throughput(
     model: Model = "llada-124m",
     workload: Workload = "mixed",
@@ -45,13 +49,15 @@ def throughput(
     ] = None,
     output: Output = None,
     json: AsJson = False,
+    *,
+    engine: Options,
 ) -> None:
     """The engine against a plain loop and a static batch over the same weights, on one CPU thread."""
     from remask.benchmarks.throughput import as_table, measure
 
     dtypes = dtype or ["float32", "bfloat16"]
     measured(
-        lambda keep: measure(model, workload, num_requests, repetitions, dtypes, keep),  # type: ignore[arg-type]
+        lambda keep: measure(model, workload, num_requests, repetitions, dtypes, keep, engine),  # type: ignore[arg-type]
         as_table,
         output,
         json,
@@ -59,6 +65,7 @@ def throughput(
 
 
 @bench.command()
+@with_engine_flags
 def latency(
     model: Model = "tiny",
     workload: Workload = "fixed",
@@ -68,12 +75,14 @@ def latency(
     dtype: Dtype = "float32",
     output: Output = None,
     json: AsJson = False,
+    *,
+    engine: Options,
 ) -> None:
     """One batch through the engine and through the published code's way of decoding, on one CPU thread."""
     from remask.benchmarks.latency import as_table, measure
 
     measured(
-        lambda keep: measure(model, workload, batch_size, num_iters, num_iters_warmup, dtype, keep),  # type: ignore[arg-type]
+        lambda keep: measure(model, workload, batch_size, num_iters, num_iters_warmup, dtype, keep, engine),  # type: ignore[arg-type]
         as_table,
         output,
         json,
@@ -81,6 +90,7 @@ def latency(
 
 
 @bench.command()
+@with_engine_flags
 def serve_load(
     target: Annotated[
         str, typer.Option(help="remask, generate or continuous (transformers), vllm, or a server's URL.")
@@ -103,6 +113,8 @@ def serve_load(
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     output: Output = None,
     json: AsJson = False,
+    *,
+    engine: Options,
 ) -> None:
     """Requests in time on the engine, an autoregressive model or a server; vLLM's keys."""
     from remask.benchmarks.serving.serve_load import LoadOptions, as_table, measure
@@ -110,6 +122,7 @@ def serve_load(
     options = LoadOptions(
         target=target,
         model=model,
+        engine=engine,
         dtype=dtype,
         baseline=baseline,
         peer=peer,
@@ -134,6 +147,7 @@ def serve_load(
 
 
 @bench.command()
+@with_engine_flags
 def compare(
     model: Model = "tiny",
     baseline: Baseline = None,
@@ -159,6 +173,8 @@ def compare(
     dtype: Dtype = "float32",
     output: Output = None,
     json: AsJson = False,
+    *,
+    engine: Options,
 ) -> None:
     """A model against an autoregressive one: quality, speed and latency over concurrencies."""
     from remask.benchmarks.serving.compare import CONCURRENCIES, RIVALS, CompareOptions, as_table, measure
@@ -166,6 +182,7 @@ def compare(
 
     options = CompareOptions(
         model=model,
+        engine=engine,
         baseline=baseline,
         rivals=rival or RIVALS,
         dtype=dtype,

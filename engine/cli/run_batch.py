@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
+from remask.cli.options import with_flags
 from remask.scheduler.errors import InvalidRequest
-from remask.scheduler.policies import PRESETS
 
 FAILED = 3  # exit status if lines have failed
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 
 
+@with_flags(defaults={"model": "tiny"}, sampling_except=["seed", "logprobs", "trace"])
 def run_batch(
     input_file: Annotated[
         Path, typer.Option("-i", "--input-file", help="Requests: .jsonl, .txt or .parquet.")
@@ -30,135 +31,52 @@ def run_batch(
     invalid_lines: Annotated[
         str, typer.Option(help="refuse: a line at fault refuses the file; record: it becomes a result.")
     ] = "refuse",
-    model: Annotated[str, typer.Option(help="Checkpoint directory, or 'tiny'.")] = "tiny",
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What else lines may call the model; may be repeated.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Put text prompts through the chat template.")] = False,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Of lines that give none: canvas size in tokens.  [default: 128]")
-    ] = None,
-    block_length: Annotated[int | None, typer.Option(help="Likewise: slots a block.  [default: 32]")] = None,
-    preset: Annotated[
-        str | None, typer.Option(help=f"Likewise: published settings: {', '.join(PRESETS)}.")
-    ] = None,
-    unmask: Annotated[
-        str | None, typer.Option(help="Likewise: unmask policy.  [default: threshold:0.9]")
-    ] = None,
-    remask: Annotated[str | None, typer.Option(help="Likewise: remask policy.")] = None,
-    rank: Annotated[
-        str | None, typer.Option(help="Likewise: confidence at a temperature.  [default: proposal]")
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Likewise: temperature.  [default: 0]")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Likewise: draw from the most probable tokens that hold this share.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Likewise: draw from so many tokens; 0: all.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Likewise: draw from tokens of this share of the largest.")
-    ] = None,
-    cfg_scale: Annotated[float | None, typer.Option(help="Likewise: classifier-free guidance.")] = None,
-    suppress_eos: Annotated[
-        bool, typer.Option("--suppress-eos", help="Likewise: never propose the end of text.")
-    ] = False,
-    suppress_eos_confidence: Annotated[
-        bool, typer.Option("--suppress-eos-confidence", help="Likewise: commit the end of text last.")
-    ] = False,
-    n: Annotated[int | None, typer.Option("-n", "--n", help="Likewise: samples.  [default: 1]")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Likewise: a string that ends the text; may be repeated.")
-    ] = None,
-    stop_token_id: Annotated[
-        list[int] | None, typer.Option(help="Likewise: an id that does; may be repeated.")
-    ] = None,
-    include_stop_str_in_output: Annotated[
-        bool, typer.Option("--include-stop-str-in-output", help="Likewise: leave in the text what ended it.")
-    ] = False,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Likewise: go on after the model's own end of text.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="With a line's place, the seed of lines that give none.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="fp8: products of the layers in fp8.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    attention_backend: Annotated[
-        str, typer.Option(help="auto, sdpa, torch, flash2, flash3 or flash4.")
-    ] = "auto",
-    batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="The same bits in any batch; slower.")
-    ] = False,
-    max_num_rows: Annotated[int | None, typer.Option(help="Rows of a batch.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Canvases of a batch.")] = 1024,
+    *,
+    engine: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
-    """Run a file of requests in OpenAI's batch format, as plain JSON lines, text or Parquet."""
+    """Run a file of requests in OpenAI's batch format, as plain JSON lines, text or Parquet.
+
+    Sampling flags are the defaults of lines that do not set them; --seed, with a line's place, is the seed of
+    lines without one.
+    """
     if invalid_lines not in ("refuse", "record"):
         raise InvalidRequest("--invalid-lines", invalid_lines, "must be refuse or record")
-    given: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "block_length": block_length,
-        "preset": preset,
-        "unmask": unmask,
-        "remask": remask,
-        "rank": rank,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "cfg_scale": cfg_scale,
-        "suppress_eos": suppress_eos or None,
-        "suppress_eos_confidence": suppress_eos_confidence or None,
-        "n": n,
-        "stop": stop,
-        "stop_token_ids": stop_token_id,
-        "include_stop_str_in_output": include_stop_str_in_output or None,
-        "ignore_eos": ignore_eos or None,
-    }
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="remask: %(message)s")
 
     from remask.batch.run import BatchOptions
     from remask.batch.run import run_batch as run
     from remask.cli.progress import ProgressDisplay
     from remask.llm import LLM
+    from remask.options import EngineOptions
 
+    parsed = EngineOptions.parse(**engine)
     options = BatchOptions(
-        model=model,
-        dtype=dtype,
-        quantization=quantization,
-        batch_invariant=batch_invariant,
-        seed=seed,
-        defaults={name: value for name, value in given.items() if value is not None},
+        engine=parsed,
+        defaults=sampling,
         chat=chat,
         model_names=served_model_name or (),
         resume=resume,
         record_invalid=invalid_lines == "record",
-        max_live=2 * max_num_seqs,
+        max_live=2 * parsed.max_num_seqs,
     )
-
-    def make_llm() -> LLM:
-        return LLM(
-            model,
-            dtype=dtype,  # type: ignore[arg-type]
-            quantization=quantization,  # type: ignore[arg-type]
-            device=device,
-            attention_backend=attention_backend,  # type: ignore[arg-type]
-            batch_invariant=batch_invariant,
-            seed=seed,
-            max_num_rows=max_num_rows,
-            max_num_seqs=max_num_seqs,
-        )
 
     try:
         with ProgressDisplay() as report:
-            summary = run(input_file, output_file, make_llm, options, report)
+            summary = run(input_file, output_file, lambda: LLM.from_options(parsed), options, report)
     except KeyboardInterrupt:
         typer.echo("remask: interrupted; what is done is safe, --resume goes on", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(_told(summary, output_file))
+    typer.echo(format_summary(summary, output_file))
     if summary.num_failed:
         raise typer.Exit(FAILED)
 
 
-def _told(summary: Any, output_file: Path) -> str:
+def format_summary(summary: Any, output_file: Path) -> str:
     num_now = summary.num_lines - summary.num_done_before
     if not num_now:
         return f"{output_file} is finished: {summary.num_lines:,} results"

@@ -133,7 +133,7 @@ def _read(file: str, request: int, sample: int) -> CompletionOutput:
 def _pieces(tokenizer: str) -> Callable[[int], str]:
     """The text of one token."""
     from remask.embedded import model_directory
-    from remask.llm import load_tokenizer
+    from remask.text import load_tokenizer
 
     with model_directory(tokenizer) as directory:
         found = load_tokenizer(directory, required=False)

@@ -1,7 +1,7 @@
 """Checks third parties' policies when they are loaded, before any request can use them.
 
-A fault in a worker costs the requests of a burst time, and one in planning would harm all requests. So every
-question of the engine is asked here once, of the defaults and of the defaults with one field changed.
+A fault in a worker delays the requests of a burst, and one in planning would harm all requests. So every
+method that the engine calls is called here once, for the defaults and for each field changed.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ KERNELS = {UnmaskPolicy: ("view", "params"), RemaskPolicy: ("view", "commit", "p
 
 
 class PolicyFault(TypeError):
-    """What is wrong with a policy: `Class.field: problem; fix`."""
+    """A fault of a policy, as `Class.field: problem; fix`."""
 
 
 def check_policy(policy: object, name: str, known: Mapping[str, type[Policy]]) -> type[Policy]:
-    """The policy that an entry point has brought, if it can be used.
+    """Returns the policy of an entry point if it can be used.
 
     Args:
-        policy: what it has brought.
-        name: of the entry point.
-        known: policies so far, by name.
+        policy: the value of the entry point.
+        name: the name of the entry point.
+        known: the policies loaded before, by name.
 
     Raises:
         PolicyFault: naming the class, the field and the fix.
@@ -81,7 +81,7 @@ class _Fault:
         raise PolicyFault(f"{self.name}{'.' * bool(field)}{field}: {problem}; {fix}")
 
     def asked(self, method: str, function: Callable[[], Any]) -> Any:
-        """What a method answers; that it raises is a fault."""
+        """The result of a method; an exception is a fault."""
         try:
             return function()
         except Exception as error:
@@ -89,7 +89,7 @@ class _Fault:
 
 
 def _check_struct(policy: type[Policy], name: str, known: Mapping[str, type[Policy]], fault: _Fault) -> None:
-    """A policy travels in a union with all others, so that its form must be theirs."""
+    """Checks the struct's options: a policy is decoded from a union with all others."""
     config = policy.__struct_config__
     if issubclass(policy, UnmaskPolicy) and issubclass(policy, RemaskPolicy):
         fault("", "is an unmask policy and a remask policy", "derive from one of the two")
@@ -104,7 +104,7 @@ def _check_struct(policy: type[Policy], name: str, known: Mapping[str, type[Poli
 
 
 def _check_attributes(policy: type[Policy], fault: _Fault) -> None:
-    """What stands in the class: kernel, memory and flags."""
+    """Checks the class attributes: kernel, memory and flags."""
     for field in policy.__struct_fields__:
         if hasattr(UnmaskPolicy, field) or hasattr(RemaskPolicy, field):
             fault(field, "is an attribute of policies", "use another name, or annotate it as ClassVar")
@@ -158,7 +158,7 @@ def _fields(policy: type[Policy], fault: _Fault) -> Iterable[types.Field]:
 
 
 def _default(policy: type[Policy], known: Mapping[str, type[Policy]], fault: _Fault) -> Policy:
-    """The policy with its defaults, which must pass its own bounds and come back from the wire."""
+    """The policy with its defaults, which must satisfy its bounds and survive encoding."""
     fields: dict[str, Any] = {}
     try:
         default = policy()
@@ -178,7 +178,7 @@ def _default(policy: type[Policy], known: Mapping[str, type[Policy]], fault: _Fa
 
 
 def _check_field(default: Policy, field: types.Field, given: frozenset[str], fault: _Fault) -> None:
-    """A kernel reads a field as an fp64 number, which must say all that the field says."""
+    """Checks that a kernel can receive the field: as a string, or as an fp64 number without loss."""
     policy, members = type(default), _members(field.type)
     kinds = [kind for kind in members if not isinstance(kind, types.NoneType)]
     is_optional = len(kinds) < len(members)
@@ -202,13 +202,13 @@ def _check_field(default: Policy, field: types.Field, given: frozenset[str], fau
 
 
 def _members(kind: types.Type) -> list[types.Type]:
-    """The types of a union, or the type itself."""
+    """The member types of a union, or the type itself."""
     bare = _bare(kind)
     return [_bare(member) for member in bare.types] if isinstance(bare, types.UnionType) else [bare]
 
 
 def _bare(kind: types.Type) -> types.Type:
-    """The type without descriptions."""
+    """The type without its metadata."""
     return _bare(kind.type) if isinstance(kind, types.Metadata) else kind
 
 
@@ -219,7 +219,7 @@ def _is_exact(kind: types.IntType) -> bool:
 
 
 def _variants(default: Policy, fields: Mapping[str, types.Field]) -> Iterator[Policy]:
-    """The defaults, and the defaults with one other word, flag, None or number in place of None."""
+    """The defaults, and the defaults with one field changed: to each string, flag, None, or a number."""
     yield default
     for name, field in fields.items():
         for kind in _members(field.type):
@@ -236,7 +236,7 @@ def _variants(default: Policy, fields: Mapping[str, types.Field]) -> Iterator[Po
 
 
 def _changed(default: Policy, name: str, value: object) -> Policy | None:
-    """The defaults with another value of one field; None: the policy refuses it."""
+    """The defaults with another value of one field; None if the policy refuses the value."""
     try:
         fields = {"type": tag(default), **msgspec.structs.asdict(default), name: value}
         return msgspec.convert(fields, type=type(default))
@@ -245,7 +245,7 @@ def _changed(default: Policy, name: str, value: object) -> Policy | None:
 
 
 def _beside(policy: Policy, unmasks: Iterable[UnmaskPolicy], fault: _Fault) -> list[UnmaskPolicy | None]:
-    """Unmask policies that it may stand beside, as requests are checked."""
+    """The unmask policies that a policy accepts, as in the check of a request."""
     if isinstance(policy, UnmaskPolicy):
         return [None]
     assert isinstance(policy, RemaskPolicy)
@@ -273,7 +273,7 @@ def _check_answers(policy: Policy, fault: _Fault) -> None:
 
 
 def _block_param_names(policy: Policy, beside: UnmaskPolicy | None, fault: _Fault) -> set[frozenset[str]]:
-    """The names that block_params gives, once its values are checked."""
+    """Checks the values of `block_params`; returns the names in them."""
     names: set[frozenset[str]] = set()
     more = (beside,) if isinstance(policy, RemaskPolicy) else ()
     for block_lens in BLOCK_LENS:
@@ -290,5 +290,5 @@ def _block_param_names(policy: Policy, beside: UnmaskPolicy | None, fault: _Faul
 
 
 def _is_finite(value: object) -> bool:
-    """Whether it is a number that is finite in fp32."""
+    """Whether the value is a number that is finite in fp32."""
     return isinstance(value, int | float) and abs(value) <= LARGEST

@@ -1,4 +1,4 @@
-"""Policies from what a user may write: an object, a dict, or text such as `wino:t2=0.9`."""
+"""Parses policies: from an object, a dict, or text such as `wino:t2=0.9`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from remask.scheduler.policies.registry import registry
 
 
 def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
-    """A policy struct from what a user may write, every bound checked.
+    """Parses and validates a policy.
 
     Args:
-        parameter: the field the policy is for; names it in errors and picks the registry.
+        parameter: the field that the policy is for; errors name it.
         value: a policy object, a dict `{"type": "threshold", "t": 0.9}`, or text `threshold:0.9` or
             `wino:t2=0.9`.
 
@@ -53,7 +53,7 @@ def parse_policy(parameter: Literal["unmask", "remask"], value: object) -> Any:
 
 
 def _check_name(parameter: str, name: object, value: object, kinds: dict[str, Any]) -> None:
-    """Raises InvalidRequest where there is no policy of a name; `value` is what the user wrote."""
+    """Raises InvalidRequest if no policy has this name; `value` is the user's text."""
     if isinstance(name, str) and name in kinds:
         return
     if isinstance(name, str) and name in registry().broken:
@@ -85,7 +85,7 @@ def _parse_text(parameter: str, text: str, kinds: dict[str, Any]) -> dict[str, A
 
 
 def _parse_value(raw: str) -> Any:
-    """A JSON scalar where the text is one (Python's True, False and None included), else the text."""
+    """The value of a JSON scalar, or of Python's True, False and None; any other text unchanged."""
     try:
         return msgspec.json.decode({"True": "true", "False": "false", "None": "null"}.get(raw, raw))
     except msgspec.DecodeError:

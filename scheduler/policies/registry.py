@@ -1,8 +1,8 @@
-"""Which policies there are: remask's own, those that installed packages add, and published settings by name.
+"""The registry of policies: those of remask and of installed packages, and presets by name.
 
-A package adds policies with entry points of the group `remask.strategies`: the entry's name is the policy's,
-its value the spec, a subclass of `UnmaskPolicy` or `RemaskPolicy` with a `kernel`. They are loaded, and
-checked, when a policy is first looked up, not at import: a package's module imports remask itself.
+A package adds policies with entry points of the group `remask.strategies`. The name of the entry point is the
+policy's; its value is the spec, a subclass of `UnmaskPolicy` or `RemaskPolicy` with a `kernel`. Entry points
+are loaded and checked when a policy is first looked up, and not at import, because a package imports remask.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Registry(NamedTuple):
-    """Policies by name, and why an entry point gave none, by its name."""
+    """Policies by name, and the faults of entry points that could not be used, by name."""
 
     unmask: dict[str, type[UnmaskPolicy]]
     remask: dict[str, type[RemaskPolicy]]
@@ -45,12 +45,12 @@ class Registry(NamedTuple):
 
 @cache
 def registry() -> Registry:
-    """All policies of this environment."""
+    """The policies of this environment."""
     return load(entry_points(group=ENTRY_POINTS))
 
 
 def load(entries: Iterable[EntryPoint]) -> Registry:
-    """remask's own policies and those of entry points; one that cannot be used harms no other."""
+    """Loads the policies of remask and of entry points. An entry point that cannot be used is left out."""
     found = Registry({}, {}, {})
     for module in (unmask, remask):
         for value in vars(module).values():

@@ -34,15 +34,16 @@ class Wino(RemaskPolicy, frozen=True, tag="wino"):
     """Remasks committed tokens whose leave-one-out probability, read off shadow rows, is below t2 (WINO,
     arXiv 2507.18578).
 
-    Nothing is remasked in a step that commits a single token, and fewer tokens are remasked than were
-    committed: by the step before (`prev_accept`, the published code) or by this one (`cur_accept`).
+    A step that commits a single token remasks nothing. The number of remasked tokens is below the number of
+    commits of the previous step (`prev_accept`, as published) or of this one (`cur_accept`).
 
     Attributes:
-        t2: tokens below this probability are remasked.
-        budget: whose number of commits bounds the remasked.
-        tile: whether a shadow row sees all shadow rows of its block (published) or only itself, which in a
-            model of one layer gives the exact leave-one-out probability, and needs fewer rows.
-        ban_old: a removed token may not be proposed again at its position in this block.
+        t2: Tokens with a lower probability are remasked.
+        budget: Step whose commits bound the number of remasked tokens.
+        tile: A shadow row attends to all shadow rows of its block (`all`, as published) or only to itself
+            (`self`), which needs fewer rows and in a model of one layer gives the exact leave-one-out
+            probability.
+        ban_old: Do not propose a removed token again at its position in this block.
     """
 
     t2: Probability = 0.9
@@ -63,13 +64,13 @@ class Wino(RemaskPolicy, frozen=True, tag="wino"):
 
 
 class Rcr(RemaskPolicy, frozen=True, tag="rcr"):
-    """Proposes at all masked positions in every step and masks again the positions of the block whose last
-    proposal was the least confident, as many as the schedule leaves masked (running confidence remasking,
-    arXiv 2508.13148). Beside `schedule`, which gives the steps.
+    """Commits all masked positions in every step and remasks those of the block whose last proposal was the
+    least confident, as many as the schedule leaves masked (running confidence remasking, arXiv 2508.13148).
+    Used with `schedule`, which determines the steps.
 
     Attributes:
-        conf: what confidence means: the proposal's probability, p1 - p2, or -entropy, of the softmax that
-            tokens are drawn from.
+        conf: Meaning of confidence, of the softmax that tokens are drawn from: the proposal's probability,
+            p1 - p2, or -entropy.
     """
 
     conf: Literal["prob", "margin", "entropy"] = "prob"
@@ -96,12 +97,13 @@ class Rcr(RemaskPolicy, frozen=True, tag="rcr"):
 
 
 class Saber(RemaskPolicy, frozen=True, tag="saber"):
-    """Commits what is surer than the block's commits were on average, at least n, and takes back the tokens
-    whose row lost most certainty since the step before (Saber, arXiv 2510.18165). Brings its own commits.
+    """Commits positions whose confidence exceeds the mean of the block's commits, at least n, and remasks the
+    tokens whose row lost most confidence since the previous step (Saber, arXiv 2510.18165). Used without an
+    unmask policy.
 
     Attributes:
-        n: least commits of a step; n // 2 are taken back at least.
-        mu: one token is taken back for each `mu` commits.
+        n: Minimum number of commits per step; at least n // 2 tokens are remasked.
+        mu: One token is remasked for each `mu` commits.
     """
 
     n: Annotated[int, Meta(ge=1, le=2**20)] = 2
@@ -119,16 +121,17 @@ class Saber(RemaskPolicy, frozen=True, tag="saber"):
 
 
 class Remdm(RemaskPolicy, frozen=True, tag="remdm"):
-    """Commits and remasks by chance, so that the share of masks follows a time schedule; a last forward fills
-    what is left with the most probable tokens (ReMDM, arXiv 2503.00307). Brings its own commits.
+    """Commits and remasks at random, so that the share of masks follows a time schedule. A last forward fills
+    the remaining masks with the most probable tokens (ReMDM, arXiv 2503.00307). Used without an unmask
+    policy.
 
     Attributes:
-        steps: forwards for the whole canvas (and a last one for each block), shared out over the blocks by
-            length; None: the canvas length.
-        schedule: each committed token turns back with probability min(eta, sigma_max) (`cap`), eta sigma_max
-            (`rescale`), or its share of sigma_max by softmax of minus the confidence that it was committed
-            with (`conf`).
-        eta: None: 0.008 for `cap`, 0.015 for `rescale`; `conf` has none.
+        steps: Forwards for the whole canvas, divided among the blocks by length, without the last forward of
+            each block. None: the canvas length.
+        schedule: Probability with which a committed token is remasked: min(eta, sigma_max) (`cap`),
+            eta sigma_max (`rescale`), or its share of sigma_max by softmax of minus the confidence at its
+            commit (`conf`).
+        eta: None: 0.008 for `cap`, 0.015 for `rescale`. Not used by `conf`.
     """
 
     steps: Steps | None = None
@@ -157,11 +160,12 @@ class LowProb(RemaskPolicy, frozen=True, tag="low_prob"):
     remasking).
 
     Attributes:
-        t: tokens below this probability are remasked.
-        max_times: how often a position of a block may be remasked.
-        max_share: of the tokens committed before the step, the share that it may remask; at least one.
-        post_steps: forwards after the last mask, until one of them remasks nothing; 0: the block ends then.
-        ban_old: a removed token may not be proposed again at its position in this block.
+        t: Tokens with a lower probability are remasked.
+        max_times: Maximum number of times a position of a block is remasked.
+        max_share: Maximum share of the tokens committed before the step that it remasks; at least one token.
+        post_steps: Maximum number of forwards after the last mask; the first one that remasks nothing ends
+            the block. 0: the block ends with its last mask.
+        ban_old: Do not propose a removed token again at its position in this block.
     """
 
     t: Probability = 0.3
@@ -180,11 +184,11 @@ class LowProb(RemaskPolicy, frozen=True, tag="low_prob"):
 
 
 class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
-    """Remasks as many positions as another policy would, drawn from the same candidates: the control arm of a
-    comparison, at that policy's cost.
+    """Remasks as many positions as another policy would, drawn at random from that policy's candidates. It is
+    the control arm of a comparison and costs as much as that policy.
 
     Attributes:
-        like: the policy that says how many; the other fields are that policy's.
+        like: Policy that determines the number of positions. The other fields are those of that policy.
     """
 
     like: Literal["wino", "low_prob"] = "wino"
@@ -223,11 +227,13 @@ class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
 
 
 class OracleLoo(RemaskPolicy, frozen=True, tag="oracle_loo"):
-    """As `wino`, with the exact leave-one-out probabilities: one more sequence for each committed token, with
-    its position masked. For studies: a forward costs up to a block's length of sequences more.
+    """`wino` with exact leave-one-out probabilities, from an extra sequence for each committed token with its
+    position masked. For studies: a forward has up to a block's length of extra sequences.
 
     Attributes:
-        t2, budget, ban_old: as in `wino`.
+        t2: See `wino`.
+        budget: See `wino`.
+        ban_old: See `wino`.
     """
 
     t2: Probability = 0.9

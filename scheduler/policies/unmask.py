@@ -13,12 +13,12 @@ __all__ = ["Bernoulli", "CappedThreshold", "Dream", "EntropyBound", "Factor", "S
 
 
 class Schedule(UnmaskPolicy, frozen=True, tag="schedule"):
-    """The n best masked positions a step, so that a block takes its share of `steps` (LLaDA, arXiv
-    2502.09992).
+    """Commits the n best masked positions in each step, so that a block takes its share of `steps` (LLaDA,
+    arXiv 2502.09992).
 
     Attributes:
-        steps: forwards for the whole canvas, shared out over the blocks by length; None: one token a step.
-        score: what "best" means: the proposal's probability, a random order, p1 - p2, or -entropy.
+        steps: Forwards for the whole canvas, divided among the blocks by length. None: one token per step.
+        score: Order of the positions: the proposal's probability, random, p1 - p2, or -entropy.
     """
 
     steps: Steps | None = None
@@ -35,18 +35,24 @@ class Schedule(UnmaskPolicy, frozen=True, tag="schedule"):
 
 
 class Threshold(UnmaskPolicy, frozen=True, tag="threshold"):
-    """The best masked position always, each other with confidence >= t (Fast-dLLM, arXiv 2505.22618)."""
+    """Commits the best masked position and each other one with confidence >= t (Fast-dLLM, arXiv
+    2505.22618).
+
+    Attributes:
+        t: Confidence from which a position is committed.
+    """
 
     t: Probability = 0.9
 
 
 class Factor(UnmaskPolicy, frozen=True, tag="factor"):
-    """The longest run of the sorted confidences whose n-th is at least 1 - f/(n+1) (Fast-dLLM's factor rule).
+    """Commits the longest run of the sorted confidences whose n-th is at least 1 - f/(n+1) (Fast-dLLM's
+    factor rule, arXiv 2505.22618).
 
     Attributes:
-        f: larger commits more.
-        strict: the paper's rule, (n+1)(1-c) < f, instead of the published code's, which also commits the last
-            masked position when only that one fails.
+        f: Larger values commit more positions.
+        strict: Use the paper's rule, (n+1)(1-c) < f. False: the published code's rule, which also commits the
+            last masked position if only that one fails.
     """
 
     f: Annotated[float, Meta(ge=0.0, le=1e6)] = 1.0
@@ -54,18 +60,23 @@ class Factor(UnmaskPolicy, frozen=True, tag="factor"):
 
 
 class CappedThreshold(UnmaskPolicy, frozen=True, tag="capped_threshold"):
-    """WINO's draft rule: c > t1, at most min(max(floor(0.7 m), 5), 20) of m masked, at least the best."""
+    """Commits positions with confidence > t1: of m masked ones at least the best and at most
+    min(max(floor(0.7 m), 5), 20) (WINO's draft rule, arXiv 2507.18578).
+
+    Attributes:
+        t1: Confidence above which a position is committed.
+    """
 
     t1: Probability = 0.6
 
 
 class EntropyBound(UnmaskPolicy, frozen=True, tag="entropy_bound"):
-    """The best k positions, k as large as sum H - max H <= g over them allows, at least one (EB-sampler,
-    arXiv 2505.24857).
+    """Commits the best k positions, with the largest k for which sum H - max H <= g over them, at least one
+    (EB-sampler, arXiv 2505.24857).
 
     Attributes:
-        g: bound on the error of committing them together, in nats; entropies are of the untempered softmax.
-        order: what "best" means: the lowest entropy, the largest confidence, or the largest p1 - p2.
+        g: Bound on the error of committing them together, in nats. Entropies are of the untempered softmax.
+        order: Order of the positions: the lowest entropy, the largest confidence, or the largest p1 - p2.
     """
 
     g: Annotated[float, Meta(ge=0.0, le=1e6)] = 0.1
@@ -76,10 +87,10 @@ class EntropyBound(UnmaskPolicy, frozen=True, tag="entropy_bound"):
 
 
 class Bernoulli(UnmaskPolicy, frozen=True, tag="bernoulli"):
-    """Each position with probability c^k; the best one where none is drawn.
+    """Commits each position with probability c^k, and the best one if none is drawn.
 
     Attributes:
-        k: the larger, the more cautious; 0 commits everything.
+        k: Larger values commit fewer positions; 0 commits all.
     """
 
     k: Annotated[float, Meta(ge=0.0, le=1e6)] = 1.0
@@ -89,16 +100,17 @@ class Bernoulli(UnmaskPolicy, frozen=True, tag="bernoulli"):
 
 
 class Dream(UnmaskPolicy, frozen=True, tag="dream"):
-    """Dream's timesteps t = linspace(1, eps, steps + 1): of m masked positions floor(m (1 - t_{k+1} / t_k))
-    are committed in step k, which may be none, and all that are left in the last (Dream's generation code,
-    per sequence). The canvas is one block.
+    """Commits floor(m (1 - t_{k+1} / t_k)) of m masked positions in step k, which may be none, and all that
+    are left in the last step (Dream's generation code, per sequence). The timesteps are
+    t = linspace(1, eps, steps + 1). The canvas is one block.
 
     Attributes:
-        steps: forwards; None: the canvas length.
-        alg: which positions: by the proposal's probability (`maskgit_plus`), by p1 - p2 or by -entropy, all
-            of the softmax that tokens are drawn from; `origin`: each by chance, with 1 - t_{k+1} / t_k.
-        alg_temp: above 0, positions are drawn without replacement from softmax(score / alg_temp) instead.
-        eps: where the timesteps end.
+        steps: Number of forwards. None: the canvas length.
+        alg: Order of the positions, of the softmax that tokens are drawn from: the proposal's probability
+            (`maskgit_plus`), p1 - p2 (`topk_margin`) or -entropy (`entropy`). `origin` commits each position
+            with probability 1 - t_{k+1} / t_k.
+        alg_temp: Above 0, positions are drawn without replacement from softmax(score / alg_temp).
+        eps: Last timestep.
     """
 
     steps: Steps | None = None

@@ -15,6 +15,7 @@ from remask.benchmarks.serving import compare
 from remask.benchmarks.serving.compare import CompareOptions
 
 
+@pytest.mark.slow
 def test_the_comparison_measures_quality_and_speed_of_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

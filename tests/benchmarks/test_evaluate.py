@@ -11,9 +11,10 @@ from remask.benchmarks.tiny.evaluate import TWIN_DIRECTORY, evaluate, evaluate_t
 from remask.benchmarks.tiny.tasks import ADDITION, PUZZLES
 from remask.benchmarks.tiny.text import TEXT
 
-COUNT = 32
+COUNT = 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUZZLES)
 def test_the_embedded_model_knows_its_puzzles(name: str) -> None:
     with LLM("tiny") as llm:
@@ -23,6 +24,7 @@ def test_the_embedded_model_knows_its_puzzles(name: str) -> None:
     assert result["count"] == COUNT
 
 
+@pytest.mark.slow
 def test_the_embedded_model_spells_its_text() -> None:
     with LLM("tiny") as llm:
         assert evaluate(llm, TEXT, "one token a step", COUNT)["score"] >= 0.8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -42,8 +41,10 @@ def test_a_policy_that_commits_together_is_further_away(tmp_path: Path) -> None:
     assert exact["distance"] < 0.2 < 0.35 < bold["distance"]
 
 
-def test_the_command_refuses_a_count_it_cannot_draw() -> None:
-    command = [sys.executable, "-m", "remask.benchmarks.exactness", "--count", "1000"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "--count must be a multiple of 1024" in run.stderr
+def test_the_command_refuses_a_count_it_cannot_draw(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["exactness", "--count", "1000"])
+    with pytest.raises(SystemExit, match="2"):
+        exactness.main()
+    assert "--count must be a multiple of 1024" in capsys.readouterr().err

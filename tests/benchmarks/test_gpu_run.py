@@ -56,6 +56,7 @@ def test_the_small_mode_measures_everything(tmp_path: Path) -> None:
     assert output.with_suffix(".png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_checkout_needs_no_installation(tmp_path: Path) -> None:
     command = [sys.executable, "-c", BARE, str(SCRIPT)]
     done = subprocess.run(
@@ -125,6 +126,7 @@ def test_stages_are_merged_and_earlier_figures_are_kept() -> None:
     assert [entry["figures"]["gemm_tflops"] for entry in report["earlier"]] == [1.0, 0.5]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_only_the_small_mode_runs(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--output", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True)

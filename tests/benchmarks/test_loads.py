@@ -213,7 +213,7 @@ def test_conversations_become_requests(tiny_llm: LLM, tmp_path: Path) -> None:
     turns = [("hello", "x" * 13), ("", "empty"), ("y" * 600, "too long"), ("again", "z")]
     told = [[{"from": "human", "value": one}, {"from": "gpt", "value": other}] for one, other in turns]
     path.write_text(json.dumps([{"conversations": pair} for pair in told]))
-    found = workloads.workload(f"sharegpt:{path}", tokenizer, tiny_llm._executor.facts.config, 3)
+    found = workloads.workload(f"sharegpt:{path}", tokenizer, tiny_llm.engine.intake.config, 3)
     assert [job.text for job in found] == ["hello", "again", "hello"]
     assert [job.params.max_tokens for job in found] == [16, 8, 16]
     assert found[0].prompt == tokenizer.encode("hello")  # type: ignore[union-attr]
@@ -238,7 +238,7 @@ def test_odd_rows_of_a_file_of_conversations_are_skipped_and_counted(
     ]
     masked = {"conversations": [{"value": "<|mdm_mask|>"}, good, None]}
     path.write_text(json.dumps([*odd, {"conversations": [good, good]}, masked, None]), encoding="utf-8-sig")
-    config = tiny_llm._executor.facts.config
+    config = tiny_llm.engine.intake.config
     found = workloads.workload(f"sharegpt:{path}", tiny_llm.tokenizer, config, 2)
     assert [job.text for job in found] == ["x", "<|mdm_mask|>"]
     assert config.mask_id not in found[1].prompt
@@ -263,7 +263,7 @@ def test_a_file_that_holds_no_conversations_is_refused(
     path = tmp_path / "file.json"
     if content is not None:
         path.write_text(content)
-    config = tiny_llm._executor.facts.config
+    config = tiny_llm.engine.intake.config
     with pytest.raises(InvalidRequest, match=problem):
         workloads.workload(f"sharegpt:{path}", tiny_llm.tokenizer, config, 3)
     with pytest.raises(InvalidRequest, match="needs its file"):

@@ -70,6 +70,7 @@ def test_a_faster_gpu_is_faster() -> None:
     assert times == sorted(times, reverse=True)
 
 
+@pytest.mark.slow
 def test_this_machine_is_planned_from_its_own_rates() -> None:
     found = report("tiny", "this", Load(64, 32, 32, 1.0), "float32", [4, 8])
     assert found["overhead_ms"] >= 0

@@ -124,7 +124,6 @@ def test_a_server_is_asked_as_openai_says(server: tuple[str, list[dict[str, Any]
     jobs = [JOB, Job([7, 8], JOB.params), Job([1], JOB.params, "too long")]
     found = figures(asyncio.run(closed_loop(ServerTarget(f"{url}/v1/"), jobs, 1)))
     assert (found["completed"], found["failed"], found["total_output_tokens"]) == (2, 1, 8)
-    assert found["mean_tpot_ms"] < found["mean_ttft_ms"]
     assert "status 400" in found["errors"][0]
     assert [body["prompt"] for body in asked] == ["123+456=", [7, 8], "too long"]
     assert {(body["model"], body["max_tokens"], body["stream"]) for body in asked} == {("twin", 8, True)}
@@ -288,6 +287,7 @@ def test_a_peer_answers_from_a_process_of_its_own(adapter: str) -> None:
     assert all(served.answer is None for served in ended)
 
 
+@pytest.mark.slow
 def test_a_peer_that_does_not_start_is_told(adapter: str, tmp_path: Path) -> None:
     python = Path(sys.executable)
     with pytest.raises(Unavailable, match="FileNotFoundError: absent"):

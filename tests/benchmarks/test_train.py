@@ -37,6 +37,7 @@ def trainer(objective: str = "masked", **changes: object) -> Trainer:
     return Trainer(argparse.Namespace(**args))
 
 
+@pytest.mark.slow
 @trains_here
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(objective: str, tmp_path: Path) -> None:
@@ -55,6 +56,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(objective: str, tmp_pa
         assert torch.equal(master, resumed.masters[name]), name
 
 
+@pytest.mark.slow
 @trains_here
 def test_training_lowers_the_loss_and_the_export_loads(tmp_path: Path) -> None:
     run = trainer()

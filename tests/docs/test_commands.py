@@ -38,6 +38,12 @@ RUNNING = {
 Remask = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(autouse=True)
+def _short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No example here depends on the knee."""
+    monkeypatch.setattr("remask.workers.knee.SECONDS", 0.1)
+
+
 class Shell:
     """As much of a shell as the pages use: lines, pipes and `> FILE`. remask runs in this process."""
 
@@ -121,9 +127,16 @@ def test_a_page_runs(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("snippet", {s.code: s for s in ALL if "slow" in s.options}.values(), ids=str)
-def test_a_slow_example_runs(snippet: Snippet) -> None:
-    assert snippet.language == "python"
-    done = subprocess.run([sys.executable, "-c", snippet.code], capture_output=True, text=True)
+def test_a_slow_example_runs(snippet: Snippet, tmp_path: Path) -> None:
+    shell = sys.executable if snippet.language == "python" else "bash"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [shell, "-c", snippet.code],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "0579" in done.stdout
 

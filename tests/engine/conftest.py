@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from remask import LLM
+from remask import LLM, EngineOptions
 from remask.batch.run import BatchOptions, Summary, run_batch
 
 Run = Callable[..., Summary]
@@ -20,7 +20,10 @@ MakeFile = Callable[[int], Path]
 
 @pytest.fixture
 def run(tiny_llm: LLM) -> Run:
-    """`run(source, output, **options)` on the embedded model, loaded once, and again in a forked process."""
+    """`run(source, output, **options)` on the embedded model, loaded once, and again in a forked process.
+
+    Options of the engine only name the run.
+    """
     pid = os.getpid()
 
     def engine() -> AbstractContextManager[LLM]:
@@ -28,7 +31,9 @@ def run(tiny_llm: LLM) -> Run:
         return LLM("tiny", device="cpu", max_num_rows=4096) if is_forked else nullcontext(tiny_llm)
 
     def run(source: Path, output: Path, **options: Any) -> Summary:
-        return run_batch(source, output, engine, BatchOptions(model="tiny", **options))
+        own = {name: options.pop(name) for name in EngineOptions.__struct_fields__ if name in options}
+        asked = BatchOptions(engine=EngineOptions(model="tiny", **own), **options)
+        return run_batch(source, output, engine, asked)
 
     return run
 

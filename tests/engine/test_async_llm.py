@@ -64,7 +64,7 @@ def test_who_gives_up_aborts_the_request(how: str) -> None:
         generator = engine.generate(PROMPTS[0], long)
         task = asyncio.ensure_future(anext(generator))
         await asyncio.sleep(0.5)
-        assert engine._llm._thread.num_live == 1
+        assert engine.engine.num_live == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -72,7 +72,7 @@ def test_who_gives_up_aborts_the_request(how: str) -> None:
             await generator.aclose()
         output = await only(engine, PROMPTS[1], ASK)
         assert output.finished
-        assert engine._llm._thread.num_live == 0
+        assert engine.engine.num_live == 0
 
     run(test, burst=1)
 
@@ -98,7 +98,7 @@ def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
 
     async def test(engine: AsyncLLM) -> None:
         monkeypatch.setattr(InProcessExecutor, "next_event", dies)
-        monkeypatch.setattr("remask.scheduler.scheduler.MAX_LONE_DEATHS", 1)
+        monkeypatch.setattr("remask.scheduler.blame.MAX_LONE_DEATHS", 1)
         with pytest.raises(WorkerDied, match="1 workers in a row died"):
             await only(engine, PROMPTS[0], ASK)
 

@@ -72,9 +72,10 @@ def generate(llm: LLM, requests: list[Ask]) -> list[tuple[Any, ...]]:
 
 has_bfloat16 = multiplies(torch.bfloat16, torch.device("cpu"))
 no_bfloat16 = pytest.mark.skipif(not has_bfloat16, reason="this CPU cannot multiply bf16")
+bfloat16 = pytest.param("bfloat16", marks=[no_bfloat16, pytest.mark.slow])
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=no_bfloat16)])
+@pytest.fixture(scope="module", params=["float32", bfloat16])
 def dtype(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -128,11 +129,11 @@ def test_bursts_and_budgets_change_no_bit(
 def test_neighbours_that_are_aborted_change_no_bit(make: Any, alone: list[tuple[Any, ...]]) -> None:
     with make(burst=2) as llm:
         ask = asks(NUM_ASKS)
-        requests = llm._intake.requests([prompt for prompt, _ in ask], [params for _, params in ask])
+        requests = llm.engine.intake.requests([prompt for prompt, _ in ask], [params for _, params in ask])
         ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        llm._thread.add(requests, ended.put)
+        llm.engine.add(requests, ended.put)
         ended.get()  # some are done, some are not
-        llm._thread.abort(request.request_id for request in requests[::2])
+        llm.engine.abort(request.request_id for request in requests[::2])
         kept = requests[1::2]
         while any(request.finish_time is None for request in kept):
             ended.get()

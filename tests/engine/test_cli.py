@@ -16,6 +16,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 PUZZLE = "...543.....2341256..6.3..631.51.5...="
 
 
+@pytest.mark.slow
 def test_it_is_a_process(tmp_path: Path) -> None:
     command = [Path(sys.executable).parent / "remask", "generate", "1234.=", "--json", "--max-tokens", "4"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

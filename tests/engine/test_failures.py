@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from remask import LLM, AsyncLLM, EngineDead, RequestFailed, RequestTooLarge, SamplingParams
+from remask.scheduler.blame import MAX_ACCUSED
 from remask.scheduler.messages import StepBatch
-from remask.scheduler.scheduler import MAX_ACCUSED
 from remask.workers.worker import Launched, NotRun, Worker
 
 PROMPTS = [[5 + i, 11, 7] for i in range(6)]

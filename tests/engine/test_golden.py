@@ -50,6 +50,7 @@ def test_there_are_104_cases(golden_cases: list[Case]) -> None:
     assert {case["policy"] for case in golden_cases} == {"llada", "fastdllm", "wino"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("max_num_rows", "burst", "count"), [(300, None, 40), (1, 3, 35)], ids=["few at a time", "alone"]
 )

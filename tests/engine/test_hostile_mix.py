@@ -1,7 +1,7 @@
 """Good requests beside the worst that is legal and beside all that fails: none of them notices.
 
 The whole mix is 200 good requests, 50 of the worst legal ones, 50 that raise, exceed the memory or hold NaN,
-and 10 that kill their worker; it runs when asked for. A fifth of it runs always.
+and 10 that kill their worker; it runs when asked for. A fifth of it runs in the slow tier.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from remask.embedded import model_directory
+
+pytestmark = pytest.mark.slow
 
 HOSTILE = Path(__file__).parents[1] / "data" / "hostile"
 V, POISON = 259, 200  # ids; the one whose embedding is not a number

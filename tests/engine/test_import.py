@@ -1,4 +1,4 @@
-"""`import remask` is cheap, and the floors keep to themselves."""
+"""`import remask` is cheap. What our own statements import is read in tests/test_floors.py."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ def modules_after(code: str) -> set[str]:
     ("code", "never"),
     [
         ("import remask; remask.SamplingParams", {"torch", "ray", "transformers"}),
-        ("import remask.scheduler.scheduler", {"torch", "ray", "transformers", "remask.workers"}),
-        ("import remask.workers.executor", {"ray", "transformers", "remask.llm", "remask.core"}),
         ("import remask.cli", {"torch", "ray", "remask.benchmarks"}),
-        ("from remask import LLM", {"ray"}),
+        ("from remask import EngineOptions", {"torch", "ray", "transformers"}),
+        pytest.param("from remask import LLM", {"ray"}, marks=pytest.mark.slow),
     ],
 )
-def test_a_floor_imports_nothing_from_above(code: str, never: set[str]) -> None:
+def test_a_fresh_process_loads_no_more_than_it_needs(code: str, never: set[str]) -> None:
     assert not never & modules_after(code)
 
 

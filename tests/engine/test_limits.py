@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from remask import LLM, AsyncLLM, InvalidRequest, SamplingParams
-from remask.limits import Limits
+from remask import LLM, AsyncLLM, EngineOptions, InvalidRequest, SamplingParams
 
 HOT = {"temperature": 1.0, "max_tokens": 4}
 TIGHT = {
@@ -106,8 +105,8 @@ def test_what_reaches_a_ceiling_is_served(tight_llm: LLM) -> None:
 
 
 def test_the_default_ceilings_are_the_documented_ones(tiny_llm: LLM) -> None:
-    assert tiny_llm._intake._limits == Limits()
-    assert (Limits().max_n, Limits().max_stop_strings, Limits().max_stop_len) == (1024, 16, 256)
+    options = EngineOptions(model="tiny")
+    assert (options.max_n, options.max_stop_strings, options.max_stop_len) == (1024, 16, 256)
     with pytest.raises(InvalidRequest, match="n: is above"):
         tiny_llm.generate("1+1=", {**HOT, "n": 1025})
 

@@ -282,7 +282,7 @@ def test_a_second_burst_in_the_queue_changes_no_output(monkeypatch: pytest.Monke
     for depth in (1, 2):
         followed.clear()
         with LLM("tiny", device="cpu", dtype="float32", burst=2, max_num_rows=256) as llm:
-            llm._executor.queue_depth = depth  # as on a GPU
+            llm.engine._engine.executor.queue_depth = depth  # as on a GPU
             outputs.append([output.outputs for output in llm.generate([PUZZLE] * 4, asked)])
         assert any(burst is not None for burst in followed) == (depth == 2)
     assert [[(s.text, s.nfe, s.commit_steps, s.stop_reason) for s in o] for o in outputs[0]] == [

@@ -70,10 +70,10 @@ def llm() -> Iterator[LLM]:
 def neighbours_seconds(llm: LLM, ahead: list[tuple[list[int], dict[str, Any]]]) -> float:
     """CPU seconds until the neighbours of some requests have ended, from when all have been taken in."""
     asked = [*ahead, *[(PROMPT, ORDINARY)] * NUM_NEIGHBOURS]
-    requests = llm._intake.requests([prompt for prompt, _ in asked], [params for _, params in asked])
+    requests = llm.engine.intake.requests([prompt for prompt, _ in asked], [params for _, params in asked])
     waiting = {request.request_id for request in requests[len(ahead) :]}
     start = time.process_time()
-    for output in llm._serve(requests):
+    for output in llm.engine.serve(requests):
         waiting.discard(output.request_id)
         if not waiting:
             break
@@ -90,7 +90,7 @@ def ordinary_ones(num_rows: int, priority: int) -> list[tuple[list[int], dict[st
 def measured(llm: LLM, extreme: dict[str, Any], num_rounds: int) -> tuple[int, float, float, float]:
     """Rows of a request, its neighbours' seconds with ordinary ones in its place, and times as long with it:
     the median of the rounds, and least to least."""
-    (request,) = llm._intake.requests([PROMPT], extreme)
+    (request,) = llm.engine.intake.requests([PROMPT], extreme)
     num_rows = sum(canvas.num_rows for canvas in request.canvases)
     others = ordinary_ones(num_rows, extreme.get("priority", 0))
     ours, theirs = [], []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_relative_model_path_is_the_callers(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ with LLM("tiny", distributed_executor_backend="ray", data_parallel_size=2, **opt
     outputs = llm.generate(prompts, params)
     assert [output.outputs[0].token_ids for output in outputs] == expected
     assert marker.exists()
-    print(llm._executor._pool.reason)
+    print(llm.engine._engine.executor._pool.reason)
 """
     command = [sys.executable, "-c", code, tmp_path / "marker"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -14,7 +14,7 @@ import ray
 from remask.scheduler.errors import Unavailable
 from remask.workers.ray_session import RaySession
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 OURS = """
 import gc, json, os, ray
@@ -40,13 +40,13 @@ if child == 0:
         engine()
     except Unavailable as error:
         Path("child.txt").write_text(str(error))
-    second._executor.close()
+    second.engine._engine.executor.close()
     del first, second
     gc.collect()
     os._exit(0)
 os.waitpid(child, 0)
 facts["child"] = Path("child.txt").read_text()
-facts["after the fork"] = [ray.is_initialized(), text(second), second._executor.workers]
+facts["after the fork"] = [ray.is_initialized(), text(second), second.engine._engine.executor.workers]
 second.close()
 facts["after the last was closed"] = ray.is_initialized()
 try:
@@ -99,7 +99,7 @@ class Own:
         return "there"
 own = Own.options(name="own").remote()
 facts["later: session"] = error_of(bare.check)
-facts["later: event"] = error_of(later._executor.next_event, 0)
+facts["later: event"] = error_of(later.engine._engine.executor.next_event, 0)
 facts["later: generate"] = error_of(later.generate, *prompt)
 facts["later: scale"] = error_of(later.scale, 2)
 later.close()

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remask import LLM, InvalidRequest
+from remask import LLM, Engine, EngineOptions, InvalidRequest
 from remask.batch.check import CustomIds, InvalidBatch
 from remask.batch.run import BatchOptions, Summary, run_batch
-from remask.core import EngineCore
 from remask.thread import EngineThread
 
 Run = Callable[..., Summary]
@@ -106,7 +105,8 @@ def test_text_is_a_prompt_a_line(run: Run, tmp_path: Path) -> None:
 
 def test_a_model_without_tokenizer_takes_and_gives_token_ids(golden_llm: LLM, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": [33, 11], "max_tokens": 4}, {"prompt_token_ids": [33]})
-    options = BatchOptions(model="golden", defaults={"max_tokens": 3, "ignore_eos": True})
+    defaults = {"max_tokens": 3, "ignore_eos": True}
+    options = BatchOptions(engine=EngineOptions(model="golden"), defaults=defaults)
     run_batch(source, tmp_path / "out.jsonl", lambda: nullcontext(golden_llm), options)
     found = results(tmp_path / "out.jsonl")
     for name, count in (("line-1", 4), ("line-2", 3)):
@@ -268,7 +268,7 @@ def test_an_input_that_changes_is_noticed(
             source,
             tmp_path / "out.jsonl",
             lambda: nullcontext(tiny_llm),
-            BatchOptions(model="tiny"),
+            BatchOptions(engine=EngineOptions(model="tiny")),
             change,
         )
 
@@ -281,13 +281,13 @@ def test_at_most_max_live_requests_are_in_the_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counts = []
-    step = EngineCore.step
+    step = Engine.step
 
-    def counted(core: EngineCore) -> Any:
-        counts.append(core._scheduler.num_live)
-        return step(core)
+    def counted(engine: Engine) -> Any:
+        counts.append(engine.admission.num_requests)
+        return step(engine)
 
-    monkeypatch.setattr(EngineCore, "step", counted)
+    monkeypatch.setattr(Engine, "step", counted)
     run(batch_file(40), tmp_path / "out.jsonl", max_live=7)
     assert max(counts) == 7
 

@@ -65,7 +65,7 @@ def test_characters_may_span_tokens_of_one_byte(
     tiny_llm: LLM, data: list[str], strings: list[str], start: int, lead: int
 ) -> None:
     assert tiny_llm.tokenizer is not None
-    text_of = tiny_llm._intake.decode
+    text_of = tiny_llm.engine.intake.decode
     assert text_of is not None
     broken = [piece.encode("latin-1") if piece in "\xe6\x97\xf0" else piece.encode() for piece in data]
     vocabulary = tiny_llm.tokenizer.get_vocab()
@@ -94,7 +94,7 @@ def test_the_work_for_a_block_does_not_grow_with_the_canvas(tiny_llm: LLM, silen
             canvas.state = state
         return max(lengths)
 
-    text_of = tiny_llm._intake.decode
+    text_of = tiny_llm.engine.intake.decode
     assert text_of is not None
     assert most_decoded(400) == most_decoded(200) <= 100
 

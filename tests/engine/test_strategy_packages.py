@@ -11,7 +11,46 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "policies" / "custom.md"
+
+
+# One process for all commands: it imports the packages and torch once.
+COMMANDS = """
+import contextlib, io, json, sys
+from remask.cli import main
+answers = []
+for arguments in json.load(sys.stdin):
+    sys.argv, out, err, status = ["remask", *arguments], io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code or 0
+    answers.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(answers))
+"""
+TRAVELS = """
+import msgspec
+from remask_coin import Coin
+from remask import SamplingParams
+from remask.scheduler.canvas import CanvasSpec, new_canvas
+from remask.scheduler.params import resolve
+spec = new_canvas("r", 0, [5], resolve(SamplingParams(unmask=Coin(0.25))), seed=0, sample=0, mask_id=0,
+                  stop_ids=[]).spec
+assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=CanvasSpec) == spec
+assert spec.unmask == Coin(0.25)
+"""
+DECODE = "generate --model tiny --json --seed 3 --max-tokens 8 --trace 12+34= --remask wino --unmask"
+ASKED = [
+    f"{DECODE} coin:1.0",
+    f"{DECODE} coin:0.0",
+    "generate --unmask coin:p=2 x",
+    "generate --unmask coyn x",
+    "generate --unmask gone x",
+    "generate --json --max-tokens 4 --remask wino 1+2=",
+]
 
 
 def install(source: Path, target: Path) -> None:
@@ -21,20 +60,6 @@ def install(source: Path, target: Path) -> None:
             *("--target", str(target), str(source)),
         ],
         check=True,
-    )
-
-
-def environment(target: Path) -> dict[str, str]:
-    """That of a process which finds what is installed in `target`."""
-    paths = [str(target), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-
-
-def run(target: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`remask` in a process of its own."""
-    code = "import sys; from remask.cli import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(target)
     )
 
 
@@ -57,44 +82,49 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_pages_policy_decodes_beside_the_others(installed: Path) -> None:
-    ask = ["generate", "--model", "tiny", "--json", "--seed", "3", "--max-tokens", "8", "--trace", "12+34="]
+def python(target: Path, code: str, stdin: str = "") -> str:
+    """What a process prints that finds what is installed in `target`."""
+    paths = [str(target), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def answers(installed: Path) -> dict[str, tuple[int, str, str]]:
+    """Status, output and errors of each command."""
+    asked = json.dumps([command.split() for command in ASKED])
+    return dict(zip(ASKED, json.loads(python(installed, COMMANDS, asked)), strict=True))
+
+
+def test_the_pages_policy_decodes_beside_the_others(answers: dict[str, tuple[int, str, str]]) -> None:
     told = {}
     for p in ("1.0", "0.0"):
-        done = run(installed, *ask, "--unmask", f"coin:{p}", "--remask", "wino")
-        assert done.returncode == 0, done.stderr
-        told[p] = json.loads(done.stdout)["outputs"][0]
+        status, out, err = answers[f"{DECODE} coin:{p}"]
+        assert status == 0, err
+        told[p] = json.loads(out)["outputs"][0]
     assert told["1.0"]["trace"]["step"].count(1) == 8, "everything in the first step"
     assert max(told["0.0"]["trace"]["step"]) == told["0.0"]["nfe"] == 8, "one token a step"
 
 
-def test_its_parameters_are_checked_like_any(installed: Path) -> None:
-    done = run(installed, "generate", "--unmask", "coin:p=2", "x")
-    assert done.returncode == 2
-    assert "unmask.p" in done.stderr
-    done = run(installed, "generate", "--unmask", "coyn", "x")
-    assert "did you mean 'coin'?" in done.stderr
+def test_its_parameters_are_checked_like_any(answers: dict[str, tuple[int, str, str]]) -> None:
+    status, _, err = answers["generate --unmask coin:p=2 x"]
+    assert (status, "unmask.p" in err) == (2, True)
+    assert "did you mean 'coin'?" in answers["generate --unmask coyn x"][2]
 
 
-def test_a_policy_that_cannot_be_loaded_harms_no_other_and_says_why(installed: Path) -> None:
-    done = run(installed, "generate", "--unmask", "gone", "x")
-    assert done.returncode == 2
+def test_a_policy_that_cannot_be_loaded_harms_no_other_and_says_why(
+    answers: dict[str, tuple[int, str, str]],
+) -> None:
+    status, _, err = answers["generate --unmask gone x"]
+    assert status == 2
     told = "the package that brings it cannot be used: entry point gone = remask_coin:Gone of remask-coin: "
-    assert f"unmask: {told}AttributeError" in done.stderr
-    done = run(installed, "generate", "--json", "--max-tokens", "4", "--remask", "wino", "1+2=")
-    assert done.returncode == 0, "remask's own policy keeps its name"
+    assert f"unmask: {told}AttributeError" in err
+    status, _, err = answers["generate --json --max-tokens 4 --remask wino 1+2="]
+    assert status == 0, f"remask's own policy keeps its name: {err}"
 
 
 def test_it_travels_like_any(installed: Path) -> None:
-    code = """
-import msgspec
-from remask_coin import Coin
-from remask import SamplingParams
-from remask.scheduler.canvas import CanvasSpec, new_canvas
-from remask.scheduler.params import resolve
-spec = new_canvas("r", 0, [5], resolve(SamplingParams(unmask=Coin(0.25))), seed=0, sample=0, mask_id=0,
-                  stop_ids=[]).spec
-assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=CanvasSpec) == spec
-assert spec.unmask == Coin(0.25)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment(installed))
+    python(installed, TRAVELS)

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from remask import LLM, InvalidRequest
+from remask import LLM, EngineOptions, InvalidRequest
 from remask.batch.run import BatchOptions, run_batch
 from remask.intake import Intake
-from remask.limits import Limits
-from remask.llm import load_tokenizer
-from remask.text import PromptEncoder
+from remask.text import PromptEncoder, load_tokenizer
 
 MASK, EOT = "<|mdm_mask|>", "<|eot_id|>"
 
@@ -33,16 +31,16 @@ def with_template(tiny_llm: LLM, tmp_path: Path) -> Any:
         config = json.loads((model / "tokenizer_config.json").read_text())
         (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
         tokenizer = load_tokenizer(model, required=True)
-        return Intake(tiny_llm._executor.facts.config, tokenizer, max_len=512, seed=0, limits=Limits())
+        return Intake(tiny_llm.engine.intake.config, tokenizer, EngineOptions(model="tiny"))
 
     return make
 
 
 @pytest.fixture
 def restored_intake(tiny_llm: LLM) -> Iterator[LLM]:
-    intake = tiny_llm._intake
+    intake = tiny_llm.engine.intake
     yield tiny_llm
-    tiny_llm._intake = intake
+    tiny_llm.engine.intake = intake
 
 
 def user(content: Any) -> list[dict[str, Any]]:
@@ -163,12 +161,14 @@ def test_a_template_that_fails_is_an_error_of_one_line(with_template: Any, templ
 def test_lines_that_a_template_fails_for_are_recorded(
     restored_intake: LLM, with_template: Any, tmp_path: Path
 ) -> None:
-    restored_intake._intake = with_template(
+    restored_intake.engine.intake = with_template(
         "{{ messages[0]['content'] + (7 if 'x' in messages[0]['content'] else '=') }}"
     )
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"messages": user(text)}) + "\n" for text in ("7+8", "x")))
-    options = BatchOptions(model="tiny", defaults={"max_tokens": 4}, record_invalid=True)
+    options = BatchOptions(
+        engine=EngineOptions(model="tiny"), defaults={"max_tokens": 4}, record_invalid=True
+    )
     run_batch(source, tmp_path / "out.jsonl", lambda: nullcontext(restored_intake), options)
     found = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(response["status_code"] for response in found) == [200, 400]

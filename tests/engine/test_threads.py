@@ -86,7 +86,7 @@ def test_calls_of_several_threads_share_every_step(llm: LLM, monkeypatch: pytest
     gate = Gate(monkeypatch)
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(texts, llm, [prompt], seed=i) for i, prompt in enumerate(PROMPTS)]
-        until(lambda: llm._thread.num_live == 8)
+        until(lambda: llm.engine.num_live == 8)
         gate.open()
         assert [call.result(60) for call in calls] == alone
     assert max(gate.bursts) == 8
@@ -148,13 +148,13 @@ def test_a_failed_engine_ends_the_calls_of_all_threads(
 
     with ThreadPoolExecutor(3) as pool:
         calls = [pool.submit(texts, llm, [prompt]) for prompt in PROMPTS[:3]]
-        until(lambda: llm._thread.num_live == 3)
+        until(lambda: llm.engine.num_live == 3)
         monkeypatch.setattr("remask.workers.executor.InProcessExecutor.submit", fail)
         gate.open()
         errors = [call.exception(30) for call in calls]
     assert all(isinstance(error, EngineDead) and "out of order" in str(error) for error in errors)
     assert len(set(map(id, errors))) == 3, "a traceback belongs to one thread"
-    assert llm._thread.num_live == 0
+    assert llm.engine.num_live == 0
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -175,12 +175,12 @@ def test_an_interrupted_call_is_forgotten_and_harms_no_other(
         gate.open()
         assert other.result(60) == [expected]
     assert set(gate.bursts) == {1}
-    assert llm._thread.num_live == 0
+    assert llm.engine.num_live == 0
 
 
 def test_a_dropped_engine_ends_its_thread() -> None:
     llm = LLM("tiny", device="cpu", max_num_rows=512)
-    thread = llm._thread._thread
+    thread = llm.engine._thread
     assert thread.is_alive()
     del llm
     gc.collect()
@@ -225,7 +225,7 @@ def test_a_call_above_a_ceiling_is_refused_while_others_are_live(
     gate = Gate(monkeypatch)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(texts, llm, PROMPTS[:2])
-        until(lambda: llm._thread.num_live == 2)
+        until(lambda: llm.engine.num_live == 2)
         with pytest.raises(Overloaded, match=named):
             texts(llm, PROMPTS[:1])
         gate.open()

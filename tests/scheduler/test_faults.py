@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remask.benchmarks.simulation import PROBE, Requests, SimulatedWorker
+from remask.scheduler.blame import MAX_ACCUSED, MAX_LONE_DEATHS, MAX_PROBE_DEATHS
 from remask.scheduler.errors import EngineDead, RequestFailed, Unavailable, WorkerDied
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.request import Request
-from remask.scheduler.scheduler import MAX_ACCUSED, MAX_LONE_DEATHS, MAX_PROBE_DEATHS, Scheduler
+from remask.scheduler.scheduler import Scheduler
 
 
 def scheduler_of() -> Scheduler:

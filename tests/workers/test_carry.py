@@ -99,14 +99,15 @@ def test_a_burst_of_some_canvases_and_new_ones_equals_sending_them(
         return made
 
     states = worker().run(first).states
-    expected = worker().run(following([states[k] for k in kept], None)).states
+    expected = worker().run(following([states[k] for k in kept], None))
     carrying = worker()
     carrying.run(first)
-    found = carrying.run(following(list(kept), 0)).states
-    for one, other in zip(found, expected, strict=True):
+    found = carrying.run(following(list(kept), 0))
+    # Confidences may round differently, see below.
+    assert {c: len(r) for c, r in found.events.items()} == {c: len(r) for c, r in expected.events.items()}
+    for one, other in zip(found.states, expected.states, strict=True):
         for name in ("tokens", "commit_steps", "num_forwards", "block", "finished", "removed"):
             assert getattr(one, name) == getattr(other, name), name
-        assert len(one.events) == len(other.events)
         # A canvas that has ended is in the pack if the host does not know it yet; that rounds differently.
         for name in ("confidences", "logprobs", "memory"):
             numbers = [np.frombuffer(getattr(state, name), REAL) for state in (one, other)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -45,26 +45,39 @@ def canvas(seed: int = 5, **fields: Any) -> Canvas:
     return new_canvas("r", 0, PROMPT, params, seed=seed, sample=0, mask_id=0, stop_ids=[])
 
 
-def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> list[CanvasState]:
+class Told(NamedTuple):
+    """Finished canvases, the EVENT records of each, and the bytes of each result on the wire."""
+
+    states: list[CanvasState]
+    events: list[bytes]
+    wire_lens: list[int]
+
+
+def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> Told:
     """Every burst from bytes that went over the wire, so that nothing is left on the worker."""
     states: list[CanvasState | int] = [c.state for c in canvases]
+    events, wire_lens = [b""] * len(canvases), []
     while True:
         batch = StepBatch(burst_id=0, num_steps=num_steps, specs=[c.spec for c in canvases], states=states)
         wire = msgspec.msgpack.encode(batch)
         result = Worker(model).run(msgspec.msgpack.decode(wire, type=StepBatch))
-        result = msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=StepResult)
+        wire = msgspec.msgpack.encode(result)
+        wire_lens.append(len(wire))
+        result = msgspec.msgpack.decode(wire, type=StepResult)
+        events = [own + result.events.get(place, b"") for place, own in enumerate(events)]
         if all(state.finished for state in result.states):
-            return result.states
+            return Told(result.states, events, wire_lens)
         states = list(result.states)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_the_events_are_all_that_happened(golden_model: TransformerDenoiser, policy: dict) -> None:
     own, silent = canvas(trace=True, **policy), canvas(**policy)
-    state, untraced = finish(golden_model, [own, silent], 3)
-    assert untraced.events == b""
+    told = finish(golden_model, [own, silent], 3)
+    state, untraced = told.states
+    assert told.events[1] == b""
     assert untraced.tokens == state.tokens
-    events = np.frombuffer(state.events, EVENT)
+    events = np.frombuffer(told.events[0], EVENT)
     assert (np.diff(events["step"] * 24 + events["slot"]) > 0).all(), "by step, then by slot"
     tokens, commit_steps, confidences = np.zeros(24, TOKEN), np.zeros(24, TOKEN), np.zeros(24, REAL)
     for event in events:
@@ -82,8 +95,30 @@ def test_the_events_are_all_that_happened(golden_model: TransformerDenoiser, pol
     assert confidences.tobytes() == state.confidences
     has_remasks = not events["is_commit"].all()
     assert has_remasks == (policy.get("remask") is not None), "the cases are meant to remask"
-    whole, _ = finish(golden_model, [own, silent], 1000)
-    assert whole.events == state.events
+    assert finish(golden_model, [own, silent], 1000).events == told.events
+
+
+def test_a_result_carries_the_events_of_its_own_burst_only(golden_model: TransformerDenoiser) -> None:
+    """One commit a burst: what a trace adds to a result stays the same however long the trace is."""
+    traced, silent = (
+        finish(golden_model, [canvas(unmask="schedule", trace=trace)], 1).wire_lens for trace in (True, False)
+    )
+    more = {with_events - without for with_events, without in zip(traced, silent, strict=True)}
+    assert len(traced) == 24
+    assert max(more) <= EVENT.itemsize + 8, "an event, its place and its length"
+
+
+def test_a_burst_that_goes_on_from_the_one_before_tells_its_own_events(
+    golden_model: TransformerDenoiser,
+) -> None:
+    own, worker = canvas(unmask="schedule", trace=True), Worker(golden_model)
+    sent = StepBatch(burst_id=0, num_steps=4, specs=[own.spec], states=[own.state])
+    results = [worker.run(sent)]
+    for burst in range(1, 6):
+        follows = StepBatch(burst_id=burst, num_steps=4, follows=burst - 1, specs=[own.spec], states=[0])
+        results.append(worker.run(follows))
+    records = [np.frombuffer(result.events[0], EVENT) for result in results]
+    assert [own["step"].tolist() for own in records] == [[*range(n, n + 4)] for n in range(1, 25, 4)]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +132,8 @@ def test_the_events_are_all_that_happened(golden_model: TransformerDenoiser, pol
 def test_a_remasking_tells_what_was_held_against_the_token(
     golden_model: TransformerDenoiser, policy: dict, signal: float
 ) -> None:
-    (state,) = finish(golden_model, [canvas(trace=True, **policy)], 8)
-    events = np.frombuffer(state.events, EVENT)
+    (records,) = finish(golden_model, [canvas(trace=True, **policy)], 8).events
+    events = np.frombuffer(records, EVENT)
     doubts = events["confidence"][events["is_commit"] == 0]
     assert len(doubts) > 0
     assert (doubts < signal).all()
@@ -137,26 +172,27 @@ def test_log_probabilities_are_those_of_the_untempered_softmax_at_the_commit(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("num_steps", [1, 4, 1000])
+@pytest.mark.parametrize("num_steps", [1, 1000])
 def test_a_banned_token_does_not_come_back_to_its_position_in_the_block(
     golden_model: TransformerDenoiser, unmask: Any, remask: Any, num_steps: int
 ) -> None:
     banning = msgspec.structs.replace(remask, ban_old=True)
     fields = {"unmask": unmask, "trace": True, "block_length": 12, "temperature": 0.7}
     canvases = [canvas(seed, remask=policy, **fields) for seed in range(5) for policy in (remask, banning)]
-    *states, other = finish(golden_model, [*canvases, canvas(unmask="schedule:3")], num_steps)
+    told = finish(golden_model, [*canvases, canvas(unmask="schedule:3")], num_steps)
+    *states, other = told.states
     freely, banned = states[::2], states[1::2]
-    assert sum(map(num_returns, freely)) > 0, "the cases are meant to show the difference"
-    assert sum(map(num_returns, banned)) == 0
-    again = finish(golden_model, canvases[1::2], 3)
+    assert sum(map(num_returns, told.events[:-1:2])) > 0, "the cases are meant to show the difference"
+    assert sum(map(num_returns, told.events[1::2])) == 0
+    again = finish(golden_model, canvases[1::2], 3).states
     assert [state.tokens for state in again] == [state.tokens for state in banned]
     assert {state.removed for state in (other, *freely)} == {b""}
 
 
-def num_returns(state: CanvasState) -> int:
+def num_returns(records: bytes) -> int:
     """Commits of a token that the slot has lost before."""
     removed, count = set[tuple[int, int]](), 0
-    for event in np.frombuffer(state.events, EVENT):
+    for event in np.frombuffer(records, EVENT):
         key = (int(event["slot"]), int(event["token"]))
         if not event["is_commit"]:
             removed.add(key)
@@ -168,10 +204,10 @@ def test_a_slot_that_has_lost_every_token_it_may_hold_takes_them_again(
     golden_model: TransformerDenoiser,
 ) -> None:
     fields = {"remask": LowProb(1.0, max_times=4, ban_old=True), "allowed_token_ids": [20, 21], "trace": True}
-    (state,) = finish(golden_model, [canvas(unmask="schedule:6", **fields)], 4)
+    (state,), (records,), _ = finish(golden_model, [canvas(unmask="schedule:6", **fields)], 4)
     tokens = state.token_array()[4:]
     assert set(tokens.tolist()) <= {20, 21}
-    events = np.frombuffer(state.events, EVENT)
+    events = np.frombuffer(records, EVENT)
     assert np.bincount(events["slot"][events["is_commit"] == 0]).max() > 2, (
         "the case is meant to exhaust them"
     )

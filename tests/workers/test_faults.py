@@ -43,7 +43,14 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["fitting", "fixed", "fixed with kernels"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "fitting",
+        "fixed",
+        pytest.param("fixed with kernels", marks=pytest.mark.slow),
+    ],
+)
 def poisoned(request: pytest.FixtureRequest, golden_model: TransformerDenoiser) -> TransformerDenoiser:
     model = copy.deepcopy(golden_model.model)
     model.embedding.data[POISON] = torch.nan
@@ -80,8 +87,8 @@ def run(model: TransformerDenoiser, canvases: list[Canvas]) -> list[CanvasState]
 def test_a_canvas_of_nan_is_at_fault_and_its_neighbours_are_not(
     poisoned: TransformerDenoiser, fields: dict[str, Any]
 ) -> None:
-    if poisoned.kernels and fields not in (KINDS[0], KINDS[4]):
-        pytest.skip("Triton's interpreter is slow; the fused head knows no policy")
+    if poisoned.kernels and fields != KINDS[4]:
+        pytest.skip("Triton's interpreter is slow; the fused head knows no policy, but rows that verify")
     good = [make([5, 11, 7], fields), make([9, 12], {"unmask": "threshold:0.5"})]
     expected = run(poisoned, good)
     first, bad, second = run(poisoned, [good[0], make([5, POISON, 7], fields), good[1]])

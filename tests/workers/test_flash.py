@@ -274,6 +274,7 @@ def test_steps_attend_as_a_dense_mask_says(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter, beside a stand-in on the CPU")
+@pytest.mark.slow
 def test_rows_that_verify_go_to_our_kernel_and_the_others_to_the_librarys(
     golden_model: TransformerDenoiser, dense_attention: AttentionBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,9 +22,9 @@ from remask.workers.executor import Event, Finished, Joined, Left
 from remask.workers.ray_actor import RemaskWorker
 from remask.workers.ray_executor import RayExecutor
 from remask.workers.ray_pool import Held, WorkerPool
-from remask.workers.start import WorkerSetup
+from remask.workers.setup import WorkerSetup
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

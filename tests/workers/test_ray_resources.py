@@ -16,7 +16,7 @@ from remask.scheduler.errors import InvalidRequest
 from remask.workers.ray_resources import WorkerResources, check_num_gpus
 from remask.workers.ray_session import RaySession
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

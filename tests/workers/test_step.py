@@ -56,11 +56,14 @@ def burst(canvases: list[Canvas], states: list[CanvasState], num_steps: int) -> 
 
 def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int = 1000) -> list[CanvasState]:
     states = [c.state for c in canvases]
+    for own in canvases:
+        own.events.clear()
     while not all(state.finished for state in states):
         live = [i for i, state in enumerate(states) if not state.finished]
         result = Worker(model).run(burst([canvases[i] for i in live], [states[i] for i in live], num_steps))
-        for i, state in zip(live, result.states, strict=True):
+        for place, (i, state) in enumerate(zip(live, result.states, strict=True)):
             states[i] = state
+            canvases[i].events.append(result.events.get(place, b""))
     return states
 
 
@@ -144,7 +147,7 @@ def test_every_canvas_fills_up_within_its_forwards_and_never_with_the_mask(
         assert not (tokens[np.frombuffer(own.spec.slots, TOKEN)] == 0).any()
         assert (tokens[: len(tokens) - own.spec.canvas_len] != 0).all()
         assert state.num_forwards <= most_forwards(own)
-        events = np.frombuffer(state.events, EVENT)
+        events = np.frombuffer(b"".join(own.events), EVENT)
         assert (events["token"] != 0).all(), "the mask is neither committed nor removed"
         signs = np.where(events["is_commit"] > 0, 1, -1)
         balance = np.bincount(events["slot"] // own.spec.block_length, weights=signs)

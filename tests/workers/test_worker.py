@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from remask import SamplingParams
+from remask import SamplingParams, Threshold
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import resolve
@@ -82,6 +82,28 @@ def test_following_a_burst_equals_sending_the_canvases(
     assert worker.run(following).states == Worker(golden_model).run(sent).states
 
 
+def test_what_is_derived_from_a_canvas_is_derived_once_while_it_stays(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Specs are decoded from every message anew, as on Ray."""
+    asked: list[list[int]] = []
+    monkeypatch.setattr(Threshold, "block_params", lambda self, lens: asked.append([*lens]) or {})
+    worker, lens = Worker(golden_model), [4, 8, 12]
+    batch = first_burst([make(0, n) for n in lens], 1)
+    for burst_id in range(3):
+        worker.run(msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=StepBatch))
+        joined = make(0, 16 + burst_id)
+        batch = StepBatch(
+            burst_id=burst_id + 1,
+            num_steps=1,
+            follows=burst_id,
+            specs=[*batch.specs[:2], joined.spec],
+            states=[0, 1, joined.state],
+        )
+    blocks = [[4] * (n // 4) + [n % 4] * (n % 4 > 0) for n in (*lens, 16, 17)]
+    assert asked == blocks
+
+
 def test_an_interrupted_burst_that_follows_another_can_be_run_again(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,29 +128,16 @@ def test_an_interrupted_burst_that_follows_another_can_be_run_again(
     assert worker.run(following).states == expected
 
 
-def test_results_are_read_in_the_order_of_their_bursts() -> None:
-    read: list[int] = []
-
-    class Canvases:
-        def __init__(self, burst_id: int) -> None:
-            self.burst_id = burst_id
-
-        def to_states(self, results: object) -> list[CanvasState]:
-            read.append(self.burst_id)
-            return []
-
-        def results(self) -> list[torch.Tensor]:
-            return []
-
-    before: Launched | None = None
-    for i in range(3):
-        steps = StepQueue(lambda: 0, 0, torch.zeros(1, dtype=torch.bool))
-        before = Launched(i, 0.0, 0, Canvases(i), steps, before)  # type: ignore[arg-type]
-    assert before is not None
-    for _ in range(2):
-        before.wait()
-    assert read == [0, 1, 2]
-    assert before.before is None, "and are not kept"
+def test_the_seconds_of_a_burst_begin_when_the_one_before_it_has_ended(
+    golden_model: TransformerDenoiser,
+) -> None:
+    worker, state = Worker(golden_model), BurstState([make(0, 4).spec], [make(0, 4).state])
+    steps = StepQueue(lambda: 0, 0, state.paused)
+    first, second = (
+        Launched(i, started, 1, state, steps, states=[], ended=ended)
+        for i, (started, ended) in enumerate([(10.0, 12.0), (11.0, 15.0)])
+    )
+    assert [worker.collect(burst).seconds for burst in (first, second)] == [2.0, 3.0]
 
 
 def test_a_burst_ends_where_a_canvas_pauses_for_a_look_at_its_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from typing import get_args
 
 import torch
 
@@ -11,10 +12,11 @@ from remask.scheduler.errors import InvalidRequest
 from remask.workers.attention.flash import FlashAttention
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
+from remask.workers.setup import AttentionName
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("sdpa", "torch", "flash2", "flash3", "flash4")
+BACKENDS = tuple(name for name in get_args(AttentionName) if name != "auto")
 # The first major version of GPUs' compute capability that each kernel runs on, and the first that it does
 # not; and the largest head.
 _SUPPORT = {"torch": (8, 99, 256), "flash2": (8, 12, 256), "flash3": (9, 10, 256), "flash4": (9, 12, 128)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,9 +25,17 @@ class PolicyKind(NamedTuple):
     words: tuple[tuple[str, str], ...]
 
 
+@lru_cache(maxsize=1024)
 def kind_of(policy: Policy) -> PolicyKind:
     """The kind of a policy."""
     return PolicyKind(type(policy), tuple((name, getattr(policy, name)) for name in choices(type(policy))))
+
+
+@lru_cache(maxsize=1024)
+def numbers_of(policy: Policy) -> dict[str, float]:
+    """The fields that are numbers, as a kernel receives them."""
+    words = choices(type(policy))
+    return {name: float(getattr(policy, name) or 0) for name in policy.__struct_fields__ if name not in words}
 
 
 @dataclass(frozen=True)
@@ -102,10 +111,10 @@ def group_policies(
     for kind, members in sorted(by_kind.items(), key=lambda item: (tag(item[0].policy), item[0].words)):
         num_more = max(0, room.group_size - len(members))
         canvases = members + members[:1] * num_more
-        numbers = [name for name in kind.policy.__struct_fields__ if name not in dict(kind.words)]
+        numbers = [numbers_of(policy) for c in canvases if (policy := policies[c]) is not None]
         fields = {
-            name: torch.tensor([getattr(policies[c], name) or 0 for c in canvases], dtype=torch.float64)
-            for name in numbers
+            name: torch.from_numpy(np.array([own[name] for own in numbers], np.float64))
+            for name in numbers[0]
         }
         block_fields, first_block, last_block = _block_tables(
             [block_params[c] for c in members], num_more, room.num_blocks
@@ -115,7 +124,7 @@ def group_policies(
                 kind=kind,
                 kernel=kernel_of(kind.policy),
                 members=tuple(members),
-                canvases=torch.tensor(members + [len(policies) - 1] * num_more),
+                canvases=torch.from_numpy(np.array(members + [len(policies) - 1] * num_more)),
                 # (A graph serves groups of equal sizes, whoever is in them.)
                 is_whole=room == NO_ROOM and len(members) == len(policies),
                 fields=fields,
