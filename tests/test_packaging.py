@@ -134,8 +134,8 @@ def test_the_wheel_runs_the_demo_in_an_empty_environment(wheel: Path, tmp_path: 
     assert Path(where).is_relative_to(home)
     assert not list(site.glob("pytest*")), "nothing else is there"
     demo = run(python, "-m", "remask.benchmarks.tiny.demo", "--count", "16")
-    readme = (ROOT / "README.md").read_text()
-    drawn = readme[readme.index("╭") : readme.rindex("╯") + 1]
+    page = (ROOT / "docs" / "tiny-model.md").read_text()
+    drawn = page[page.index("╭") : page.rindex("╯") + 1]
     assert {line.rstrip() for line in drawn.splitlines()} <= {line.rstrip() for line in demo.splitlines()}
     for policy in ("one token a step", "threshold 0.7", "WINO 0.7/0.9"):
         assert policy in demo

@@ -1,4 +1,4 @@
-"""The entry point group `remask.strategies`: the README's package, installed and used; and broken ones."""
+"""The entry point group `remask.strategies`: the package of the page on custom policies, and broken ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "policies" / "custom.md"
 
 
 # One process for all commands: it imports the packages and torch once.
@@ -65,14 +65,14 @@ def install(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The README's package, with two more entry points: one of nothing, one of a name that is taken."""
+    """The page's package, with two more entry points: one of nothing, one of a name that is taken."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
-    text = README.read_text()
-    module = re.search(r"```python\n(# remask_coin\.py\n.*?)```", text, re.S)
-    project = re.search(r"```toml\n(# pyproject\.toml\n.*?)```", text, re.S)
+    text = PAGE.read_text()
+    module = re.search(r"```python file=remask_coin\.py\n(.*?)```", text, re.S)
+    project = re.search(r"```toml file=pyproject\.toml\n(.*?)```", text, re.S)
     assert module is not None
     assert project is not None
-    assert len(module.group(1).splitlines()) <= 30, "the README promises so many lines"
+    assert len(module.group(1).splitlines()) <= 30, "the page promises so many lines"
     (source / "remask_coin.py").write_text(module.group(1))
     more = 'gone = "remask_coin:Gone"\nwino = "remask_coin:Coin"\n'
     (source / "pyproject.toml").write_text(
@@ -99,7 +99,7 @@ def answers(installed: Path) -> dict[str, tuple[int, str, str]]:
     return dict(zip(ASKED, json.loads(python(installed, COMMANDS, asked)), strict=True))
 
 
-def test_the_readmes_policy_decodes_beside_the_others(answers: dict[str, tuple[int, str, str]]) -> None:
+def test_the_pages_policy_decodes_beside_the_others(answers: dict[str, tuple[int, str, str]]) -> None:
     told = {}
     for p in ("1.0", "0.0"):
         status, out, err = answers[f"{DECODE} coin:{p}"]
