@@ -68,25 +68,25 @@ class _End(NamedTuple):
         return _End(*(torch.where(is_own, own, theirs) for own, theirs in zip(self, other, strict=True)))
 
 
-def improbable(logits_NV: Tensor, filters: Filters, *, fixed_shapes: bool) -> Tensor:
+def improbable(logits_NV: Tensor, filters: Filters, *, static_shapes: bool) -> Tensor:
     """Which tokens may not be drawn, bool [N, V]; the most probable one always may.
 
     Args:
         logits_NV: fp32.
         filters: of the rows.
-        fixed_shapes: whether no shape may depend on numbers, so that the host need not wait for the device.
+        static_shapes: whether no shape may depend on numbers, so that the host need not wait for the device.
     """
     fall_NV = (logits_NV.amax(-1, keepdim=True) - logits_NV) / filters.heat
     kept_NV = fall_NV <= filters.reach
     if filters.max_k or filters.any_share:
-        last_N1, num_equal_N1 = _end(logits_NV, fall_NV, filters, fixed_shapes)
+        last_N1, num_equal_N1 = _end(logits_NV, fall_NV, filters, static_shapes)
         is_last = logits_NV == last_N1
         is_among = is_last & (is_last.cumsum(-1, dtype=torch.int32) <= num_equal_N1.int())
         kept_NV &= is_among.logical_or_(logits_NV > last_N1)
     return kept_NV.logical_not_()
 
 
-def _end(logits_NV: Tensor, fall_NV: Tensor, filters: Filters, fixed_shapes: bool) -> _End:
+def _end(logits_NV: Tensor, fall_NV: Tensor, filters: Filters, static_shapes: bool) -> _End:
     """What top-k and top-p keep."""
     vocab_size = logits_NV.shape[1]
     max_k = min(filters.max_k, vocab_size)
@@ -96,13 +96,13 @@ def _end(logits_NV: Tensor, fall_NV: Tensor, filters: Filters, fixed_shapes: boo
     weight_NV = _weight(fall_NV, filters)
     mass_N1 = filters.top_p * weight_NV.sum(-1, keepdim=True)
     is_open = (filters.top_k == 0) & (filters.top_p < 1)
-    num_candidates = max_k if fixed_shapes else min(max(max_k, NUM_CANDIDATES), vocab_size)
+    num_candidates = max_k if static_shapes else min(max(max_k, NUM_CANDIDATES), vocab_size)
     if num_candidates:
         found, is_whole = _end_among_top(logits_NV, filters, num_candidates, mass_N1)
         is_found = is_open if num_candidates == vocab_size else is_open & is_whole
         end = found.where(is_found | (filters.top_k > 0), end)
         is_open = is_open & ~is_found
-    if fixed_shapes:
+    if static_shapes:
         return _end_by_share(logits_NV, weight_NV, mass_N1).where(is_open, end)
     for row in is_open.squeeze(1).nonzero().squeeze(1).split(1):  # row by row, in the processor's cache
         for values, own in zip(end, _end_by_share(logits_NV[row], weight_NV[row], mass_N1[row]), strict=True):

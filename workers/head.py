@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from remask.workers.keyed_random import gumbel
-from remask.workers.rows import HeadQuery
+from remask.workers.rows.pack import HeadQuery
 
 # fp32 logits of one chunk; about five times as much is in use at the peak. A CPU wants a chunk to stay in its
 # cache, a GPU wants few launches.
@@ -154,7 +154,7 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
         for part in again.split(_chunk_len(logits_NV.device, logits_NV.shape[1], GUMBEL_SHARE)):
             own, ids_NK, part_NV = owners[part], excluded_NK[part], logits_NV[part]
             impossible_NV = (
-                sampling.improbable(part_NV, own, fixed_shapes=query.live is not None)
+                sampling.improbable(part_NV, own, static_shapes=query.live is not None)
                 if sampling.any_narrowed
                 else None
             )
@@ -292,7 +292,7 @@ def _draw(logits_NV: Tensor, query: HeadQuery, keys_N: Tensor, rows: slice, hot:
         if sampling.any_filter:
             filtered = _those(sampling.filters[owners], query)
             impossible = sampling.improbable(
-                logits_NV[part][filtered], owners[filtered], fixed_shapes=query.live is not None
+                logits_NV[part][filtered], owners[filtered], static_shapes=query.live is not None
             )
             impossible &= sampling.filters[owners[filtered]].unsqueeze(1)
             scores_NV[filtered] = scores_NV[filtered].masked_fill(impossible, -torch.inf)

@@ -15,8 +15,8 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.sampling import BIAS, TOKEN, Sampling
+from remask.workers.burst.staging import HoldsTensors
 from remask.workers.filters import Filters, improbable, reach_of
-from remask.workers.staging import HoldsTensors
 
 PAD = -1
 
@@ -119,13 +119,13 @@ class SamplingTables(HoldsTensors):
         if self.edits is not None:
             self.edits.apply(logits_NV, owners_N)
 
-    def improbable(self, logits_NV: Tensor, owners_N: Tensor, *, fixed_shapes: bool) -> Tensor:
+    def improbable(self, logits_NV: Tensor, owners_N: Tensor, *, static_shapes: bool) -> Tensor:
         """Which tokens may not be drawn, bool [N, V]; see `remask.workers.filters.improbable`."""
         heat, reach, top_k, top_p = (
             table[owners_N].unsqueeze(1) for table in (self._heat(), self.reach, self.top_k, self.top_p)
         )
         filters = Filters(heat, reach, top_k, top_p, self.max_k, self.any_share)
-        return improbable(logits_NV, filters, fixed_shapes=fixed_shapes)
+        return improbable(logits_NV, filters, static_shapes=static_shapes)
 
     def narrow(self, logits_NV: Tensor, impossible_NV: Tensor | None, owners_N: Tensor) -> None:
         """Makes of logits those that are ranked by, in place, for canvases that are `reranked`.

@@ -37,9 +37,9 @@ def sorted_whole(logits_NV: Tensor, samplings: list[Sampling]) -> Tensor:
     return torch.empty_like(weight > 0).scatter_(1, ids, ~((weight > 0) & is_early))
 
 
-def found(logits_NV: Tensor, samplings: list[Sampling], *, fixed_shapes: bool) -> Tensor:
+def found(logits_NV: Tensor, samplings: list[Sampling], *, static_shapes: bool) -> Tensor:
     tables = SamplingTables(samplings)
-    return tables.improbable(logits_NV, torch.arange(len(samplings)), fixed_shapes=fixed_shapes)
+    return tables.improbable(logits_NV, torch.arange(len(samplings)), static_shapes=static_shapes)
 
 
 def adversarial(kind: str, generator: torch.Generator) -> Tensor:
@@ -75,14 +75,14 @@ samplings = st.builds(
 
 
 @pytest.mark.parametrize("num_candidates", [4, 1024])
-@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("static_shapes", [False, True])
 @settings(deadline=None, max_examples=120)
 @given(
     own=st.lists(st.tuples(st.sampled_from(KINDS), samplings), min_size=1, max_size=4),
     seed=st.integers(0, 10**6),
 )
 def test_the_tokens_kept_are_the_beginning_of_the_sorted_row(
-    fixed_shapes: bool, num_candidates: int, own: list[tuple[str, Sampling]], seed: int
+    static_shapes: bool, num_candidates: int, own: list[tuple[str, Sampling]], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Only rows that filter are asked about.
@@ -90,12 +90,12 @@ def test_the_tokens_kept_are_the_beginning_of_the_sorted_row(
     logits = torch.stack([adversarial(kind, generator) for kind, _ in own])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filters, "NUM_CANDIDATES", num_candidates)
-        assert torch.equal(found(logits, asked, fixed_shapes=fixed_shapes), sorted_whole(logits, asked))
+        assert torch.equal(found(logits, asked, static_shapes=static_shapes), sorted_whole(logits, asked))
 
 
-@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("scale", [0.05, 1.0, 4.0])
-def test_of_a_large_vocabulary_the_same_tokens_are_kept(scale: float, fixed_shapes: bool) -> None:
+def test_of_a_large_vocabulary_the_same_tokens_are_kept(scale: float, static_shapes: bool) -> None:
     """Also where the limit on the share is far beyond the candidates."""
     logits = torch.randn(4, 20_011, generator=torch.Generator().manual_seed(3)) * scale
     own = [
@@ -104,7 +104,7 @@ def test_of_a_large_vocabulary_the_same_tokens_are_kept(scale: float, fixed_shap
         Sampling(temperature=1.0, top_k=50, top_p=0.5),
         Sampling(temperature=1.3, min_p=0.02),
     ]
-    assert torch.equal(found(logits, own, fixed_shapes=fixed_shapes), sorted_whole(logits, own))
+    assert torch.equal(found(logits, own, static_shapes=static_shapes), sorted_whole(logits, own))
 
 
 @pytest.mark.parametrize("min_p", [0.0, 1e-300, 1e-12, 0.05, 0.3, 1 - 2**-24, 1.0])
@@ -123,9 +123,9 @@ class Unsorted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("fields", [{"min_p": 0.1}, {"top_k": 20}, {"top_p": 0.9}], ids=str)
-def test_no_filter_sorts_the_vocabulary(fields: dict[str, Any], fixed_shapes: bool) -> None:
+def test_no_filter_sorts_the_vocabulary(fields: dict[str, Any], static_shapes: bool) -> None:
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
     with Unsorted():
-        found(logits, [Sampling(temperature=1.0, **fields)] * 2, fixed_shapes=fixed_shapes)
+        found(logits, [Sampling(temperature=1.0, **fields)] * 2, static_shapes=static_shapes)

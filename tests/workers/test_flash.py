@@ -27,7 +27,7 @@ from remask.workers.attention.select import BACKENDS, pick_attention
 from remask.workers.attention.varlen import AttentionBackend, DeviceLayout, VarlenLayout
 from remask.workers.kernels import elementwise, head, shadow_attention
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
-from remask.workers.warm_up import warm_up
+from remask.workers.startup.warm_up import warm_up
 from remask.workers.worker import Worker
 
 GPU = torch.device("cuda", 0)
@@ -248,7 +248,7 @@ def errors(
 ) -> list[float]:
     """Of steps with different sequences and verifying policies."""
     compared = Compared(backend, reference, dtype)
-    driver = TransformerDenoiser(model.model, compared, pack_rows=1 << 30, fixed_shapes=True)
+    driver = TransformerDenoiser(model.model, compared, pack_rows=1 << 30, static_shapes=True)
     canvases = [
         new_canvas("r", 0, [5] * prompt_len, resolve(params), seed=1, sample=0, mask_id=0, stop_ids=[])
         for prompt_len, params in (
@@ -306,7 +306,7 @@ def test_a_warm_up_runs_every_kernel_in_every_variant(
         golden_model.model,
         backend(monkeypatch, "flash", "flash3"),
         pack_rows=1 << 30,
-        fixed_shapes=True,
+        static_shapes=True,
         kernels=True,
     )
     launched: set[tuple[str, bool | None, bool | None]] = set()
@@ -318,7 +318,7 @@ def test_a_warm_up_runs_every_kernel_in_every_variant(
                 launched.add((name, MARGIN, ENTROPY))
 
             monkeypatch.setattr(getattr(module, name), "pre_run_hooks", [note])
-    with caplog.at_level("INFO", "remask.workers.warm_up"):
+    with caplog.at_level("INFO", "remask.workers.startup.warm_up"):
         warm_up(model, Worker(model).run)
     of_head = {(name, *both) for name in variants[2] for both in product((False, True), repeat=2)}
     assert launched == {(name, None, None) for name in variants[0] + variants[1]} | of_head

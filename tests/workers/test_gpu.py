@@ -17,9 +17,9 @@ from remask import SamplingParams
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
-from remask.workers.graphs import graphs_for
+from remask.workers.burst.graphs import graphs_for
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
-from remask.workers.start import WorkerSetup, start_worker
+from remask.workers.startup.start import WorkerSetup, start_worker
 from remask.workers.worker import Worker
 
 DEVICE = torch.device("cuda")

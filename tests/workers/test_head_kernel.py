@@ -19,7 +19,7 @@ from remask.workers.kernels import head as kernel
 from remask.workers.kernels import keyed_random as noise_kernel
 from remask.workers.kernels.sizes import HeadSizes
 from remask.workers.keyed_random import stream_keys
-from remask.workers.rows import HeadQuery
+from remask.workers.rows.pack import HeadQuery
 from remask.workers.sampling import SamplingTables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

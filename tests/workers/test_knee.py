@@ -11,9 +11,9 @@ import pytest
 
 from remask import LLM
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers import knee as module
-from remask.workers.knee import find_knee, knee, measure, num_flat
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.startup import knee as module
+from remask.workers.startup.knee import find_knee, knee, measure, num_flat
 from remask.workers.worker import Worker
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import msgspec
 
-from remask.workers.graphs import graphs_for
-from remask.workers.knee import knee
-from remask.workers.memory import row_limit
+from remask.workers.burst.graphs import graphs_for
 from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import TransformerDenoiser, denoiser_of, pick_device
 from remask.workers.models.load import load_model
 from remask.workers.models.shared import SharedWeights, model_of
-from remask.workers.setup import WorkerSetup
-from remask.workers.warm_up import warm_up
+from remask.workers.startup.knee import knee
+from remask.workers.startup.memory import row_limit
+from remask.workers.startup.setup import WorkerSetup
+from remask.workers.startup.warm_up import warm_up
 from remask.workers.worker import Worker
 
 

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
-from remask.workers.strategies.groups import PolicyGroup
+from remask.workers.burst.groups import PolicyGroup
 from remask.workers.strategies.view import Memory
 
 

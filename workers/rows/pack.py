@@ -7,8 +7,8 @@ slots (and committed ones, where a policy looks at them), the same in second cop
 shadow rows.
 
 A *plan* says which canvases share a pack and holds what does not change while they are together; its `pack`
-adds what the current step needs. There are plans that fit (`fitting_rows`) and plans of fixed shapes
-(`fixed_rows`).
+adds what the current step needs. There are plans that fit (`tight_rows`) and plans of fixed shapes
+(`static_rows`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PackedRows:
         candidates_H: int64 [H]: rows whose final hidden state is wanted: those of main slots, of their second
             copies, then shadow rows.
         candidate_layout: the candidates as queries.
-        slots_N: int64 [N]: the slots that are answered for, numbered as in `PackPlan`; not second copies.
+        slots_N: int64 [N]: the slots that are answered for, numbered as in `TightPlan`; not second copies.
         num_main_slots: how many of them are answered for by main rows; the others by shadow rows.
     """
 

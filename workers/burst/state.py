@@ -12,15 +12,15 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
-from remask.workers.events import EventLog
+from remask.workers.burst.events import EventLog
+from remask.workers.burst.groups import group_policies
+from remask.workers.burst.staging import HoldsTensors
+from remask.workers.burst.stop_ids import StopIds
+from remask.workers.burst.wire import Results, pack_states, slot_table, unpack_memory, unpack_removed
 from remask.workers.keyed_random import stream_keys
-from remask.workers.room import NO_ROOM, Room
-from remask.workers.rows import ActiveBlocks
+from remask.workers.rows.pack import ActiveBlocks
+from remask.workers.rows.padding import NO_PADDING, Padding
 from remask.workers.sampling import SamplingTables
-from remask.workers.staging import HoldsTensors
-from remask.workers.stop_ids import StopIds
-from remask.workers.strategies.groups import group_policies
-from remask.workers.wire import Results, pack_states, slot_table, unpack_memory, unpack_removed
 
 
 class BurstState(HoldsTensors):
@@ -45,7 +45,7 @@ class BurstState(HoldsTensors):
     """
 
     def __init__(
-        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], room: Room = NO_ROOM
+        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], padding: Padding = NO_PADDING
     ) -> None:
         self.specs = specs
 
@@ -54,12 +54,12 @@ class BurstState(HoldsTensors):
 
         flat = np.frombuffer(b"".join([state.tokens for state in states]), TOKEN)
         self.cu_tokens = [0, *itertools.accumulate(state.sequence_len for state in states)]
-        more = max(0, room.main_rows - self.cu_tokens[-1])
+        more = max(0, padding.main_rows - self.cu_tokens[-1])
         self.tokens = torch.from_numpy(np.concatenate([flat, np.zeros(more + 1, np.int64)]))
         canvas_lens = [spec.canvas_len for spec in specs]
-        self.num_slots = max(*canvas_lens, room.canvas_len)
+        self.num_slots = max(*canvas_lens, padding.canvas_len)
         self.canvas_len, self.block_len = table(canvas_lens), table([spec.block_length for spec in specs])
-        self.max_block_len = max(*(spec.block_length for spec in specs), room.widest)
+        self.max_block_len = max(*(spec.block_length for spec in specs), padding.widest)
         is_slot = np.arange(self.num_slots + 1) < np.array(canvas_lens)[:, None]
         rows = np.concatenate([spec.slot_array for spec in specs]) + np.repeat(
             self.cu_tokens[:-1], canvas_lens
@@ -82,12 +82,12 @@ class BurstState(HoldsTensors):
         self.always_commits = table([spec.always_commits for spec in specs], np.bool_)
         self.sampling = SamplingTables([spec.sampling for spec in specs])
         self.keys = stream_keys(table([spec.seed for spec in specs]), table([spec.sample for spec in specs]))
-        self.stops = StopIds([spec.stop_ids for spec in specs], room.num_stops)
+        self.stops = StopIds([spec.stop_ids for spec in specs], padding.num_stops)
         self.unmask = group_policies(
-            [spec.unmask for spec in specs], [spec.unmask_params for spec in specs], room
+            [spec.unmask for spec in specs], [spec.unmask_params for spec in specs], padding
         )
         self.remask = group_policies(
-            [spec.remask for spec in specs], [spec.remask_params for spec in specs], room
+            [spec.remask for spec in specs], [spec.remask_params for spec in specs], padding
         )
         self.reads_committed = table([spec.reads_committed_rows for spec in specs], np.bool_)
         self.verifies = table([spec.verifies for spec in specs], np.bool_)
@@ -112,13 +112,13 @@ class BurstState(HoldsTensors):
         self.paused[canvas] = True
         self.errors[canvas] = error
 
-    def make_room(self, num_steps: int) -> None:
-        """Makes room for the tokens that slots may lose in so many steps."""
+    def reserve_removed(self, num_steps: int) -> None:
+        """Extends `removed` for the tokens that slots may lose in `num_steps` steps."""
         if self.removed is not None:
             # A slot must be filled again before it can lose another token.
             num_held = int((self.removed >= 0).sum(2).max())
-            room = num_held + (num_steps + 1) // 2 - self.removed.shape[2]
-            self.removed = torch.nn.functional.pad(self.removed, (0, max(0, room)), value=-1)
+            more = num_held + (num_steps + 1) // 2 - self.removed.shape[2]
+            self.removed = torch.nn.functional.pad(self.removed, (0, max(0, more)), value=-1)
 
     def active_slots(self) -> tuple[Tensor, Tensor]:
         """Slots [R, B] of the active blocks (the padding column where there is none), and which are valid."""
