@@ -351,7 +351,7 @@ def test_weights_through_the_object_store_are_those_of_the_files_and_nothing_is_
     nothing = {"free": {"CPU": 4.0, "GPU": 0}, "actors": [], "groups": [], "processes": [], "store": 0.0}
     assert settled(nothing) == nothing, "what came before is gone"
     with on_ray(load_format="object_store") as llm:
-        assert llm._executor.max_num_rows == 512, "as was said, and not measured"
+        assert llm.engine._engine.executor.max_num_rows == 512, "as was said, and not measured"
         assert told(llm.generate(*workload)) == expected
         now = footprint()
         assert len(now["actors"]) == 2
