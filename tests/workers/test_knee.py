@@ -173,7 +173,7 @@ def test_an_engine_takes_the_knee_unless_told(
     def never(*_: object) -> int:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("remask.workers.start.knee", never)
+    monkeypatch.setattr("remask.workers.startup.start.knee", never)
     LLM(golden_checkpoint, device="cpu", max_num_rows=100).close()
     with pytest.raises(AssertionError, match="measured"):
         LLM(golden_checkpoint, device="cpu")
