@@ -22,8 +22,8 @@ from remask.scheduler.canvas import (
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.burst import groups
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.strategies import groups
 from remask.workers.worker import Worker
 
 POISON = 20  # an id whose embedding is not a number
