@@ -45,6 +45,10 @@ class FixedPlan:
         tiles, sees_block, spans: see `DeviceShadows`.
         guidance: which hidden states belong together; None where nobody is guided.
         special: int64: which of the N slots are of canvases that `needs_logits`; None: none.
+        max_special: how many of them can be live at a time. The host does not know how many are, so whole
+            logits are made of as many slots, the live ones first. A slot is masked or committed: where its
+            main row is read if it is masked and another row verifies it if it is committed, one of the two is
+            live.
         slots_N: int64 [N]: the slots that are answered for.
     """
 
@@ -64,6 +68,7 @@ class FixedPlan:
     spans: tuple[tuple[int, int, int, int, int], ...]
     guidance: Guidance | None
     special: Tensor | None
+    max_special: int
     slots_N: Tensor
 
     def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
@@ -98,9 +103,10 @@ class FixedPlan:
         committed = valid & ~masked
         is_main = torch.arange(len(self.slots_N), device=ids.device) < self.num_main_slots
         live = torch.where(is_main, read[self.slots_N], committed[self.slots_N])
-        return rows, step.ask(
-            self.slots_N, self.num_main_slots, self.guidance, live=live, special=self.special
-        )
+        special = self.special
+        if special is not None:
+            special = special[(~live[special]).to(torch.int8).argsort(stable=True)[: self.max_special]]
+        return rows, step.ask(self.slots_N, self.num_main_slots, self.guidance, live=live, special=special)
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,8 @@ def plan_fixed(
     sees_block[: cu_shadows[-1]] = np.repeat([specs[c].shadows_see_each_other for c in canvases], num_shadows)
     num_first = int(block_lens[: len(canvases)].sum()) if guided else len(main.slots)
     slots_N = torch.cat([main.slots[:num_first], copies.slots, shadows.slots])
-    is_special = np.isin(slots_N.numpy() // width, [c for c in canvases if specs[c].needs_logits])
+    special = [c for c in canvases if specs[c].needs_logits]
+    is_special = np.isin(slots_N.numpy() // width, special)
     owners, numbers = _counted(lens)
     num_more = max(0, room.main_rows - len(owners))
     token_index = np.concatenate([starts[owners] + numbers, np.full(num_more, bounds[-1])])
@@ -211,8 +218,15 @@ def plan_fixed(
         if guided
         else None,
         special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
+        max_special=sum(map(_max_live, (specs[c] for c in special))),
         slots_N=slots_N,
     )
+
+
+def _max_live(spec: CanvasSpec) -> int:
+    """How many of a canvas's rows the head is asked about in one step, at most."""
+    if_committed = spec.reads_committed_rows + (spec.num_shadow_rows > 0) + (spec.num_copies > 0)
+    return spec.block_length * max(1, if_committed)
 
 
 def _bounds(counts: np.ndarray) -> np.ndarray:

@@ -81,8 +81,8 @@ class HeadQuery:
         guidance: None where nobody is guided: the hidden states are those of the N slots.
         removed: int64 [N, K]: ids that may not be proposed, -1 where there is none; None: nobody has any.
         live: bool [N]: which are asked about, where shapes are fixed; None: all.
-        special: int64: where shapes are fixed, which of the slots are of canvases that `needs_logits`; None:
-            none.
+        special: int64: where shapes are fixed, the slots that are answered from whole logits: all live slots
+            of canvases that `needs_logits`, and some that are not live; None: none.
     """
 
     owners: Tensor

@@ -183,7 +183,10 @@ def test_every_row_that_is_asked_has_the_same_answer_in_fixed_shapes(
         golden_model.model, backend, pack_rows=1 << 30, fixed_shapes=True, kernels=kernels
     )
     own = [
-        canvas({"unmask": "schedule", "remask": remask}, 11, 8, 4 + i) for i, remask in enumerate(VERIFYING)
+        canvas(
+            {"unmask": "schedule", "remask": remask, "logit_bias": {5: 3.0} if i % 2 else None}, 11, 8, 4 + i
+        )
+        for i, remask in enumerate(VERIFYING)
     ]
     own.append(canvas({"unmask": "schedule", "cfg_scale": 1.5}, 11, 8, 3))
     own = [replaced(c, stop_ids=b"") for c in own]
@@ -199,6 +202,29 @@ def test_every_row_that_is_asked_has_the_same_answer_in_fixed_shapes(
         # Of rows that verify only the probability of the token that they verify is read.
         read = slice(None) if key[0] else slice(4, 5)
         torch.testing.assert_close(found[key][read], numbers[read], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("remask", "expected"), [(None, 8), ("wino", 8), ("oracle_loo", 8), ("low_prob", 8), ("rcr", 8)]
+)
+@torch.inference_mode()
+def test_whole_logits_are_made_of_no_more_rows_than_can_be_live(
+    fixed_model: TransformerDenoiser, remask: str | None, expected: int
+) -> None:
+    own = [canvas({"unmask": "schedule", "remask": remask, "logit_bias": {5: 3.0}}, 16, 8, 3)]
+    state = BurstState([c.spec for c in own], [c.state for c in own])
+    (plan,) = plan_packs(state, fixed_model, fixed_model.pack_rows)
+    for _ in range(3):
+        slots, valid = state.active_slots()
+        blocks = state.active_blocks(slots, valid, fixed_model.mask_id)
+        _, query = plan.pack(
+            StepInputs(state.tokens, blocks, fixed_model.mask_id, state.sampling, None, frozenset(), None)
+        )
+        assert query.special is not None
+        assert query.live is not None
+        assert len(query.special) == expected
+        assert set(query.live.nonzero().squeeze(1).tolist()) <= set(query.special.tolist())
+        denoise(state, [plan], fixed_model)
 
 
 def replaced(own: Canvas, **fields: Any) -> Canvas:
