@@ -158,7 +158,7 @@ def test_a_demanding_burst_is_one_of_which_every_row_is_read_for_everything(stat
     if static_shapes:
         assert len(rows.candidates_H) == len(rows.slots_N) == len(rows.ids_T)
         assert query.special is not None
-        assert len(query.special) == ROWS_64, "one canvas asks for whole logits"
+        assert len(query.special) == ROWS_64 // 2, "one canvas asks for whole logits, for each slot once"
 
 
 class Gpu:
