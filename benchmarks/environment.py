@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from remask.benchmarks.gpu.timing import gemm_flops_per_second
-from remask.workers.device import device_name
+from remask.workers.startup.device import device_name
 
 UNSTEADY = 0.1  # change of the matrix rate that is told
 SQUARE = 1024  # of the product that it is measured with

@@ -40,7 +40,7 @@ from remask.benchmarks.throughput import find_model
 from remask.benchmarks.utilization import gemm_rate, linear_flops
 from remask.benchmarks.workloads import CANVAS_LENS, FIXED_LEN, PROMPT_LENS
 from remask.scheduler.errors import did_you_mean
-from remask.workers.graphs import graphs_for
+from remask.workers.burst.graphs import graphs_for
 from remask.workers.models.config import TransformerConfig
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.loading import read_config

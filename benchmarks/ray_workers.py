@@ -30,9 +30,9 @@ from remask.benchmarks.throughput import find_model, spread, write_report
 from remask.benchmarks.workloads import Job, workload
 from remask.embedded import model_directory
 from remask.scheduler.messages import StepBatch
-from remask.workers.executor import Finished
-from remask.workers.ray_executor import RayExecutor
-from remask.workers.setup import WorkerSetup
+from remask.workers.executors.base import Finished
+from remask.workers.executors.ray_executor import RayExecutor
+from remask.workers.startup.setup import WorkerSetup
 
 MODEL = "llada-124m"
 DTYPE = "float32"

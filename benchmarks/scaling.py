@@ -26,9 +26,9 @@ from remask.benchmarks.throughput import spread, write_report
 from remask.embedded import model_directory
 from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.executor import Event, Executor, Finished
+from remask.workers.executors.base import Event, Executor, Finished
 from remask.workers.models.loading import read_config
-from remask.workers.start import WorkerFacts
+from remask.workers.startup.start import WorkerFacts
 
 NUM_WORKERS = (1, 4, 16, 64)
 CANVASES_A_WORKER = 256

@@ -19,7 +19,7 @@ from remask.benchmarks.plain_loop import dense_statistics
 from remask.scheduler.params import SamplingParams
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.rows import PackedRows
+from remask.workers.rows.pack import PackedRows
 
 BATCH_SIZE = 16
 PAD_ID = 0

@@ -27,10 +27,10 @@ from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.text import load_tokenizer
-from remask.workers.burst import BurstState
+from remask.workers.burst.state import BurstState
 from remask.workers.head import Statistics
 from remask.workers.models.denoiser import Denoiser, load_denoiser
-from remask.workers.rows import HeadQuery, PackedRows
+from remask.workers.rows.pack import HeadQuery, PackedRows
 from remask.workers.step import denoise, plan_packs
 from remask.workers.worker import Worker
 

@@ -29,7 +29,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.models.config import TransformerConfig
 from remask.workers.models.transformer import Block, Transformer
-from remask.workers.rows import PackedRows
+from remask.workers.rows.pack import PackedRows
 
 NUM_SAMPLED_PACKS = 3
 NOT_COUNTED = (

@@ -25,8 +25,8 @@ from remask.scheduler.planning import BURST_SECONDS, OVERLAPPED_BURST_SECONDS
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
 from remask.text import load_tokenizer
-from remask.workers.executor import Event, Executor, Finished, InProcessExecutor, Joined
-from remask.workers.setup import WorkerSetup
+from remask.workers.executors.base import Event, Executor, Finished, InProcessExecutor, Joined
+from remask.workers.startup.setup import WorkerSetup
 
 LISTEN_SECONDS = 0.02  # a step of workers elsewhere ends by then, to let newcomers go to idle ones
 
@@ -263,7 +263,7 @@ def start_executor(options: EngineOptions, directory: Path) -> Executor:
     if not on_ray:
         return InProcessExecutor(setup)
 
-    from remask.workers.ray_executor import RayExecutor
+    from remask.workers.executors.ray_executor import RayExecutor
 
     return RayExecutor(
         setup,

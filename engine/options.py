@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from remask.scheduler.errors import InvalidRequest, did_you_mean
 from remask.scheduler.plain import plain
-from remask.workers.setup import PositiveInt, WorkerOptions, fix
+from remask.workers.startup.setup import PositiveInt, WorkerOptions, fix
 
 Ceiling = Annotated[int, Meta(ge=1, extra=fix("must be a positive integer, or None for no ceiling"))]
 Integer = Annotated[int, Meta(extra=fix("must be an integer"))]

@@ -130,7 +130,7 @@ def test_the_scheduler_is_plain_python(name: str) -> None:
         ("remask", {"torch", "ray", "transformers"}),
         ("remask.cli", {"torch", "ray", "remask.benchmarks"}),
         ("remask.options", {"torch", "ray", "transformers"}),
-        ("remask.workers.executor", {"ray", "transformers"}),
+        ("remask.workers.executors.base", {"ray", "transformers"}),
         ("remask.llm", {"ray", "remask.benchmarks"}),
     ],
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from remask.workers.keyed_random import gumbel
-from remask.workers.rows import HeadQuery
+from remask.workers.rows.pack import HeadQuery
 
 # fp32 logits of one chunk; about five times as much is in use at the peak. A CPU wants a chunk to stay in its
 # cache, a GPU wants few launches.
@@ -153,7 +153,11 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
         again = _those(sampling.reranked[owners], query)
         for part in again.split(_chunk_len(logits_NV.device, logits_NV.shape[1], GUMBEL_SHARE)):
             own, ids_NK, part_NV = owners[part], excluded_NK[part], logits_NV[part]
-            impossible_NV = sampling.improbable(part_NV, own) if sampling.any_narrowed else None
+            impossible_NV = (
+                sampling.improbable(part_NV, own, static_shapes=query.live is not None)
+                if sampling.any_narrowed
+                else None
+            )
             part_NV.scatter_(1, ids_NK, held_NK[part])
             sampling.narrow(part_NV, impossible_NV, own)
             ranked, _, _ = _ranking(
@@ -287,7 +291,9 @@ def _draw(logits_NV: Tensor, query: HeadQuery, keys_N: Tensor, rows: slice, hot:
         scores_NV = gumbel(keys_N[part], vocab).mul_(heat).add_(logits_NV[part])
         if sampling.any_filter:
             filtered = _those(sampling.filters[owners], query)
-            impossible = sampling.improbable(logits_NV[part][filtered], owners[filtered])
+            impossible = sampling.improbable(
+                logits_NV[part][filtered], owners[filtered], static_shapes=query.live is not None
+            )
             impossible &= sampling.filters[owners[filtered]].unsqueeze(1)
             scores_NV[filtered] = scores_NV[filtered].masked_fill(impossible, -torch.inf)
         drawn.append(scores_NV.argmax(-1))

@@ -15,7 +15,8 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.sampling import BIAS, TOKEN, Sampling
-from remask.workers.staging import HoldsTensors
+from remask.workers.burst.staging import HoldsTensors
+from remask.workers.filters import Filters, improbable, reach_of
 
 PAD = -1
 
@@ -77,8 +78,11 @@ class SamplingTables(HoldsTensors):
     """The sampling parameters of R canvases.
 
     Attributes:
-        temperature, top_p, min_p, cfg_scale: fp32 [R].
+        temperature, top_p, cfg_scale: fp32 [R].
+        reach: fp32 [R]: how far below the row's largest a logit may be, divided by the temperature.
         top_k: int64 [R]; 0: off.
+        max_k: the largest of them.
+        any_share: whether any canvas limits the share of the probability without a `top_k`.
         rank_by_top: bool [R].
         ranks_as_drawn: bool [R]: what is ranked are probabilities after temperature and filters.
         filters: bool [R]: canvases for which a part of the vocabulary counts.
@@ -94,9 +98,11 @@ class SamplingTables(HoldsTensors):
 
         self.temperature = table([s.temperature for s in samplings], np.float32)
         self.top_p = table([s.top_p for s in samplings], np.float32)
-        self.min_p = table([s.min_p for s in samplings], np.float32)
         self.cfg_scale = table([s.cfg_scale for s in samplings], np.float32)
+        self.reach = torch.tensor([reach_of(s.min_p) for s in samplings])
         self.top_k = table([s.top_k for s in samplings], np.int64)
+        self.max_k = max(s.top_k * s.filters for s in samplings)
+        self.any_share = any(s.filters and s.top_p < 1 and s.top_k == 0 for s in samplings)
         self.rank_by_top = table([s.rank == "top" for s in samplings], np.bool_)
         self.ranks_as_drawn = table([s.ranks_as_drawn for s in samplings], np.bool_)
         self.entropy_floor = torch.where(self.ranks_as_drawn, 1e-10, 0.0)
@@ -113,22 +119,13 @@ class SamplingTables(HoldsTensors):
         if self.edits is not None:
             self.edits.apply(logits_NV, owners_N)
 
-    def improbable(self, logits_NV: Tensor, owners_N: Tensor) -> Tensor:
-        """Which tokens may not be drawn, bool [N, V]; the most probable one always may.
-
-        All three filters keep the beginning of the row sorted by probability (ties: the lower id first).
-        """
-        ordered, ids = logits_NV.sort(dim=-1, descending=True, stable=True)
-        heat, top_p, min_p = (
-            table[owners_N].unsqueeze(1) for table in (self._heat(), self.top_p, self.min_p)
+    def improbable(self, logits_NV: Tensor, owners_N: Tensor, *, static_shapes: bool) -> Tensor:
+        """Which tokens may not be drawn, bool [N, V]; see `remask.workers.filters.improbable`."""
+        heat, reach, top_k, top_p = (
+            table[owners_N].unsqueeze(1) for table in (self._heat(), self.reach, self.top_k, self.top_p)
         )
-        weight = ((ordered - ordered[:, :1]) / heat).double().exp()
-        place = torch.arange(logits_NV.shape[1], device=logits_NV.device)
-        top_k = self.top_k[owners_N].unsqueeze(1)
-        weight = torch.where(((place < top_k) | (top_k == 0)) & (weight >= min_p), weight, 0.0)
-        before = weight.cumsum(-1) - weight
-        kept = (weight > 0) & ((before < top_p * weight.sum(-1, keepdim=True)) | (place == 0))
-        return torch.empty_like(kept).scatter_(1, ids, ~kept)
+        filters = Filters(heat, reach, top_k, top_p, self.max_k, self.any_share)
+        return improbable(logits_NV, filters, static_shapes=static_shapes)
 
     def narrow(self, logits_NV: Tensor, impossible_NV: Tensor | None, owners_N: Tensor) -> None:
         """Makes of logits those that are ranked by, in place, for canvases that are `reranked`.

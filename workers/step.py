@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS
-from remask.workers.burst import BurstState
+from remask.workers.burst.state import BurstState
 from remask.workers.decide import Outcome, decide
-from remask.workers.fitting_rows import plan_pack
-from remask.workers.fixed_rows import plan_fixed
 from remask.workers.head import Statistics
 from remask.workers.keyed_random import Purpose, stream_keys, uniform_at
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.rows import ActiveBlocks, Plan, StepInputs, group_canvases
+from remask.workers.rows.pack import ActiveBlocks, Plan, StepInputs, group_canvases
+from remask.workers.rows.static import plan_static
+from remask.workers.rows.tight import plan_tight
 from remask.workers.strategies.view import BlockView, prob
 
 Plans: TypeAlias = Sequence[Plan]
@@ -33,7 +33,7 @@ def plan_packs(state: BurstState, model: Denoiser, pack_rows: int) -> Plans:
     live = (~state.paused).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
-    plan = plan_fixed if model.fixed_shapes else plan_pack
+    plan = plan_static if model.static_shapes else plan_tight
     groups = group_canvases(num_rows, live, pack_rows)
     return [plan(group, state.specs, state.cu_tokens) for group in groups]
 

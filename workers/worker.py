@@ -19,19 +19,20 @@ import torch
 
 from remask.scheduler.canvas import CanvasSpec, CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.burst import BurstState, Results
-from remask.workers.carry import put, take
-from remask.workers.device import on_device
-from remask.workers.enqueue import StepQueue
-from remask.workers.graphs import Shape, StepGraphs
-from remask.workers.memory import describe, is_out_of_memory, loses_device
+from remask.workers.burst.carry import put, take
+from remask.workers.burst.enqueue import StepQueue
+from remask.workers.burst.graphs import Shape, StepGraphs
+from remask.workers.burst.staging import Fetched, to_device
+from remask.workers.burst.state import BurstState
+from remask.workers.burst.wire import Results
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.staging import Fetched, to_device
+from remask.workers.startup.device import on_device
+from remask.workers.startup.memory import describe, is_out_of_memory, loses_device
 from remask.workers.step import Plans, denoise, plan_packs
 
 logger = logging.getLogger(__name__)
 
-ROOM_STEPS = 16  # between two looks at how many tokens the slots have lost
+RESERVE_STEPS = 16  # between two looks at how many tokens the slots have lost
 
 
 class NotRun(NamedTuple):
@@ -228,7 +229,7 @@ class Worker:
     def _steps(self, unpacked: Unpacked, num_steps: int) -> StepQueue:
         """The steps of a burst."""
         state, plans, shape, _ = unpacked
-        if not self._model.fixed_shapes:  # the host looks at the canvases between steps
+        if not self._model.static_shapes:  # the host looks at the canvases between steps
             return StepQueue(lambda: advance(state, num_steps, self._model, self._pack_rows), 1, state.paused)
 
         def step() -> int:
@@ -241,7 +242,7 @@ class Worker:
 
     def _unpack(self, batch: StepBatch) -> Unpacked:
         """The canvases of a burst where the model is, and where shapes are fixed the plans for them."""
-        fixed = self._model.fixed_shapes
+        fixed = self._model.static_shapes
         # Taken out for as long as they are written to: an interrupted burst starts again from the bytes.
         tensors, self._tensors = self._tensors, None
         before: list[CanvasState] = []
@@ -270,9 +271,9 @@ class Worker:
         if self._graphs is not None and (placed := self._graphs.place(batch.specs, states)) is not None:
             return Unpacked(*placed, states)
         state = BurstState(batch.specs, states)
-        if not self._model.fixed_shapes:
+        if not self._model.static_shapes:
             return Unpacked(state, [], None, states)
-        state.make_room(batch.num_steps)
+        state.reserve_removed(batch.num_steps)
         tree = to_device((state, plan_packs(state, self._model, self._pack_rows)), self._model.device)
         return Unpacked(*tree, None, states)
 
@@ -308,8 +309,8 @@ def advance(state: BurstState, num_steps: int, model: Denoiser, pack_rows: int) 
     for step in range(num_steps):
         if not plans:
             break
-        if step % ROOM_STEPS == 0:
-            state.make_room(ROOM_STEPS)
+        if step % RESERVE_STEPS == 0:
+            state.reserve_removed(RESERVE_STEPS)
         num_rows += denoise(state, plans, model)
         if bool((state.paused & ~state.finished & (state.fault == 0)).any()):
             break

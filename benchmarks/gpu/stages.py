@@ -28,11 +28,11 @@ from remask.benchmarks.gpu.run import KEYS, ROOT
 from remask.benchmarks.throughput import find_model, spread, write_report
 from remask.benchmarks.workloads import Job, mixed
 from remask.scheduler.canvas import Canvas
-from remask.workers.device import device_name
-from remask.workers.graphs import graphs_for
-from remask.workers.knee import find_knee
+from remask.workers.burst.graphs import graphs_for
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.fp8 import quantize_layers
+from remask.workers.startup.device import device_name
+from remask.workers.startup.knee import find_knee
 from remask.workers.worker import Worker
 
 GRID_RESERVE_SECONDS = 5  # of a stage's time, left when the last point of the grid begins

@@ -92,7 +92,7 @@ def _flags(
             continue
         kind = flag_type(field.type)
         shown = defaults.get(field.name, field.default)
-        help_text = texts[field.name]
+        help_text = texts.get(field.name, "")
         if get_origin(kind) is list:
             help_text += " May be repeated."
         if not isinstance(shown, bool | NoneType) and shown is not msgspec.NODEFAULT:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from remask import AsyncLLM, InvalidRequest, SamplingParams, Unavailable
+from remask import LLM, AsyncLLM, InvalidRequest, SamplingParams, Unavailable
 from remask.benchmarks import workloads
 from remask.benchmarks.serving.autoregressive import ContinuousTarget, GenerateTarget, VllmTarget
 from remask.benchmarks.serving.load import Run, closed_loop, figures
@@ -40,7 +40,7 @@ def engine() -> Iterator[AsyncLLM]:
 
 @pytest.fixture(scope="module")
 def jobs(engine: AsyncLLM) -> list[Job]:
-    return workloads.answers(engine._llm.tokenizer, 9, POLICIES["threshold 0.9"])
+    return workloads.answers(engine.engine.tokenizer, 9, POLICIES["threshold 0.9"])
 
 
 async def answers(target: Target, jobs: list[Job], concurrency: int) -> list[Answer]:
@@ -69,10 +69,9 @@ def test_the_twin_answers_alike_alone_in_padded_batches_and_continuously(jobs: l
 
 
 def test_the_engine_tells_forwards_and_visible_tokens(engine: AsyncLLM, jobs: list[Job]) -> None:
-    expected = engine._llm.generate(
-        [job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False
-    )
     found = asyncio.run(answers(EngineTarget(engine), jobs, 4))
+    with LLM("tiny", device="cpu", dtype="float32", max_num_rows=512) as llm:
+        expected = llm.generate([job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False)
     samples = [output.outputs[0] for output in expected]
     assert found == [Answer(s.text, s.num_visible_tokens, s.nfe) for s in samples]
 

@@ -148,7 +148,7 @@ def test_latency_is_that_of_the_last_answer_of_a_batch(batch_size: int, baseline
 
 def test_what_is_not_counted_is_left_out(golden_model: TransformerDenoiser) -> None:
     """Packs of fixed shapes have room for rows that nobody asks for."""
-    fixed = TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True)
+    fixed = TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
     canvases = timing.canvases(golden_model.config, 2, 8, 16)
     batch = StepBatch(
         burst_id=0, num_steps=16, specs=[c.spec for c in canvases], states=[c.state for c in canvases]

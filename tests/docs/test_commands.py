@@ -41,7 +41,7 @@ Remask = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(autouse=True)
 def _short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """No example here depends on the knee."""
-    monkeypatch.setattr("remask.workers.knee.SECONDS", 0.1)
+    monkeypatch.setattr("remask.workers.startup.knee.SECONDS", 0.1)
 
 
 class Shell:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from remask import AsyncLLM, EngineDead, InvalidRequest, RequestOutput, WorkerDied
-from remask.workers.executor import InProcessExecutor, Left
+from remask.workers.executors.base import InProcessExecutor, Left
 
 ASK = {"max_tokens": 12, "unmask": "schedule", "temperature": 1.0, "rank": "top"}
 PROMPTS = ["123+456=", "111+222=", "999+1="]

@@ -11,8 +11,8 @@ import pytest
 
 from remask import Engine, EngineDead, EngineOptions, InvalidRequest, Overloaded, Progress, Trace
 from remask.scheduler.messages import StepBatch
-from remask.workers.executor import Event, InProcessExecutor, Left
-from remask.workers.setup import WorkerSetup
+from remask.workers.executors.base import Event, InProcessExecutor, Left
+from remask.workers.startup.setup import WorkerSetup
 
 PROMPT = [33, 11, 12, 14]
 ASK: dict[str, Any] = {"max_tokens": 22, "block_length": 8, "temperature": 2.0, "rank": "top", "seed": 5}

@@ -21,9 +21,9 @@ import ray
 from remask import LLM, InvalidRequest, SamplingParams
 from remask.benchmarks import chaos
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.ray_actor import RemaskWorker
-from remask.workers.ray_executor import RayExecutor, check_version
-from remask.workers.ray_pool import WorkerPool
+from remask.workers.executors.ray_actor import RemaskWorker
+from remask.workers.executors.ray_executor import RayExecutor, check_version
+from remask.workers.executors.ray_pool import WorkerPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -117,7 +117,7 @@ def test_workers_that_are_killed_cost_no_request_and_no_bit(
 def test_a_request_that_kills_workers_ends_with_an_error_and_harms_no_other(
     cluster: None, workload: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import remask.workers.ray_pool as module
+    import remask.workers.executors.ray_pool as module
 
     class Mortal(RemaskWorker):
         def run(self, number: int, batch: bytes) -> bytes:
@@ -140,8 +140,8 @@ def test_a_request_that_kills_workers_ends_with_an_error_and_harms_no_other(
 def test_a_worker_that_stalls_is_replaced(
     cluster: None, workload: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("remask.workers.ray_pool.PING_SECONDS", 0.2)
-    monkeypatch.setattr("remask.workers.ray_pool.STALL_SECONDS", 2.0)
+    monkeypatch.setattr("remask.workers.executors.ray_pool.PING_SECONDS", 0.2)
+    monkeypatch.setattr("remask.workers.executors.ray_pool.STALL_SECONDS", 2.0)
     with on_ray(burst=1, data_parallel_size=1) as llm:
         llm.generate(PROMPTS[0])
         os.kill(pids(llm)[0], signal.SIGSTOP)
@@ -208,7 +208,7 @@ def test_what_the_cluster_cannot_do_is_refused_by_name_and_leaves_nothing(
 def test_a_checkpoint_that_one_node_lacks_is_refused(
     cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import remask.workers.ray_pool as module
+    import remask.workers.executors.ray_pool as module
 
     class Elsewhere(RemaskWorker):
         """The second that starts is on a node without the files."""
@@ -351,7 +351,7 @@ def test_weights_through_the_object_store_are_those_of_the_files_and_nothing_is_
     nothing = {"free": {"CPU": 4.0, "GPU": 0}, "actors": [], "groups": [], "processes": [], "store": 0.0}
     assert settled(nothing) == nothing, "what came before is gone"
     with on_ray(load_format="object_store") as llm:
-        assert llm._executor.max_num_rows == 512, "as was said, and not measured"
+        assert llm.engine._engine.executor.max_num_rows == 512, "as was said, and not measured"
         assert told(llm.generate(*workload)) == expected
         now = footprint()
         assert len(now["actors"]) == 2

@@ -34,7 +34,7 @@ def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
     code = """
 import atexit, threading, time, ray
 from ray.cluster_utils import Cluster
-import remask.workers.ray_pool as module
+import remask.workers.executors.ray_pool as module
 from remask import LLM, Unavailable
 module.STARVED_SECONDS = 2.0
 health = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
@@ -72,7 +72,7 @@ def test_a_worker_that_ray_kills_for_its_memory_costs_no_request(tmp_path: Path)
 import sys, time
 from pathlib import Path
 import ray
-import remask.workers.ray_pool as module
+import remask.workers.executors.ray_pool as module
 from remask import LLM
 
 lines = (line.split() for line in open("/proc/meminfo"))

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from remask.scheduler.errors import Unavailable
-from remask.workers.ray_session import RaySession
+from remask.workers.executors.ray_session import RaySession
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -59,8 +59,8 @@ print(json.dumps(facts))
 THE_HOSTS = """
 import json, ray, threading, time
 from remask import LLM
-from remask.workers import ray_session
-from remask.workers.ray_session import RaySession
+from remask.workers.executors import ray_session
+from remask.workers.executors.ray_session import RaySession
 def engine():
     return LLM("tiny", device="cpu", distributed_executor_backend="ray", max_num_rows=512)
 def error_of(call, *args):

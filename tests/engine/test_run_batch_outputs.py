@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,23 @@ def test_parquet_tells_the_tokens_that_were_counted(tmp_path: Path) -> None:
     table = parquet.read_table(tmp_path / "out.parquet")
     assert table["completion_tokens"].to_pylist() == [2, 1]
     assert body.usage.completion_tokens == 3
+
+
+def test_a_refused_line_is_a_row_of_parquet_with_its_error(run: Run, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "1=", "max_tokens": 4}\n{"prompt": "1=", "max_tokens": 0}\n')
+    for name in ("out.jsonl", "out.parquet"):
+        run(source, tmp_path / name, record_invalid=True)
+    lines = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    bodies = {line["custom_id"]: line["response"]["body"] for line in lines}
+    good, refused = sorted(
+        parquet.read_table(tmp_path / "out.parquet").to_pylist(), key=lambda row: row["status_code"]
+    )
+    assert (good["status_code"], good["sample"], good["error"]) == (200, 0, None)
+    assert (refused["status_code"], refused["sample"], refused["text"]) == (400, None, None)
+    assert "max_tokens" in refused["error"]
+    assert refused["error"] == bodies[refused["custom_id"]]["error"]["message"]
 
 
 def test_a_run_is_named_by_input_model_and_parameters(tmp_path: Path, golden_checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from remask.scheduler.canvas import REAL, Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.varlen import AttentionBackend
-from remask.workers.graphs import Graph, StepGraphs
+from remask.workers.burst.graphs import Graph, StepGraphs
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.worker import Launched, Worker
 
@@ -59,7 +59,7 @@ canvases = st.builds(
 
 @pytest.fixture(scope="module")
 def model(golden_model: TransformerDenoiser, dense_attention: AttentionBackend) -> TransformerDenoiser:
-    return TransformerDenoiser(golden_model.model, dense_attention, pack_rows=1 << 30, fixed_shapes=True)
+    return TransformerDenoiser(golden_model.model, dense_attention, pack_rows=1 << 30, static_shapes=True)
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from remask.scheduler.params import resolve
 from remask.workers.models.cpu import padded_len
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.transformer import Transformer
-from remask.workers.rows import PackedRows
+from remask.workers.rows.pack import PackedRows
 from remask.workers.worker import Worker
 
 POLICIES: list[dict[str, Any]] = [

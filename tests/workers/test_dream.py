@@ -15,7 +15,7 @@ from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.rows import PackedRows
+from remask.workers.rows.pack import PackedRows
 from remask.workers.worker import Worker
 
 PROMPT = [33, 11, 12, 14]

@@ -22,8 +22,8 @@ from remask.scheduler.canvas import (
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.burst import groups
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.strategies import groups
 from remask.workers.worker import Worker
 
 POISON = 20  # an id whose embedding is not a number
@@ -59,7 +59,7 @@ def poisoned(request: pytest.FixtureRequest, golden_model: TransformerDenoiser) 
         model,
         SdpaAttention(),
         pack_rows=1 << 30,
-        fixed_shapes=fixed,
+        static_shapes=fixed,
         kernels=request.param == "fixed with kernels",
     )
 
@@ -147,7 +147,7 @@ def forgets(decision: Any) -> Any:
     return decision._replace(memory=dict(kept)) if kept else None
 
 
-@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["fitting", "fixed"])
+@pytest.mark.parametrize("static_shapes", [False, True], ids=["fitting", "fixed"])
 @pytest.mark.parametrize("policy", ["threshold", "low_prob"])
 @pytest.mark.parametrize(
     ("fail", "fault", "text"),
@@ -161,14 +161,14 @@ def forgets(decision: Any) -> Any:
 def test_a_kernel_that_raises_ends_its_canvas_and_costs_no_other_a_burst(
     golden_model: TransformerDenoiser,
     monkeypatch: pytest.MonkeyPatch,
-    fixed_shapes: bool,
+    static_shapes: bool,
     policy: str,
     fail: Callable[[Any], Any],
     fault: int,
     text: str,
 ) -> None:
     model = TransformerDenoiser(
-        golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=fixed_shapes, kernels=False
+        golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=static_shapes, kernels=False
     )
 
     def make_with(t: float, prompt: list[int]) -> Canvas:

@@ -7,6 +7,7 @@ but what kernels take. `test_fixed_rows` runs whole models on it.
 from __future__ import annotations
 
 import importlib
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,9 @@ from remask.workers.attention.flash import MODULES, FlashAttention
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.select import BACKENDS, pick_attention
 from remask.workers.attention.varlen import AttentionBackend, DeviceLayout, VarlenLayout
+from remask.workers.kernels import elementwise, head, shadow_attention
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.startup.warm_up import warm_up
 from remask.workers.worker import Worker
 
 GPU = torch.device("cuda", 0)
@@ -245,7 +248,7 @@ def errors(
 ) -> list[float]:
     """Of steps with different sequences and verifying policies."""
     compared = Compared(backend, reference, dtype)
-    driver = TransformerDenoiser(model.model, compared, pack_rows=1 << 30, fixed_shapes=True)
+    driver = TransformerDenoiser(model.model, compared, pack_rows=1 << 30, static_shapes=True)
     canvases = [
         new_canvas("r", 0, [5] * prompt_len, resolve(params), seed=1, sample=0, mask_id=0, stop_ids=[])
         for prompt_len, params in (
@@ -294,3 +297,29 @@ def test_a_kernel_attends_as_a_dense_mask_says_in_bf16(
         pytest.skip(str(error))
     model = load_denoiser(golden_checkpoint, dtype="bfloat16", device="cuda")
     assert max(errors(backend, dense_attention, model, torch.bfloat16)) < 2e-3
+
+
+def test_a_warm_up_runs_every_kernel_in_every_variant(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = TransformerDenoiser(
+        golden_model.model,
+        backend(monkeypatch, "flash", "flash3"),
+        pack_rows=1 << 30,
+        static_shapes=True,
+        kernels=True,
+    )
+    launched: set[tuple[str, bool | None, bool | None]] = set()
+    variants = ("_rms_norm", "_rotate_halves", "_silu_mul"), ("_attend",), ("_split", "_merge")
+    for module, names in zip((elementwise, shadow_attention, head), variants, strict=True):
+        for name in names:
+
+            def note(*_: Any, name: str = name, MARGIN: Any = None, ENTROPY: Any = None, **__: Any) -> None:
+                launched.add((name, MARGIN, ENTROPY))
+
+            monkeypatch.setattr(getattr(module, name), "pre_run_hooks", [note])
+    with caplog.at_level("INFO", "remask.workers.startup.warm_up"):
+        warm_up(model, Worker(model).run)
+    of_head = {(name, *both) for name in variants[2] for both in product((False, True), repeat=2)}
+    assert launched == {(name, None, None) for name in variants[0] + variants[1]} | of_head
+    assert len(caplog.records) == 1

@@ -17,8 +17,9 @@ from remask import SamplingParams
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
-from remask.workers.graphs import graphs_for
+from remask.workers.burst.graphs import graphs_for
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.startup.start import WorkerSetup, start_worker
 from remask.workers.worker import Worker
 
 DEVICE = torch.device("cuda")
@@ -113,6 +114,40 @@ def test_a_step_without_rows_to_read_changes_nothing(model: TransformerDenoiser)
     assert all(state.finished for state in ended)
     again = msgspec.structs.replace(batch, states=[*ended])
     assert Worker(model, graphs_for(model)).run(again).states == ended
+
+
+def test_a_worker_that_has_started_compiles_no_more_kernels(
+    golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+
+    setup = WorkerSetup(
+        model=str(golden_checkpoint),
+        dtype="bfloat16",
+        device=str(DEVICE),
+        load_format="auto",
+        batch_invariant=False,
+        max_num_rows=None,
+        attention_backend="auto",
+        quantization=None,
+        gpu_memory_utilization=0.9,
+    )
+    worker, _ = start_worker(setup)
+    compiled: list[str] = []
+
+    def note(*, fn: Any, **_: Any) -> None:
+        compiled.append(fn.name)
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+    for count in (1, 2, 7):
+        for policy in (*POLICIES, {"unmask": "schedule:score=margin"}, {"unmask": "entropy_bound:1.0"}):
+            params = resolve(SamplingParams(max_tokens=24, block_length=8, **policy))
+            canvases = [
+                new_canvas("r", i, [5] * i, params, seed=0, sample=i, mask_id=0, stop_ids=[3])
+                for i in range(count)
+            ]
+            assert worker.run(burst(canvases)).failure is None
+    assert compiled == []
 
 
 def test_rows_beyond_32_bits_of_logits_have_the_references_numbers() -> None:

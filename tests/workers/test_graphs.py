@@ -21,10 +21,10 @@ from remask import SamplingParams
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
-from remask.workers import graphs as module
 from remask.workers.attention.varlen import AttentionBackend
-from remask.workers.enqueue import AHEAD_STEPS
-from remask.workers.graphs import Graph, StepGraphs, capture_cuda, room_for
+from remask.workers.burst import graphs as module
+from remask.workers.burst.enqueue import AHEAD_STEPS
+from remask.workers.burst.graphs import Graph, StepGraphs, capture_cuda, padding_for
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.worker import Worker
 
@@ -87,7 +87,7 @@ class Recorder:
 
 @pytest.fixture
 def model(golden_model: TransformerDenoiser, dense_attention: AttentionBackend) -> TransformerDenoiser:
-    return TransformerDenoiser(golden_model.model, dense_attention, pack_rows=1 << 30, fixed_shapes=True)
+    return TransformerDenoiser(golden_model.model, dense_attention, pack_rows=1 << 30, static_shapes=True)
 
 
 def make(i: int, canvas_len: int, seed: int = 0, **fields: Any) -> Canvas:
@@ -293,18 +293,18 @@ def test_every_row_of_a_filled_pack_belongs_to_a_sequence(model: TransformerDeno
 
 def test_bursts_of_many_rows_take_the_plain_path() -> None:
     spec = make(0, 12).spec
-    assert room_for([spec] * 7, [500] * 7) is not None
-    assert room_for([spec] * 9, [500] * 9) is None
+    assert padding_for([spec] * 7, [500] * 7) is not None
+    assert padding_for([spec] * 9, [500] * 9) is None
 
 
 def test_sizes_are_shared_and_waste_little() -> None:
     spec = make(0, 12).spec
-    rooms = {room_for([spec], [length]) for length in range(100, 129)}
+    rooms = {padding_for([spec], [length]) for length in range(100, 129)}
     assert len(rooms) == 1
     for length in range(64, 4000, 7):
-        room = room_for([spec], [length])
-        assert room is not None
-        assert 0 <= room.main_rows - length < max(64, length / 8)
+        padding = padding_for([spec], [length])
+        assert padding is not None
+        assert 0 <= padding.main_rows - length < max(64, length / 8)
 
 
 def test_blocks_of_other_widths_have_other_graphs(model: TransformerDenoiser) -> None:

@@ -15,7 +15,7 @@ from remask.scheduler.sampling import Sampling
 from remask.workers import head
 from remask.workers.head import Statistics, head_statistics
 from remask.workers.keyed_random import gumbel, stream_keys
-from remask.workers.rows import HeadQuery
+from remask.workers.rows.pack import HeadQuery
 from remask.workers.sampling import SamplingTables
 
 MASK = 3
@@ -189,7 +189,7 @@ import resource, torch
 from torch.nn import functional as F
 from remask.workers.head import head_statistics
 from remask.workers.keyed_random import stream_keys
-from remask.workers.rows import HeadQuery
+from remask.workers.rows.pack import HeadQuery
 from remask.scheduler.sampling import Sampling
 from remask.workers.sampling import SamplingTables
 torch.set_num_threads(1)

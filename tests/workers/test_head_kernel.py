@@ -17,8 +17,9 @@ from remask.workers import keyed_random
 from remask.workers.head import Statistics, logits_statistics
 from remask.workers.kernels import head as kernel
 from remask.workers.kernels import keyed_random as noise_kernel
+from remask.workers.kernels.sizes import HeadSizes
 from remask.workers.keyed_random import stream_keys
-from remask.workers.rows import HeadQuery
+from remask.workers.rows.pack import HeadQuery
 from remask.workers.sampling import SamplingTables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,14 +32,14 @@ SENTINEL = -7
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of rows, several splits of several tiles, and none of them full at the end."""
-    for name, value in {
-        "TILE_N": 32,
-        "TILE_V": 64,
-        "TILE_BYTES": 64,
-        "SPLIT_TILES": 2,
-        "MERGED_ROWS": 4,
-    }.items():
-        monkeypatch.setattr(kernel, name, value)
+    use_tiles(monkeypatch, rows=32, merged_rows=4)
+    monkeypatch.setattr(kernel, "SPLIT_TILES", 2)
+
+
+def use_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, merged_rows: int, parts: int = 4) -> None:
+    sizes = HeadSizes(rows, 64, 64, parts, num_warps=8, num_stages=3, max_registers=128)
+    monkeypatch.setattr(kernel, "head_sizes", lambda is_fp32: sizes)
+    monkeypatch.setattr(kernel, "MERGED_ROWS", merged_rows)
 
 
 def rows(
@@ -278,6 +279,17 @@ def test_the_number_of_splits_changes_nothing_but_roundings(
     assert_equal(fused(normed, head, asked), expected)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_the_parts_that_a_tile_is_cut_into_change_nothing_but_roundings(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normed, head = rows(20)
+    asked = query(20, heat=mixed_heat(20))
+    expected = fused(normed, head, asked)
+    use_tiles(monkeypatch, rows=32, merged_rows=4, parts=parts)
+    assert_equal(fused(normed, head, asked), expected)
+
+
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({"margin"}), frozenset({"entropy"})])
 def test_what_nobody_reads_is_0(needs: frozenset[str]) -> None:
     normed, head = rows(20)
@@ -311,8 +323,8 @@ def test_views_are_read_and_written_where_they_lie() -> None:
 
 @pytest.mark.parametrize("heat", [0.5, 2.0])
 def test_frequencies_match_the_tempered_softmax(heat: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TILE_N", "MERGED_ROWS"):
-        monkeypatch.setattr(kernel, name, 1024 if DEVICE == "cpu" else 16)
+    num_rows = 1024 if DEVICE == "cpu" else 16
+    use_tiles(monkeypatch, num_rows, merged_rows=num_rows)
     count, vocab = 10_000, 12
     head = torch.randn(vocab, 1, generator=torch.Generator().manual_seed(3))
     drawn = fused(torch.ones(count, 1), head, query(count, heat=heat, vocab=vocab)).proposal

@@ -11,9 +11,9 @@ import pytest
 
 from remask import LLM
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers import knee as module
-from remask.workers.knee import find_knee, knee, measure, num_flat
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.startup import knee as module
+from remask.workers.startup.knee import find_knee, knee, measure, num_flat
 from remask.workers.worker import Worker
 
 
@@ -173,7 +173,7 @@ def test_an_engine_takes_the_knee_unless_told(
     def never(*_: object) -> int:
         raise AssertionError("measured")
 
-    monkeypatch.setattr("remask.workers.start.knee", never)
+    monkeypatch.setattr("remask.workers.startup.start.knee", never)
     LLM(golden_checkpoint, device="cpu", max_num_rows=100).close()
     with pytest.raises(AssertionError, match="measured"):
         LLM(golden_checkpoint, device="cpu")

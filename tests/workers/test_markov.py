@@ -14,10 +14,10 @@ import torch
 from remask import LLM, InvalidRequest, SamplingParams
 from remask.scheduler.canvas import TOKEN, new_canvas
 from remask.scheduler.params import resolve
-from remask.workers.burst import BurstState
+from remask.workers.burst.state import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.markov import MarkovDenoiser, write_markov
-from remask.workers.rows import StepInputs
+from remask.workers.rows.pack import StepInputs
 from remask.workers.step import plan_packs
 
 INITIAL = [0.5, 0.2, 0.3]

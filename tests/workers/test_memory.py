@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.head import Statistics
-from remask.workers.memory import (
+from remask.workers.models.config import ModelConfig
+from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
+from remask.workers.rows.pack import HeadQuery, PackedRows
+from remask.workers.startup.memory import (
     MAX_ROWS,
     RESERVE_BYTES,
     demanding_burst,
@@ -24,9 +27,6 @@ from remask.workers.memory import (
     measure,
     row_limit,
 )
-from remask.workers.models.config import ModelConfig
-from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
-from remask.workers.rows import HeadQuery, PackedRows
 from remask.workers.worker import Worker
 
 CONFIG = ModelConfig(vocab_size=100, max_len=32, mask_id=0, eos_ids=(1,), eot_id=None)
@@ -132,9 +132,9 @@ def test_measuring_ends_with_what_does_not_fit() -> None:
 class Recorder(Denoiser):
     """Proposes the same token everywhere and is sure of nothing; keeps what it was asked."""
 
-    def __init__(self, *, fixed_shapes: bool) -> None:
+    def __init__(self, *, static_shapes: bool) -> None:
         self.config, self.mask_id, self.device = CONFIG, CONFIG.mask_id, torch.device("cpu")
-        self.pack_rows, self.fixed_shapes = 1 << 30, fixed_shapes
+        self.pack_rows, self.static_shapes = 1 << 30, static_shapes
         self.asked: list[tuple[PackedRows, HeadQuery]] = []
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
@@ -145,9 +145,9 @@ class Recorder(Denoiser):
         return found
 
 
-@pytest.mark.parametrize("fixed_shapes", [False, True])
-def test_a_demanding_burst_is_one_of_which_every_row_is_read_for_everything(fixed_shapes: bool) -> None:
-    model = Recorder(fixed_shapes=fixed_shapes)
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_a_demanding_burst_is_one_of_which_every_row_is_read_for_everything(static_shapes: bool) -> None:
+    model = Recorder(static_shapes=static_shapes)
     batch = demanding_burst(CONFIG, 4 * ROWS_64)
     assert len(batch.specs) == 4
     Worker(model).run(batch)
@@ -155,7 +155,7 @@ def test_a_demanding_burst_is_one_of_which_every_row_is_read_for_everything(fixe
     assert len(rows.ids_T) == 4 * ROWS_64
     assert query.needs == {"margin", "entropy"}
     assert (query.temperature[: rows.num_main_slots] > 0).all()
-    if fixed_shapes:
+    if static_shapes:
         assert len(rows.candidates_H) == len(rows.slots_N) == len(rows.ids_T)
         assert query.special is not None
         assert len(query.special) == ROWS_64, "one canvas asks for whole logits"

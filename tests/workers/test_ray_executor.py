@@ -13,16 +13,16 @@ import msgspec
 import pytest
 import ray
 
-import remask.workers.ray_pool as pool_module
+import remask.workers.executors.ray_pool as pool_module
 from remask.embedded import model_directory
 from remask.scheduler.canvas import new_probe
 from remask.scheduler.errors import Unavailable
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.executor import Event, Finished, Joined, Left
-from remask.workers.ray_actor import RemaskWorker
-from remask.workers.ray_executor import RayExecutor
-from remask.workers.ray_pool import Held, WorkerPool
-from remask.workers.setup import WorkerSetup
+from remask.workers.executors.base import Event, Finished, Joined, Left
+from remask.workers.executors.ray_actor import RemaskWorker
+from remask.workers.executors.ray_executor import RayExecutor
+from remask.workers.executors.ray_pool import Held, WorkerPool
+from remask.workers.startup.setup import WorkerSetup
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

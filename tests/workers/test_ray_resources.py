@@ -11,10 +11,10 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-import remask.workers.ray_resources as module
+import remask.workers.executors.ray_resources as module
 from remask.scheduler.errors import InvalidRequest
-from remask.workers.ray_resources import WorkerResources, check_num_gpus
-from remask.workers.ray_session import RaySession
+from remask.workers.executors.ray_resources import WorkerResources, check_num_gpus
+from remask.workers.executors.ray_session import RaySession
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

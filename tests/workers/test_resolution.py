@@ -18,7 +18,7 @@ from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.models.config import TransformerConfig
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.models.row_ops import EAGER
-from remask.workers.rows import PackedRows
+from remask.workers.rows.pack import PackedRows
 from remask.workers.strategies import BlockView
 from remask.workers.worker import Worker
 
@@ -66,7 +66,7 @@ def model_of(doubts: list[float], *, fused: bool) -> TransformerDenoiser:
     logits_GV = (doubt_G1 / (1 - doubt_G1) / (VOCAB - 1)).log().expand(-1, VOCAB).float()
     logits_GV = logits_GV.index_fill(1, torch.tensor(9), 0.0)
     table: Any = Table(logits_GV)
-    return TransformerDenoiser(table, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=fused, kernels=fused)
+    return TransformerDenoiser(table, SdpaAttention(), pack_rows=1 << 30, static_shapes=fused, kernels=fused)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["eager", "fused"])

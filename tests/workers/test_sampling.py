@@ -17,12 +17,12 @@ from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.scheduler.sampling import Sampling, bias_bytes, id_bytes
+from remask.workers.burst.staging import tensors_of
 from remask.workers.head import Statistics, head_statistics
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.rows import HeadQuery
+from remask.workers.rows.pack import HeadQuery
 from remask.workers.sampling import SamplingTables
-from remask.workers.staging import tensors_of
 from remask.workers.worker import Worker
 
 CPU = torch.device("cpu")
@@ -320,7 +320,7 @@ def canvas(prompt: list[int], **fields: Any) -> Canvas:
 def dense_guided(model: TransformerDenoiser, prompt: list[int], w: float) -> list[int]:
     """One token a step, in two whole forwards each, as the published code decodes with guidance."""
     from remask.workers.attention.varlen import VarlenLayout
-    from remask.workers.rows import PackedRows
+    from remask.workers.rows.pack import PackedRows
 
     def logits(ids: Tensor) -> Tensor:
         bounds = (0, len(ids))

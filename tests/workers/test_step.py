@@ -35,10 +35,10 @@ from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.scheduler.policies.base import share_steps
 from remask.workers.attention.varlen import VarlenLayout
-from remask.workers.burst import BurstState
+from remask.workers.burst.state import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
-from remask.workers.rows import HeadQuery, PackedRows, StepInputs
+from remask.workers.rows.pack import HeadQuery, PackedRows, StepInputs
 from remask.workers.step import plan_packs
 from remask.workers.worker import Worker
 

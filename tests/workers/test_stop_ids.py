@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remask.scheduler.sampling import id_bytes
-from remask.workers.stop_ids import StopIds, num_stops
+from remask.workers.burst.stop_ids import StopIds, num_stops
 
 ids = st.integers(0, 2**31 - 1) | st.integers(0, 9)
 

@@ -30,8 +30,8 @@ from remask import (
     Wino,
 )
 from remask.scheduler.policies import RemaskPolicy
+from remask.workers.burst.groups import PolicyGroup, group_policies
 from remask.workers.keyed_random import stream_keys, uniform_at
-from remask.workers.strategies.groups import PolicyGroup, group_policies
 from remask.workers.strategies.view import BlockView, Decision
 
 KINDS = st.sampled_from(["any", "coarse", "sure"])

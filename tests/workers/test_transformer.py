@@ -13,7 +13,7 @@ from remask.benchmarks.tiny.checkpoint import read_llada
 from remask.benchmarks.tiny.model import Shape, TinyTransformer
 from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.rows import PackedRows
+from remask.workers.rows.pack import PackedRows
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import resolve
 from remask.workers import worker as module
-from remask.workers.burst import BurstState
-from remask.workers.device import on_device
-from remask.workers.enqueue import StepQueue
+from remask.workers.burst.enqueue import StepQueue
+from remask.workers.burst.state import BurstState
 from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.startup.device import on_device
 from remask.workers.step import denoise, plan_packs
 from remask.workers.worker import Launched, Worker
 

@@ -5,7 +5,8 @@ what is ranked and drawn. The vocabulary is cut into splits of a fixed number of
 to do in parallel; a second, small kernel merges them. `remask.workers.head` is the reference.
 
 Nothing is read on the host: grids and memory follow from shapes, and how many rows are live is on the device.
-A row's numbers do not depend on the rows beside it, on its place or on how many are live.
+A row's numbers do not depend on the rows beside it, on its place or on how many are live. One model has as
+many variants of the kernels as `needs` has: no number of rows makes another.
 """
 
 # Inside kernels Triton's functions take and give what their annotations do not say.
@@ -21,11 +22,9 @@ from torch import Tensor
 
 from remask.workers.head import Statistics
 from remask.workers.kernels.keyed_random import gumbel
+from remask.workers.kernels.logarithms import log1p, log_difference
+from remask.workers.kernels.sizes import head_sizes
 
-# Made for Hopper. A program of 8 warps multiplies [TILE_N, D] by [D, TILE_V] in steps of TILE_BYTES of each
-# row, a line of shared memory. Three stages of that are 96 KiB, and 128 registers a thread are allowed, so
-# that two programs fit a multiprocessor: one does its softmax while the other multiplies.
-TILE_N, TILE_V, TILE_BYTES = 128, 128, 128
 # Tiles of the vocabulary that one program goes over. A split leaves 40 bytes a row: 10 KB of V = 126464.
 SPLIT_TILES = 4
 MERGED_ROWS = 8  # rows of a program of the second kernel
@@ -73,13 +72,14 @@ def fused_statistics(
         out: where the live rows' statistics are written; the others are left as they are.
     """
     (num_rows, depth), vocab_size = normed_ND.shape, head_VD.shape[0]
-    num_splits = triton.cdiv(vocab_size, SPLIT_TILES * TILE_V)
+    sizes = head_sizes(is_fp32=normed_ND.dtype == torch.float32)
+    num_splits = triton.cdiv(vocab_size, SPLIT_TILES * sizes.tile_v)
     reals = torch.empty(num_splits, _NUM_REALS.value, num_rows, device=normed_ND.device)
     ids = torch.empty(num_splits, _NUM_IDS.value, num_rows, dtype=torch.int32, device=normed_ND.device)
     needed = {"MARGIN": "margin" in needs, "ENTROPY": "entropy" in needs}
     # Programs that start together differ in their rows and share the split, whose weights are then read once
     # into the second-level cache.
-    _split[(triton.cdiv(num_rows, TILE_N), num_splits)](
+    _split[(triton.cdiv(num_rows, sizes.tile_n), num_splits)](
         normed_ND,
         head_VD,
         live_N,
@@ -97,12 +97,13 @@ def fused_statistics(
         mask_id,
         **needed,
         SPLIT_TILES=SPLIT_TILES,
-        TILE_N=TILE_N,
-        TILE_V=TILE_V,
-        TILE_D=TILE_BYTES // normed_ND.element_size(),
-        num_warps=8,
-        num_stages=3,
-        maxnreg=128,
+        TILE_N=sizes.tile_n,
+        TILE_V=sizes.tile_v,
+        TILE_D=sizes.tile_bytes // normed_ND.element_size(),
+        PARTS=sizes.parts,
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
+        maxnreg=sizes.max_registers,
     )
     _merge[(triton.cdiv(num_rows, MERGED_ROWS),)](
         reals,
@@ -211,6 +212,18 @@ def _halves(x):
 
 
 @triton.jit
+def _part(x, part: tl.constexpr, PARTS: tl.constexpr):
+    """One of PARTS equal parts of the columns of [N, V]; PARTS is a power of 2."""
+    if PARTS > 1:
+        left, right = _halves(x)
+        if part < PARTS // 2:
+            x = _part(left, part, PARTS // 2)
+        else:
+            x = _part(right, part - PARTS // 2, PARTS // 2)
+    return x
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _split(
     normed_ptr,
     head_ptr,
@@ -233,9 +246,10 @@ def _split(
     TILE_N: tl.constexpr,
     TILE_V: tl.constexpr,
     TILE_D: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Partial results of a tile of live rows over one split of the vocabulary."""
-    QUARTER: tl.constexpr = TILE_V // 4
+    PART_V: tl.constexpr = TILE_V // PARTS
     first_row, split = tl.program_id(0) * TILE_N, tl.program_id(1)
     count = tl.load(count_ptr)
     if first_row >= count:
@@ -259,15 +273,12 @@ def _split(
         ids = start + tl.arange(0, TILE_V)
         id_ptrs = head_ptr + ids.to(tl.int64) * head_stride
         x = _logits(row_ptrs, id_ptrs, is_live, ids < vocab_size, depth, TILE_N, TILE_V, TILE_D)
-        # A quarter at a time, so that what is made of the logits stays in registers as they do.
-        left, right = _halves(x)
-        for half in tl.static_range(2):
-            parts = _halves(left if half == 0 else right)
-            for part in tl.static_range(2):
-                quarter = start + (2 * half + part) * QUARTER + tl.arange(0, QUARTER)
-                state = _absorb(
-                    state, parts[part], quarter, given, temperature, keys, is_hot, mask_id, MARGIN, ENTROPY
-                )
+        # A part at a time, so that what is made of the logits stays in registers as they do.
+        for part in tl.static_range(PARTS):
+            part_x, part_ids = _part(x, part, PARTS), start + part * PART_V + tl.arange(0, PART_V)
+            state = _absorb(
+                state, part_x, part_ids, given, temperature, keys, is_hot, mask_id, MARGIN, ENTROPY
+            )
     real_ptrs = reals_ptr + split.to(tl.int64) * (_NUM_REALS * num_rows) + places
     for field in tl.static_range(_NUM_REALS):
         tl.store(real_ptrs + field * num_rows, state[field], mask=is_live)
@@ -290,27 +301,7 @@ def _best(values, ids):
     return best_id, ids == best_id[None, :]
 
 
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x > -1: what rounding takes from 1 + x is added again to first order."""
-    rounded = 1 + x
-    return tl.log(rounded) + (x - (rounded - 1)) / rounded
-
-
-@triton.jit
-def _log_margin(log_top, gap):
-    """log(p1 - p2) of log p1 and log p1 - log p2; -inf where both probabilities are 0."""
-    # 1 - exp(-gap) of a small gap by its series: ten terms leave less than 1e-9 of it out.
-    near = tl.minimum(gap, 0.7)
-    share = near * 0.1
-    for i in tl.static_range(1, 10):
-        share = (1 - share) * near * (1 / (10 - i))
-    far = _log1p(-tl.exp(-tl.maximum(gap, 0.7)))
-    log_share = tl.where(gap < 0.7, tl.log(share), far)
-    return tl.where(log_top == float("-inf"), log_top, log_top + log_share)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["out_reals_stride", "out_ids_stride", "num_rows"])
 def _merge(
     reals_ptr,
     ids_ptr,
@@ -356,7 +347,7 @@ def _merge(
     base = _finite(tl.maximum(top, mask))
     below, mask_below = _below(top, base), _below(mask, base)
     others = tl.where(mask > top, tl.exp(below) * (1.0 + rest), rest + tl.exp(mask_below))
-    log_norm = _log1p(others)
+    log_norm = log1p(others)
     log_top = top - base - log_norm
     neg_entropy = tl.zeros([ROWS], dtype=tl.float32)
     log_margin = tl.full([ROWS], nothing, dtype=tl.float32)
@@ -368,7 +359,7 @@ def _merge(
     if MARGIN:
         seconds = _read(reals_ptr, _SECOND, num_rows, splits, places, is_read, nothing, _NUM_REALS)
         second = tl.max(tl.maximum(seconds, tl.where(has_top, nothing, tops)), 0)
-        log_margin = _log_margin(log_top, _finite(top) - second)
+        log_margin = log_difference(log_top, _finite(top) - second)
 
     scores = _read(reals_ptr, _SCORE, num_rows, splits, places, is_read, nothing, _NUM_REALS)
     drawn_ids = _read(ids_ptr, _DRAWN_ID, num_rows, splits, places, is_read, _NO_ID, _NUM_IDS)

@@ -20,8 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from remask.workers.attention.varlen import SHADOW_TILE, DeviceShadows
-
-KEY_TILE = 64
+from remask.workers.kernels.sizes import attention_sizes
 
 
 def shadow_attention(
@@ -47,11 +46,7 @@ def shadow_attention(
     """
     num_heads, head_dim = q_SHd.shape[1:]
     out_SHd = torch.zeros(q_SHd.shape, dtype=q_SHd.dtype, device=q_SHd.device)
-    # 32 queries are too few for Hopper's warp-group products (64 rows), so these are the older warp-wide
-    # ones, and four warps share out the keys. Their registers admit two programs to a multiprocessor, and so
-    # do three stages of loads (76 KiB at 128 dimensions in bf16). fp32 is multiplied without tensor cores: it
-    # needs twice the space, and fewer than eight warps would spill.
-    is_fp32 = q_SHd.dtype == torch.float32
+    sizes = attention_sizes(is_fp32=q_SHd.dtype == torch.float32)
     _attend[(shadows.tiles.shape[0], num_heads)](
         q_SHd,
         k_MKd,
@@ -69,10 +64,10 @@ def shadow_attention(
         head_dim,
         head_dim**-0.5 / math.log(2),
         QUERIES=SHADOW_TILE,
-        KEYS=KEY_TILE,
+        KEYS=sizes.keys,
         BLOCK=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=8 if is_fp32 else 4,
-        num_stages=2 if is_fp32 else 3,
+        num_warps=sizes.num_warps,
+        num_stages=sizes.num_stages,
     )
     return out_SHd
 

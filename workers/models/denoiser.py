@@ -21,7 +21,7 @@ from remask.workers.models.fp8 import quantize_layers
 from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.row_ops import EAGER, triton_ops
 from remask.workers.models.transformer import Transformer
-from remask.workers.rows import HeadQuery, PackedRows
+from remask.workers.rows.pack import HeadQuery, PackedRows
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Denoiser(ABC):
         device: where its tensors live.
         pack_rows: rows of a forward beyond which a larger pack is no faster (on a CPU, one that leaves the
             cache is slower).
-        fixed_shapes: whether packs have the same shapes in every step, so that the host need not wait for
+        static_shapes: whether packs have the same shapes in every step, so that the host need not wait for
             the device; else they hold no row too many.
     """
 
@@ -46,7 +46,7 @@ class Denoiser(ABC):
     mask_id: int
     device: torch.device
     pack_rows: int
-    fixed_shapes: bool = False
+    static_shapes: bool = False
 
     @abstractmethod
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
@@ -59,7 +59,7 @@ class TransformerDenoiser(Denoiser):
     Args:
         model: the weights.
         attention: which rows see which is its matter.
-        pack_rows, fixed_shapes: see `Denoiser`.
+        pack_rows, static_shapes: see `Denoiser`.
         kernels: whether Triton does the head, and what layers do between products; needs fixed shapes.
     """
 
@@ -71,11 +71,11 @@ class TransformerDenoiser(Denoiser):
         attention: AttentionBackend,
         *,
         pack_rows: int,
-        fixed_shapes: bool = False,
+        static_shapes: bool = False,
         kernels: bool = False,
     ) -> None:
         self.model, self.attention, self.pack_rows = model, attention, pack_rows
-        self.config, self.fixed_shapes, self.kernels = model.config, fixed_shapes, kernels
+        self.config, self.static_shapes, self.kernels = model.config, static_shapes, kernels
         self.ops = triton_ops() if kernels else EAGER
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
         self._pads = self.device.type == "cpu" and model.embedding.dtype != torch.float32
@@ -188,7 +188,7 @@ def denoiser_of(
         model,
         attention,
         pack_rows=CPU_PACK_ROWS if on_cpu else GPU_PACK_ROWS,
-        fixed_shapes=not on_cpu,
+        static_shapes=not on_cpu,
         kernels=kernels,
     )
 

@@ -25,7 +25,7 @@ from remask.scheduler.errors import InvalidRequest
 from remask.workers.head import Statistics, head_statistics
 from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.rows import HeadQuery, PackedRows
+from remask.workers.rows.pack import HeadQuery, PackedRows
 
 ARCHITECTURE = "MarkovChain"
 MAX_LEN = 4096

@@ -15,7 +15,7 @@ from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.config import TransformerConfig
 from remask.workers.models.fp8 import ScaledWeight, add_linear, linear
 from remask.workers.models.row_ops import EAGER, RowOps
-from remask.workers.rows import PackedRows
+from remask.workers.rows.pack import PackedRows
 
 
 def _empty(*shape: int) -> nn.Parameter:

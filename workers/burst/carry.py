@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remask.workers.burst import BurstState
-from remask.workers.staging import to_device
-from remask.workers.strategies.groups import PolicyKind
+from remask.workers.burst.groups import PolicyKind
+from remask.workers.burst.staging import to_device
+from remask.workers.burst.state import BurstState
 from remask.workers.strategies.view import Memory
 
 TABLES = ("confidences", "logprobs", "commit_steps")  # [R, slots]

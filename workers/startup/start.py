@@ -8,14 +8,15 @@ from pathlib import Path
 
 import msgspec
 
-from remask.workers.graphs import graphs_for
-from remask.workers.knee import knee
-from remask.workers.memory import row_limit
+from remask.workers.burst.graphs import graphs_for
 from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import TransformerDenoiser, denoiser_of, pick_device
 from remask.workers.models.load import load_model
 from remask.workers.models.shared import SharedWeights, model_of
-from remask.workers.setup import WorkerSetup
+from remask.workers.startup.knee import knee
+from remask.workers.startup.memory import row_limit
+from remask.workers.startup.setup import WorkerSetup
+from remask.workers.startup.warm_up import warm_up
 from remask.workers.worker import Worker
 
 
@@ -29,7 +30,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tuple[Worker, WorkerFacts]:
-    """Loads the model and measures what its memory has room for.
+    """Loads the model, warms up its kernels and measures what its memory has room for.
 
     Args:
         setup: what is asked for.
@@ -37,6 +38,7 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
 
     Raises:
         InvalidRequest: the device is not here, or the checkpoint is at fault.
+        RuntimeError: the device cannot run the model's kernels.
     """
     if weights is not None:
         model = denoiser_of(
@@ -56,6 +58,8 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
         )
     limit = None
     if isinstance(model, TransformerDenoiser):
+        if model.kernels:
+            warm_up(model, lambda batch: Worker(model).run(batch))
         limit = row_limit(model, setup.gpu_memory_utilization, lambda batch: Worker(model).run(batch))
     graphs = None if setup.batch_invariant else graphs_for(model)
     worker = Worker(model, graphs, packs=not setup.batch_invariant)

@@ -10,8 +10,8 @@ import torch
 
 from remask.scheduler.messages import StepBatch
 from remask.workers.models.shared import SharedWeights
-from remask.workers.setup import WorkerSetup
-from remask.workers.start import measure_knee, start_worker
+from remask.workers.startup.setup import WorkerSetup
+from remask.workers.startup.start import measure_knee, start_worker
 from remask.workers.worker import Worker
 
 QUEUE_DEPTH = 2  # bursts that it takes at a time, the running one included

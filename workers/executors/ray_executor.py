@@ -21,15 +21,15 @@ from ray.util.placement_group import PlacementGroup
 
 from remask.scheduler.errors import EngineDead, InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.executor import Event, Executor, Finished, Joined
+from remask.workers.executors.base import Event, Executor, Finished, Joined
+from remask.workers.executors.ray_actor import QUEUE_DEPTH
+from remask.workers.executors.ray_pool import Held, WorkerPool, explain, is_ready
+from remask.workers.executors.ray_resources import WorkerResources, check_num_gpus
+from remask.workers.executors.ray_session import RaySession
 from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.shared import share
-from remask.workers.ray_actor import QUEUE_DEPTH
-from remask.workers.ray_pool import Held, WorkerPool, explain, is_ready
-from remask.workers.ray_resources import WorkerResources, check_num_gpus
-from remask.workers.ray_session import RaySession
-from remask.workers.setup import WorkerSetup
-from remask.workers.start import row_budget
+from remask.workers.startup.setup import WorkerSetup
+from remask.workers.startup.start import row_budget
 
 OLDEST_RAY = (2, 52)
 

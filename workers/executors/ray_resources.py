@@ -12,7 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from remask.scheduler.errors import InvalidRequest
-from remask.workers.ray_session import RaySession
+from remask.workers.executors.ray_session import RaySession
 
 FREE_SECONDS = 10.0  # a wait for resources: Ray counts what an actor had as free a moment after its end
 POLL_SECONDS = 0.2

@@ -6,7 +6,7 @@ for the exact answer a copy of the sequence for every slot. Which of them count 
 the active blocks. A plan is made on the host, from what it knows of the canvases; `pack` runs on the device
 and never looks back.
 
-A plan may be larger than its canvases need (`Room`): plans of equal sizes can use the same memory, and the
+A plan may be larger than its canvases need (`Padding`): plans of equal sizes can use the same memory, and the
 graph that was captured on it.
 """
 
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from remask.scheduler.canvas import CanvasSpec
 from remask.workers.attention.varlen import SHADOW_TILE, DeviceLayout, DeviceShadows, VarlenLayout
-from remask.workers.room import NO_ROOM, Room
-from remask.workers.rows import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens
+from remask.workers.rows.pack import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens
+from remask.workers.rows.padding import NO_PADDING, Padding
 
 
 @dataclass(frozen=True)
-class FixedPlan:
+class StaticPlan:
     """The canvases of one pack. Slots are numbered as in the burst's flattened [R, B].
 
     The sequences are those of all canvases, second copies of the guided ones, then the copies that the exact
@@ -45,6 +45,10 @@ class FixedPlan:
         tiles, sees_block, spans: see `DeviceShadows`.
         guidance: which hidden states belong together; None where nobody is guided.
         special: int64: which of the N slots are of canvases that `needs_logits`; None: none.
+        max_special: how many of them can be live at a time. The host does not know how many are, so whole
+            logits are made of as many slots, the live ones first. A slot is masked or committed: where its
+            main row is read if it is masked and another row verifies it if it is committed, one of the two is
+            live.
         slots_N: int64 [N]: the slots that are answered for.
     """
 
@@ -64,6 +68,7 @@ class FixedPlan:
     spans: tuple[tuple[int, int, int, int, int], ...]
     guidance: Guidance | None
     special: Tensor | None
+    max_special: int
     slots_N: Tensor
 
     def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
@@ -98,9 +103,10 @@ class FixedPlan:
         committed = valid & ~masked
         is_main = torch.arange(len(self.slots_N), device=ids.device) < self.num_main_slots
         live = torch.where(is_main, read[self.slots_N], committed[self.slots_N])
-        return rows, step.ask(
-            self.slots_N, self.num_main_slots, self.guidance, live=live, special=self.special
-        )
+        special = self.special
+        if special is not None:
+            special = special[(~live[special]).to(torch.int8).argsort(stable=True)[: self.max_special]]
+        return rows, step.ask(self.slots_N, self.num_main_slots, self.guidance, live=live, special=special)
 
 
 @dataclass(frozen=True)
@@ -122,21 +128,24 @@ class Slots:
         return torch.where(valid[self.slots], places[self.slots], self.starts)
 
 
-def plan_fixed(
-    canvases: Sequence[int], specs: Sequence[CanvasSpec], cu_tokens: Sequence[int], room: Room = NO_ROOM
-) -> FixedPlan:
+def plan_static(
+    canvases: Sequence[int],
+    specs: Sequence[CanvasSpec],
+    cu_tokens: Sequence[int],
+    padding: Padding = NO_PADDING,
+) -> StaticPlan:
     """The plan for some canvases of a burst, on the host.
 
     Args:
         canvases: indices in the burst.
         specs: of all canvases of the burst.
         cu_tokens: boundaries of all sequences of the burst in its flat tokens.
-        room: sizes that other bursts have. Nobody may be guided or need copies then.
+        padding: sizes that other bursts have. Nobody may be guided or need copies then.
     """
-    width = max(room.widest, max(spec.block_length for spec in specs))
+    width = max(padding.widest, max(spec.block_length for spec in specs))
     guided = [c for c in canvases if specs[c].is_guided]
     copies_of = [c for c in canvases for _ in range(specs[c].num_copies)]
-    assert room == NO_ROOM or not (guided or copies_of), "they have no room"
+    assert padding == NO_PADDING or not (guided or copies_of), "they are not padded"
     sequences = np.array([*canvases, *guided, *copies_of])
     bounds = np.array(cu_tokens)
     starts, lens = bounds[sequences], bounds[sequences + 1] - bounds[sequences]
@@ -160,10 +169,10 @@ def plan_fixed(
         own[2] = starts[places]
         return Slots(*torch.from_numpy(table).unbind())
 
-    main = slots_of(*_counted(block_lens), room.slots)
+    main = slots_of(*_counted(block_lens), padding.slots)
     copy_numbers = [i for c in canvases for i in range(specs[c].num_copies)]
     copies = slots_of(np.arange(num_copies) + num_blocks, np.array(copy_numbers, dtype=np.int64))
-    shadows = slots_of(*_counted(num_shadows), room.shadow_rows)
+    shadows = slots_of(*_counted(num_shadows), padding.shadow_rows)
     spans = tuple(
         (
             place,
@@ -178,17 +187,21 @@ def plan_fixed(
     sees_block[: cu_shadows[-1]] = np.repeat([specs[c].shadows_see_each_other for c in canvases], num_shadows)
     num_first = int(block_lens[: len(canvases)].sum()) if guided else len(main.slots)
     slots_N = torch.cat([main.slots[:num_first], copies.slots, shadows.slots])
-    is_special = np.isin(slots_N.numpy() // width, [c for c in canvases if specs[c].needs_logits])
+    special = [c for c in canvases if specs[c].needs_logits]
+    is_special = np.isin(slots_N.numpy() // width, special)
     owners, numbers = _counted(lens)
-    num_more = max(0, room.main_rows - len(owners))
+    num_more = max(0, padding.main_rows - len(owners))
     token_index = np.concatenate([starts[owners] + numbers, np.full(num_more, bounds[-1])])
     positions = np.concatenate([numbers, np.zeros(num_more, dtype=np.int64)])
     cu_queries = _bounds(np.concatenate([block_lens, np.ones(num_copies, dtype=np.int64)]))
-    if room != NO_ROOM:  # what fills up belongs to the last canvas, so that its numbers are defined
+    if padding != NO_PADDING:  # what fills up belongs to the last canvas, so that its numbers are defined
         cu_keys[-1], cu_queries[-1] = len(token_index), len(main.slots)
     cu_queries_T, cu_keys_T = (torch.from_numpy(bounds.astype(np.int32)) for bounds in (cu_queries, cu_keys))
-    max_keys, max_queries = max(int(lens.max()), room.max_keys), max(int(block_lens.max()), room.max_queries)
-    return FixedPlan(
+    max_keys, max_queries = (
+        max(int(lens.max()), padding.max_keys),
+        max(int(block_lens.max()), padding.max_queries),
+    )
+    return StaticPlan(
         token_index=torch.from_numpy(token_index),
         positions=torch.from_numpy(positions),
         is_hidden=hidden_tokens(specs, sequences.tolist(), lens.tolist(), range(len(canvases), num_blocks))
@@ -203,7 +216,7 @@ def plan_fixed(
         copies=copies,
         shadows=shadows,
         tiles=_tiles(
-            spans, num_tiles=room.shadow_rows // SHADOW_TILE + len(canvases) if room.shadow_rows else 0
+            spans, num_tiles=padding.shadow_rows // SHADOW_TILE + len(canvases) if padding.shadow_rows else 0
         ),
         sees_block=torch.from_numpy(sees_block),
         spans=spans,
@@ -211,8 +224,15 @@ def plan_fixed(
         if guided
         else None,
         special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
+        max_special=sum(map(_max_live, (specs[c] for c in special))),
         slots_N=slots_N,
     )
+
+
+def _max_live(spec: CanvasSpec) -> int:
+    """How many of a canvas's rows the head is asked about in one step, at most."""
+    if_committed = spec.reads_committed_rows + (spec.num_shadow_rows > 0) + (spec.num_copies > 0)
+    return spec.block_length * max(1, if_committed)
 
 
 def _bounds(counts: np.ndarray) -> np.ndarray:

@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeAlias
 
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
-from remask.workers.setup import WorkerSetup
-from remask.workers.start import WorkerFacts, measure_knee, row_budget, start_worker
+from remask.workers.startup.setup import WorkerSetup
+from remask.workers.startup.start import WorkerFacts, measure_knee, row_budget, start_worker
 from remask.workers.worker import Launched, NotRun, Worker
 
 

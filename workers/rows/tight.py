@@ -17,11 +17,11 @@ from torch import Tensor
 
 from remask.scheduler.canvas import CanvasSpec
 from remask.workers.attention.varlen import ShadowSegment, VarlenLayout, shadow_mask
-from remask.workers.rows import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens
+from remask.workers.rows.pack import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens
 
 
 @dataclass(frozen=True)
-class PackPlan:
+class TightPlan:
     """The canvases of one pack. Slots are numbered as in the burst's flattened [R, B].
 
     The second copies of guided canvases are sequences of their own, behind those of all canvases.
@@ -106,7 +106,7 @@ class PackPlan:
         return rows, step.ask(slots_N, num_main_slots, guidance)
 
 
-def plan_pack(canvases: list[int], specs: Sequence[CanvasSpec], cu_tokens: Sequence[int]) -> PackPlan:
+def plan_tight(canvases: list[int], specs: Sequence[CanvasSpec], cu_tokens: Sequence[int]) -> TightPlan:
     """The plan for some canvases of a burst.
 
     Args:
@@ -135,7 +135,7 @@ def plan_pack(canvases: list[int], specs: Sequence[CanvasSpec], cu_tokens: Seque
     second = range(len(canvases), len(sequences))
     cu_seqlens = (0, *itertools.accumulate(lens))
     has_second = [specs[c].is_guided for c in canvases] + [False] * len(guided)
-    return PackPlan(
+    return TightPlan(
         num_canvases=len(canvases),
         token_index=joined(range(start, start + n) for start, n in zip(starts, lens, strict=True)),
         positions=joined(range(n) for n in lens),
@@ -176,7 +176,7 @@ class _Copies:
     candidates: Tensor
 
 
-def _copies(plan: PackPlan, committed: Tensor, places: Tensor, ids_T: Tensor, mask_id: int) -> _Copies:
+def _copies(plan: TightPlan, committed: Tensor, places: Tensor, ids_T: Tensor, mask_id: int) -> _Copies:
     """The copies that the committed slots of a pack need; `ids_T` are its main rows."""
     is_copied = committed[plan.copy_slots]
     slots = plan.copy_slots[is_copied]
@@ -197,7 +197,7 @@ def _copies(plan: PackPlan, committed: Tensor, places: Tensor, ids_T: Tensor, ma
     return _Copies(ids, plan.positions[sources], plan.cu_seqlens + ends, slots, candidates)
 
 
-def _guidance(plan: PackPlan, is_candidate: Tensor, num_main: int, rows: PackedRows) -> Guidance:
+def _guidance(plan: TightPlan, is_candidate: Tensor, num_main: int, rows: PackedRows) -> Guidance:
     """Second copies have the same candidates in the same order as the guided among the first."""
     first = torch.arange(len(rows.slots_N), device=rows.slots_N.device)
     first[rows.num_main_slots :] += num_main - rows.num_main_slots
@@ -212,7 +212,7 @@ def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
     return torch.nn.functional.pad(flags.cumsum(0), (1, 0))[bounds].diff()
 
 
-def _needed_shadows(plan: PackPlan, valid: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+def _needed_shadows(plan: TightPlan, valid: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
     """Which of `plan.shadow_slots` get a shadow row, and which of these rows the head must look at, bool
     [S]."""
     in_block = valid[plan.shadow_slots]
@@ -224,7 +224,7 @@ def _needed_shadows(plan: PackPlan, valid: Tensor, masked: Tensor) -> tuple[Tens
 
 
 def _shadow_segments(
-    plan: PackPlan, positions: Tensor, is_shadow: Tensor, is_read: Tensor
+    plan: TightPlan, positions: Tensor, is_shadow: Tensor, is_read: Tensor
 ) -> tuple[tuple[ShadowSegment, ...], tuple[ShadowSegment, ...]]:
     """The segments of all shadow rows as queries, and of those only that are read."""
     cu_keys, cu_read = (

@@ -21,10 +21,10 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from remask.scheduler.errors import InvalidRequest, Unavailable
-from remask.workers.executor import Left
-from remask.workers.ray_actor import QUEUE_DEPTH, RemaskWorker
-from remask.workers.ray_resources import WorkerResources
-from remask.workers.start import WorkerFacts
+from remask.workers.executors.base import Left
+from remask.workers.executors.ray_actor import QUEUE_DEPTH, RemaskWorker
+from remask.workers.executors.ray_resources import WorkerResources
+from remask.workers.startup.start import WorkerFacts
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """CUDA graphs of whole steps: a short step then costs one launch instead of some hundreds.
 
 A graph reads and writes fixed memory and runs kernels of fixed shapes, so it serves every burst that has its
-*shape*: canvases are filled up to sizes that many bursts share (`room_for`) and moved into the shape's
+*shape*: canvases are filled up to sizes that many bursts share (`padding_for`) and moved into the shape's
 memory. A shape is captured when it is met for the second time. Bursts of many rows, which keep a GPU busy
 anyway, and those that need more than numbers in fixed places (guidance, copies, traces, logits that are
 edited, filtered or ranked by twice) take the plain path, step by step. Both run the same code.
@@ -19,13 +19,13 @@ import torch
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.scheduler.sampling import Sampling
-from remask.workers.burst import BurstState
-from remask.workers.fixed_rows import FixedPlan, plan_fixed
-from remask.workers.memory import GRAPH_BYTES
+from remask.workers.burst.staging import Buffer, load, new_buffer, signature, tensors_of, to_device
+from remask.workers.burst.state import BurstState
+from remask.workers.burst.stop_ids import num_stops
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
-from remask.workers.room import Room
-from remask.workers.staging import Buffer, load, new_buffer, signature, tensors_of, to_device
-from remask.workers.stop_ids import num_stops
+from remask.workers.rows.padding import Padding
+from remask.workers.rows.static import StaticPlan, plan_static
+from remask.workers.startup.memory import GRAPH_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Placed(NamedTuple):
     """A burst on the device; `shape` is that of the memory that it stands in, if a graph can use it."""
 
     state: BurstState
-    plans: list[FixedPlan]
+    plans: list[StaticPlan]
     shape: Shape | None
 
 
@@ -118,17 +118,19 @@ class StepGraphs:
 
     def place(self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState]) -> Placed | None:
         """Canvases on the device, filled up; None where no graph would serve them."""
-        room = room_for(specs, [state.sequence_len for state in states], self._max_rows)
-        if room is None:
+        padding = padding_for(specs, [state.sequence_len for state in states], self._max_rows)
+        if padding is None:
             return None
-        num_more = room.group_size - len(specs)
-        state = BurstState([*specs, *[FILLING_SPEC] * num_more], [*states, *[FILLING_STATE] * num_more], room)
-        tree = state, [plan_fixed(range(room.group_size), state.specs, state.cu_tokens, room)]
+        num_more = padding.group_size - len(specs)
+        state = BurstState(
+            [*specs, *[FILLING_SPEC] * num_more], [*states, *[FILLING_STATE] * num_more], padding
+        )
+        tree = state, [plan_static(range(padding.group_size), state.specs, state.cu_tokens, padding)]
         tensors = tensors_of(tree)
         key = (signature(tensors), _constants(*tree))
         shape = self._shapes.get(key)
         if shape is None:
-            self._shapes[key] = Shape(room.main_rows)
+            self._shapes[key] = Shape(padding.main_rows)
             while len(self._shapes) > MAX_SHAPES:
                 self._shapes.popitem(last=False)
         else:
@@ -212,7 +214,7 @@ def capture_cuda(device: torch.device) -> Capture:
     return capture
 
 
-def room_for(specs: Sequence[CanvasSpec], lens: Sequence[int], max_rows: int = MAX_ROWS) -> Room | None:
+def padding_for(specs: Sequence[CanvasSpec], lens: Sequence[int], max_rows: int = MAX_ROWS) -> Padding | None:
     """The sizes that canvases are filled up to, with at least one more canvas; None: the plain path, which
     also takes more than `max_rows` rows.
 
@@ -225,7 +227,7 @@ def room_for(specs: Sequence[CanvasSpec], lens: Sequence[int], max_rows: int = M
         return None
     row_step = max(SLOT_STEP, _power(num_rows) // 16)
     widest = _power(max(spec.block_length for spec in specs))
-    return Room(
+    return Padding(
         main_rows=_multiple(num_rows, row_step),
         slots=_multiple(sum(spec.block_length for spec in specs), SLOT_STEP),
         shadow_rows=_multiple(sum(spec.num_shadow_rows for spec in specs), SLOT_STEP),
@@ -248,7 +250,7 @@ def _power(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _constants(state: BurstState, plans: list[FixedPlan]) -> Hashable:
+def _constants(state: BurstState, plans: list[StaticPlan]) -> Hashable:
     """What a graph holds of a burst beside the shapes of its tensors."""
     (plan,) = plans
     return (

@@ -7,8 +7,8 @@ slots (and committed ones, where a policy looks at them), the same in second cop
 shadow rows.
 
 A *plan* says which canvases share a pack and holds what does not change while they are together; its `pack`
-adds what the current step needs. There are plans that fit (`fitting_rows`) and plans of fixed shapes
-(`fixed_rows`).
+adds what the current step needs. There are plans that fit (`tight_rows`) and plans of fixed shapes
+(`static_rows`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PackedRows:
         candidates_H: int64 [H]: rows whose final hidden state is wanted: those of main slots, of their second
             copies, then shadow rows.
         candidate_layout: the candidates as queries.
-        slots_N: int64 [N]: the slots that are answered for, numbered as in `PackPlan`; not second copies.
+        slots_N: int64 [N]: the slots that are answered for, numbered as in `TightPlan`; not second copies.
         num_main_slots: how many of them are answered for by main rows; the others by shadow rows.
     """
 
@@ -81,8 +81,8 @@ class HeadQuery:
         guidance: None where nobody is guided: the hidden states are those of the N slots.
         removed: int64 [N, K]: ids that may not be proposed, -1 where there is none; None: nobody has any.
         live: bool [N]: which are asked about, where shapes are fixed; None: all.
-        special: int64: where shapes are fixed, which of the slots are of canvases that `needs_logits`; None:
-            none.
+        special: int64: where shapes are fixed, the slots that are answered from whole logits: all live slots
+            of canvases that `needs_logits`, and some that are not live; None: none.
     """
 
     owners: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from remask.scheduler.policies import MemoryField, Policy, RemaskPolicy, tag
 from remask.scheduler.policies.base import choices
-from remask.workers.room import NO_ROOM, Room
+from remask.workers.rows.padding import NO_PADDING, Padding
 from remask.workers.strategies import kernel_of
 from remask.workers.strategies.view import Memory, Params
 
@@ -46,8 +46,7 @@ class PolicyGroup:
         kind: the policy's class and its words.
         kernel: its function, which kinds may share.
         members: their indices in the burst.
-        canvases: int64 [Rg]: the same, and behind them as many of the burst's last canvas as there is room
-            for.
+        canvases: int64 [Rg]: `members`, padded with the index of the burst's last (finished) canvas.
         is_whole: whether these are all canvases of the burst, each once.
         fields: the policies' fields that are numbers, fp64 [Rg] each.
         block_fields: fp64 [entries] each: fields that differ from block to block, those of all canvases one
@@ -93,14 +92,16 @@ class PolicyGroup:
 
 
 def group_policies(
-    policies: Sequence[Policy | None], block_params: Sequence[dict[str, list[float]]], room: Room = NO_ROOM
+    policies: Sequence[Policy | None],
+    block_params: Sequence[dict[str, list[float]]],
+    padding: Padding = NO_PADDING,
 ) -> list[PolicyGroup]:
     """One group for each kind among the policies of a burst's canvases (None: no policy).
 
     Args:
         policies: one for each canvas.
         block_params: their parameters that differ from block to block.
-        room: sizes of the groups.
+        padding: sizes of the groups.
     """
     by_kind: dict[PolicyKind, list[int]] = {}
     for canvas, policy in enumerate(policies):
@@ -109,7 +110,7 @@ def group_policies(
     groups = []
     # In a fixed order, so that bursts with the same kinds share a CUDA graph whoever comes first.
     for kind, members in sorted(by_kind.items(), key=lambda item: (tag(item[0].policy), item[0].words)):
-        num_more = max(0, room.group_size - len(members))
+        num_more = max(0, padding.group_size - len(members))
         canvases = members + members[:1] * num_more
         numbers = [numbers_of(policy) for c in canvases if (policy := policies[c]) is not None]
         fields = {
@@ -117,7 +118,7 @@ def group_policies(
             for name in numbers[0]
         }
         block_fields, first_block, last_block = _block_tables(
-            [block_params[c] for c in members], num_more, room.num_blocks
+            [block_params[c] for c in members], num_more, padding.num_blocks
         )
         groups.append(
             PolicyGroup(
@@ -126,7 +127,7 @@ def group_policies(
                 members=tuple(members),
                 canvases=torch.from_numpy(np.array(members + [len(policies) - 1] * num_more)),
                 # (A graph serves groups of equal sizes, whoever is in them.)
-                is_whole=room == NO_ROOM and len(members) == len(policies),
+                is_whole=padding == NO_PADDING and len(members) == len(policies),
                 fields=fields,
                 block_fields=block_fields,
                 first_block=first_block,

@@ -19,13 +19,13 @@ from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
-from remask.workers.burst import BurstState
+from remask.workers.burst.staging import mapped, tensors_of, to_device
+from remask.workers.burst.state import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.loading import read_config
 from remask.workers.models.transformer import Transformer
-from remask.workers.rows import StepInputs
-from remask.workers.staging import mapped, tensors_of, to_device
+from remask.workers.rows.pack import StepInputs
 from remask.workers.step import denoise, plan_packs
 from remask.workers.worker import Worker
 
@@ -82,7 +82,7 @@ def canvas(fields: dict[str, Any], canvas_len: int, block_len: int, prompt_len: 
 
 @pytest.fixture(scope="module")
 def fixed_model(golden_model: TransformerDenoiser) -> TransformerDenoiser:
-    return TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True)
+    return TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
 
 
 def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> list[CanvasState]:
@@ -186,10 +186,13 @@ def test_every_row_that_is_asked_has_the_same_answer_in_fixed_shapes(
 ) -> None:
     backend = SdpaAttention() if attention == "sdpa" else dense_attention
     fixed = TransformerDenoiser(
-        golden_model.model, backend, pack_rows=1 << 30, fixed_shapes=True, kernels=kernels
+        golden_model.model, backend, pack_rows=1 << 30, static_shapes=True, kernels=kernels
     )
     own = [
-        canvas({"unmask": "schedule", "remask": remask}, 11, 8, 4 + i) for i, remask in enumerate(VERIFYING)
+        canvas(
+            {"unmask": "schedule", "remask": remask, "logit_bias": {5: 3.0} if i % 2 else None}, 11, 8, 4 + i
+        )
+        for i, remask in enumerate(VERIFYING)
     ]
     own.append(canvas({"unmask": "schedule", "cfg_scale": 1.5}, 11, 8, 3))
     own = [replaced(c, stop_ids=b"") for c in own]
@@ -207,6 +210,29 @@ def test_every_row_that_is_asked_has_the_same_answer_in_fixed_shapes(
         torch.testing.assert_close(found[key][read], numbers[read], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("remask", "expected"), [(None, 8), ("wino", 8), ("oracle_loo", 8), ("low_prob", 8), ("rcr", 8)]
+)
+@torch.inference_mode()
+def test_whole_logits_are_made_of_no_more_rows_than_can_be_live(
+    fixed_model: TransformerDenoiser, remask: str | None, expected: int
+) -> None:
+    own = [canvas({"unmask": "schedule", "remask": remask, "logit_bias": {5: 3.0}}, 16, 8, 3)]
+    state = BurstState([c.spec for c in own], [c.state for c in own])
+    (plan,) = plan_packs(state, fixed_model, fixed_model.pack_rows)
+    for _ in range(3):
+        slots, valid = state.active_slots()
+        blocks = state.active_blocks(slots, valid, fixed_model.mask_id)
+        _, query = plan.pack(
+            StepInputs(state.tokens, blocks, fixed_model.mask_id, state.sampling, None, frozenset(), None)
+        )
+        assert query.special is not None
+        assert query.live is not None
+        assert len(query.special) == expected
+        assert set(query.live.nonzero().squeeze(1).tolist()) <= set(query.special.tolist())
+        denoise(state, [plan], fixed_model)
+
+
 def replaced(own: Canvas, **fields: Any) -> Canvas:
     return Canvas(own.request_id, own.ordinal, msgspec.structs.replace(own.spec, **fields), own.state)
 
@@ -216,7 +242,7 @@ def test_no_step_of_any_policy_reads_from_the_device(fixed_model: TransformerDen
     own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
     own = [replaced(c, stop_ids=b"") for c in own]
     state = BurstState([c.spec for c in own], [c.state for c in own])
-    state.make_room(4)
+    state.reserve_removed(4)
     plans = plan_packs(state, fixed_model, fixed_model.pack_rows)
     with Blind():
         for _ in range(4):
@@ -230,10 +256,10 @@ def test_every_step_runs_where_nothing_is_but_shapes(golden_checkpoint: Path) ->
     meta = torch.device("meta")
     with meta:
         model = Transformer(read_config(golden_checkpoint)[1])
-    fixed = TransformerDenoiser(model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True)
+    fixed = TransformerDenoiser(model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
     own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
     state = BurstState([c.spec for c in own], [c.state for c in own])
-    state.make_room(2)
+    state.reserve_removed(2)
     on_host = (state, plan_packs(state, fixed, fixed.pack_rows))
     tree = mapped(on_host, lambda tensor: torch.empty_like(tensor, device=meta))
     for _ in range(2):
@@ -273,7 +299,7 @@ def test_the_fused_head_answers_as_whole_logits_do(
     golden_model: TransformerDenoiser, fixed_model: TransformerDenoiser
 ) -> None:
     fused = TransformerDenoiser(
-        golden_model.model, SdpaAttention(), pack_rows=1 << 30, fixed_shapes=True, kernels=True
+        golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True, kernels=True
     )
     own = [canvas(POLICIES[i], 8, 4, 3) for i in (1, 3, 12, 13)]
     same(finish(fused, own, 4), finish(fixed_model, own, 4))

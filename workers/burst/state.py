@@ -1,10 +1,9 @@
-"""The canvases of a burst as tensors: unpacked from the wire when it begins, packed again when it ends."""
+"""The canvases of a burst as tensors."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,29 +12,15 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
-from remask.workers.events import EventLog
+from remask.workers.burst.events import EventLog
+from remask.workers.burst.groups import group_policies
+from remask.workers.burst.staging import HoldsTensors
+from remask.workers.burst.stop_ids import StopIds
+from remask.workers.burst.wire import Results, pack_states, slot_table, unpack_memory, unpack_removed
 from remask.workers.keyed_random import stream_keys
-from remask.workers.room import NO_ROOM, Room
-from remask.workers.rows import ActiveBlocks
+from remask.workers.rows.pack import ActiveBlocks
+from remask.workers.rows.padding import NO_PADDING, Padding
 from remask.workers.sampling import SamplingTables
-from remask.workers.staging import HoldsTensors
-from remask.workers.stop_ids import StopIds
-from remask.workers.strategies.groups import PolicyGroup, group_policies
-from remask.workers.strategies.view import Memory
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a burst leaves behind, on the device or on the host; see `BurstState`."""
-
-    tokens: Tensor
-    confidences: Tensor
-    logprobs: Tensor
-    commit_steps: Tensor
-    counters: Tensor  # int64 [5, R]: block, num_forwards, block_forwards, finished, fault
-    memory: list[Memory]
-    removed: Tensor | None
-    events: list[Tensor]
 
 
 class BurstState(HoldsTensors):
@@ -60,7 +45,7 @@ class BurstState(HoldsTensors):
     """
 
     def __init__(
-        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], room: Room = NO_ROOM
+        self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState], padding: Padding = NO_PADDING
     ) -> None:
         self.specs = specs
 
@@ -69,23 +54,23 @@ class BurstState(HoldsTensors):
 
         flat = np.frombuffer(b"".join([state.tokens for state in states]), TOKEN)
         self.cu_tokens = [0, *itertools.accumulate(state.sequence_len for state in states)]
-        more = max(0, room.main_rows - self.cu_tokens[-1])
+        more = max(0, padding.main_rows - self.cu_tokens[-1])
         self.tokens = torch.from_numpy(np.concatenate([flat, np.zeros(more + 1, np.int64)]))
         canvas_lens = [spec.canvas_len for spec in specs]
-        self.num_slots = max(*canvas_lens, room.canvas_len)
+        self.num_slots = max(*canvas_lens, padding.canvas_len)
         self.canvas_len, self.block_len = table(canvas_lens), table([spec.block_length for spec in specs])
-        self.max_block_len = max(*(spec.block_length for spec in specs), room.widest)
+        self.max_block_len = max(*(spec.block_length for spec in specs), padding.widest)
         is_slot = np.arange(self.num_slots + 1) < np.array(canvas_lens)[:, None]
         rows = np.concatenate([spec.slot_array for spec in specs]) + np.repeat(
             self.cu_tokens[:-1], canvas_lens
         )
-        self.slot_rows = _table(rows, is_slot, np.int64, fill=self.cu_tokens[-1])
+        self.slot_rows = slot_table(rows, is_slot, np.int64, fill=self.cu_tokens[-1])
         self.confidences, self.logprobs = (
-            _table(np.frombuffer(b"".join(parts), REAL), is_slot, np.float32)
+            slot_table(np.frombuffer(b"".join(parts), REAL), is_slot, np.float32)
             for parts in ([s.confidences for s in states], [s.logprobs for s in states])
         )
         steps = np.frombuffer(b"".join([state.commit_steps for state in states]), TOKEN)
-        self.commit_steps = _table(steps, is_slot, np.int64)
+        self.commit_steps = slot_table(steps, is_slot, np.int64)
         self.block = table([state.block for state in states])
         self.num_forwards = table([state.num_forwards for state in states])
         self.block_forwards = table([state.num_block_forwards for state in states])
@@ -97,20 +82,20 @@ class BurstState(HoldsTensors):
         self.always_commits = table([spec.always_commits for spec in specs], np.bool_)
         self.sampling = SamplingTables([spec.sampling for spec in specs])
         self.keys = stream_keys(table([spec.seed for spec in specs]), table([spec.sample for spec in specs]))
-        self.stops = StopIds([spec.stop_ids for spec in specs], room.num_stops)
+        self.stops = StopIds([spec.stop_ids for spec in specs], padding.num_stops)
         self.unmask = group_policies(
-            [spec.unmask for spec in specs], [spec.unmask_params for spec in specs], room
+            [spec.unmask for spec in specs], [spec.unmask_params for spec in specs], padding
         )
         self.remask = group_policies(
-            [spec.remask for spec in specs], [spec.remask_params for spec in specs], room
+            [spec.remask for spec in specs], [spec.remask_params for spec in specs], padding
         )
         self.reads_committed = table([spec.reads_committed_rows for spec in specs], np.bool_)
         self.verifies = table([spec.verifies for spec in specs], np.bool_)
         self.random_streams = frozenset[str]().union(*(spec.random_streams for spec in specs))
         self.needs = frozenset[str]().union(*(spec.head_needs for spec in specs))
-        self.memory = [self._unpack_memory(group, states) for group in self.remask]
+        self.memory = [unpack_memory(group, specs, states, self.max_block_len) for group in self.remask]
         self.bans_removed = table([spec.bans_removed for spec in specs], np.bool_)
-        self.removed = self._unpack_removed(states) if any(spec.bans_removed for spec in specs) else None
+        self.removed = unpack_removed(specs, states, self.max_block_len)
         self.events = EventLog(specs)
 
     @property
@@ -127,13 +112,13 @@ class BurstState(HoldsTensors):
         self.paused[canvas] = True
         self.errors[canvas] = error
 
-    def make_room(self, num_steps: int) -> None:
-        """Makes room for the tokens that slots may lose in so many steps."""
+    def reserve_removed(self, num_steps: int) -> None:
+        """Extends `removed` for the tokens that slots may lose in `num_steps` steps."""
         if self.removed is not None:
             # A slot must be filled again before it can lose another token.
             num_held = int((self.removed >= 0).sum(2).max())
-            room = num_held + (num_steps + 1) // 2 - self.removed.shape[2]
-            self.removed = torch.nn.functional.pad(self.removed, (0, max(0, room)), value=-1)
+            more = num_held + (num_steps + 1) // 2 - self.removed.shape[2]
+            self.removed = torch.nn.functional.pad(self.removed, (0, max(0, more)), value=-1)
 
     def active_slots(self) -> tuple[Tensor, Tensor]:
         """Slots [R, B] of the active blocks (the padding column where there is none), and which are valid."""
@@ -168,82 +153,4 @@ class BurstState(HoldsTensors):
 
     def to_states(self, results: Results | None = None) -> list[CanvasState]:
         """The canvases as they go back to the scheduler; `results` are on the host (None: all of it is)."""
-        if results is None:
-            results = self.results()
-        tokens = results.tokens.numpy().astype(TOKEN)
-        confidences, logprobs = results.confidences.numpy(), results.logprobs.numpy()
-        commit_steps = results.commit_steps.numpy().astype(TOKEN)
-        counters = results.counters.tolist()
-        memories = self._pack_memory(results.memory)
-        states = []
-        for i, spec in enumerate(self.specs):
-            length = spec.canvas_len
-            block, num_forwards, block_forwards, finished, fault = (line[i] for line in counters)
-            states.append(
-                CanvasState(
-                    tokens=tokens[self.cu_tokens[i] : self.cu_tokens[i + 1]].tobytes(),
-                    confidences=confidences[i, :length].tobytes(),
-                    logprobs=logprobs[i, :length].tobytes(),
-                    commit_steps=commit_steps[i, :length].tobytes(),
-                    memory=memories[i],
-                    removed=self._pack_removed(i, results.removed),
-                    block=block,
-                    num_forwards=num_forwards,
-                    num_block_forwards=block_forwards,
-                    finished=bool(finished),
-                    fault=fault,
-                    error=self.errors.get(i, "") if fault else "",
-                )
-            )
-        return states
-
-    def _unpack_memory(self, group: PolicyGroup, states: Sequence[CanvasState]) -> Memory:
-        memory = group.initial_memory(self.max_block_len)
-        block_lens = np.array([self.specs[canvas].block_length for canvas in group.members])
-        for block_len in np.unique(block_lens) if memory else ():
-            (places,) = (block_lens == block_len).nonzero()
-            held = b"".join([states[group.members[place]].memory for place in places])
-            numbers = np.frombuffer(held, REAL).reshape(len(places), -1)
-            for field in group.memory_fields:
-                own, numbers = np.split(numbers, [block_len if field.per_slot else 1], axis=1)
-                if field.per_slot:
-                    memory[field.name].numpy()[places, :block_len] = own
-                else:
-                    memory[field.name].numpy()[places] = own[:, 0]
-        return memory
-
-    def _pack_memory(self, memories: Sequence[Memory]) -> list[bytes]:
-        parts: list[list[bytes]] = [[] for _ in self.specs]
-        for group, memory in zip(self.remask, memories, strict=True):
-            arrays = {name: tensor.numpy() for name, tensor in memory.items()}
-            for place, canvas in enumerate(group.members if memory else ()):
-                for field in group.memory_fields:
-                    values = arrays[field.name][place]
-                    parts[canvas].append(
-                        (values[: self.specs[canvas].block_length] if field.per_slot else values).tobytes()
-                    )
-        return [b"".join(part) for part in parts]
-
-    def _unpack_removed(self, states: Sequence[CanvasState]) -> Tensor:
-        tables = [
-            np.frombuffer(state.removed, TOKEN).reshape(spec.block_length, -1)
-            for state, spec in zip(states, self.specs, strict=True)
-        ]
-        width = max(table.shape[1] for table in tables)
-        removed = np.full((len(tables), self.max_block_len, width), -1, dtype=np.int64)
-        for own, table in zip(removed, tables, strict=True):
-            own[: table.shape[0], : table.shape[1]] = table
-        return torch.from_numpy(removed)
-
-    def _pack_removed(self, canvas: int, removed: Tensor | None) -> bytes:
-        if removed is None or not self.specs[canvas].bans_removed:
-            return b""
-        own = removed[canvas, : self.specs[canvas].block_length].numpy()
-        return own[:, : (own >= 0).sum(1).max()].astype(TOKEN).tobytes()
-
-
-def _table(values: np.ndarray, is_slot: np.ndarray, dtype: DTypeLike, fill: float = 0) -> Tensor:
-    """The values of all canvases one behind the other as a table: where `is_slot` [R, G + 1], else `fill`."""
-    table = np.full(is_slot.shape, fill, dtype)
-    table[is_slot] = values
-    return torch.from_numpy(table)
+        return pack_states(self.specs, self.cu_tokens, self.remask, results or self.results(), self.errors)

@@ -24,10 +24,10 @@ import torch
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import SamplingParams, resolve
-from remask.workers.device import device_name
-from remask.workers.graphs import StepGraphs
+from remask.workers.burst.graphs import StepGraphs
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.models.fp8 import ScaledWeight
+from remask.workers.startup.device import device_name
 from remask.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
