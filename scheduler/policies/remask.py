@@ -189,6 +189,14 @@ class RandomRemask(RemaskPolicy, frozen=True, tag="random"):
 
     Attributes:
         like: Policy that determines the number of positions. The other fields are those of that policy.
+        t2: See `wino`.
+        budget: See `wino`.
+        tile: See `wino`.
+        t: See `low_prob`.
+        max_times: See `low_prob`.
+        max_share: See `low_prob`.
+        post_steps: See `low_prob`.
+        ban_old: See both.
     """
 
     like: Literal["wino", "low_prob"] = "wino"
