@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
 import math
-import re
 import statistics
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from remask import LLM, SamplingParams
 from remask.benchmarks import plain_loop, static_batch
-from remask.benchmarks.environment import environment_stamp
-from remask.benchmarks.golden import params_of, read_cases
 from remask.benchmarks.gpu import timing
+from remask.benchmarks.gpu.correctness import equal_tokens, golden_cases, outcome_of, start_gpu_tests
 from remask.benchmarks.gpu.profiling import kernels_by_time
-from remask.benchmarks.gpu.run import KEYS, ROOT
-from remask.benchmarks.throughput import find_model, spread, write_report
-from remask.benchmarks.workloads import Job, mixed
+from remask.benchmarks.gpu.stage_report import Report, Sizes
+from remask.benchmarks.throughput import find_model, spread
+from remask.benchmarks.workloads import mixed
 from remask.scheduler.canvas import Canvas
 from remask.workers.burst.graphs import graphs_for
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
@@ -53,71 +46,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "remdm": {"remask": "remdm"},
     "trace": {"unmask": "threshold:0.9", "trace": True},
 }
-
-Part: TypeAlias = Callable[[], dict[str, Any]]
-
-
-class Sizes:
-    """What is measured: the whole, or the same small."""
-
-    def __init__(self, small: bool) -> None:
-        self.model = "tiny" if small else "llada-8b"
-        self.equal_model = "tiny" if small else "llada-124m"
-        self.square = 512 if small else 8192
-        self.copy_bytes = 1 << 24 if small else 1 << 30
-        self.steps = {4096: 256, 8192: 512} if small else {4096: 4096, 8192: 8192}  # key -> rows
-        self.sequence = (32, 32) if small else (128, 128)  # prompt and canvas of packed steps
-        self.single = (32, 32) if small else (128, 256)
-        self.single_steps = 8 if small else 64
-        self.num_kinds = 2 if small else 8  # requests of each kind that share a step
-        self.num_mixed = 3 if small else 64
-        self.num_equal = 3 if small else 6
-        self.num_golden = 3 if small else None
-        self.rows = (64, 256) if small else tuple(64 << i for i in range(8))
-        self.requests = (1, 2) if small else (1, 4, 16, 64)
-        self.repetitions = 1 if small else 3
-
-
-class Report:
-    """What a stage has measured so far, written after every part."""
-
-    def __init__(self, path: Path, budget_seconds: float) -> None:
-        self.content: dict[str, Any] = {
-            "environment": environment_stamp(),
-            "figures": {},
-            "parts": {},
-            "errors": {},
-            "part_seconds": {},
-            "unfinished": [],
-        }
-        self.path, self._end = path, time.perf_counter() + budget_seconds
-
-    def seconds_left(self) -> float:
-        return self._end - time.perf_counter()
-
-    def plan(self, *names: str) -> None:
-        """Names the parts of the stage; each is unfinished until it has run."""
-        self.content["unfinished"] = list(names)
-        write_report(self.content, self.path)
-
-    def part(self, name: str, measure: Part) -> None:
-        """Runs one part if there is time. An error ends the part, not the stage."""
-        if self.seconds_left() <= 0:
-            return
-        began = time.perf_counter()
-        try:
-            result = measure()
-            self.content["parts"][name] = result
-            self.content["figures"] |= {key: result[key] for key in KEYS if key in result}
-        except Exception as error:
-            self.content["errors"][name] = f"{type(error).__name__}: {error}"[:2000]
-            traceback.print_exc()
-        self.content["unfinished"].remove(name)
-        self.content["part_seconds"][name] = round(time.perf_counter() - began, 1)
-        write_report(self.content, self.path)
-        shown = {key: self.content["figures"][key] for key in KEYS if key in self.content["figures"]}
-        sys.stdout.write(f"{name}: {time.perf_counter() - began:.1f} s {json.dumps(shown)}\n")
-        sys.stdout.flush()
 
 
 def run(stage: str, path: Path, device_name: str, *, small: bool, seconds: float) -> None:
@@ -205,57 +133,6 @@ def stage_c(device: torch.device, sizes: Sizes, report: Report) -> None:
 
 
 STAGES = {"a": stage_a, "b": stage_b, "c": stage_c}
-
-
-def start_gpu_tests(log: Path) -> subprocess.Popen[bytes]:
-    """The tests marked `gpu` in a process of their own, which writes its output to a file."""
-    in_parallel = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *in_parallel, "tests/workers"]
-    with log.open("wb") as file:
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-
-
-def outcome_of(tests: subprocess.Popen[bytes] | None, report: Report) -> dict[str, Any]:
-    """What the tests say, when they are over."""
-    if tests is None:
-        return {"outcome": "not run: no GPU"}
-    try:
-        tests.wait(max(1.0, report.seconds_left()))
-    except subprocess.TimeoutExpired:
-        tests.kill()
-    lines = report.path.with_suffix(".log").read_text().splitlines()
-    counts = [line for line in lines if re.match(r"\d+ (passed|failed|error|skipped)", line)]
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"outcome": counts[-1] if counts else "not finished", "failed": failed}
-
-
-def golden_cases(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """How many of Fast-dLLM's golden cases are reproduced in fp32, token by token and forward by forward."""
-    directory = ROOT / "tests" / "data" / "golden"
-    cases = read_cases(directory, "fastdllm")[: sizes.num_golden]
-    with LLM(directory / "llada-tiny", dtype="float32", device=str(device), max_num_rows=4096) as llm:
-        outputs = llm.generate(
-            [case["prompt"] for case in cases], [params_of(case) for case in cases], use_tqdm=False
-        )
-    equal = [
-        (out.outputs[0].token_ids, out.outputs[0].nfe) == (case["output"], case["nfe"])
-        for out, case in zip(outputs, cases, strict=True)
-    ]
-    return {"equal_cases_fp32": f"{sum(equal)}/{len(equal)}"}
-
-
-def equal_tokens(device: torch.device, sizes: Sizes) -> dict[str, Any]:
-    """Requests whose tokens are equal from engine and plain loop, in fp32 on a small model."""
-    directory, load_format = find_model(sizes.equal_model)
-    with LLM(
-        directory, dtype="float32", device=str(device), load_format=load_format, max_num_rows=1024
-    ) as llm:
-        model = load_denoiser(directory, dtype="float32", device=str(device), load_format=load_format)
-        jobs: list[Job] = mixed(llm.tokenizer, model.config, sizes.num_equal)
-        outputs = llm.generate([job.prompt for job in jobs], [job.params for job in jobs], use_tqdm=False)
-        written = [plain_loop.decode(model, job.prompt, job.params).token_ids for job in jobs]
-    equal = [out.outputs[0].token_ids == own for out, own in zip(outputs, written, strict=True)]
-    return {"equal_requests_fp32": f"{sum(equal)}/{len(equal)}"}
 
 
 def machine(device: torch.device, sizes: Sizes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from remask.benchmarks.gpu import run, timing
-from remask.benchmarks.gpu.stages import Report
+from remask.benchmarks.gpu.stage_report import Report
 from remask.benchmarks.utilization import linear_flops
 from remask.workers.models.cpu import multiplies
 from remask.workers.models.denoiser import TransformerDenoiser

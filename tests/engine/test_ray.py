@@ -22,7 +22,7 @@ from remask import LLM, InvalidRequest, SamplingParams
 from remask.benchmarks import chaos
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.executors.ray_actor import RemaskWorker
-from remask.workers.executors.ray_executor import RayExecutor, check_version
+from remask.workers.executors.ray_executor import RayExecutor
 from remask.workers.executors.ray_pool import WorkerPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -275,12 +275,6 @@ def test_a_burst_is_launched_in_its_turn_and_before_the_result_of_the_last_one_i
     assert [type(error) for error in errors] == [type(None), type(None), ZeroDivisionError, type(None)]
     for i, burst in zip((3, 1, 0), (bursts[0], bursts[1], bursts[3]), strict=True):
         assert msgspec.msgpack.decode(burst.result(), type=StepResult).burst_id == i
-
-
-def test_an_old_ray_is_refused() -> None:
-    check_version("2.52.0")
-    with pytest.raises(InvalidRequest, match=r"needs Ray 2\.52 or newer"):
-        check_version("2.51.1")
 
 
 def test_two_engines_on_one_cluster_do_not_meet(cluster: None, workload: Any, expected: Any) -> None:

@@ -24,7 +24,7 @@ from remask.scheduler.params import resolve
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.burst import graphs as module
 from remask.workers.burst.enqueue import AHEAD_STEPS
-from remask.workers.burst.graphs import Graph, StepGraphs, capture_cuda, padding_for
+from remask.workers.burst.graphs import Graph, StepGraphs, capture_cuda
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.worker import Worker
 
@@ -289,22 +289,6 @@ def test_every_row_of_a_filled_pack_belongs_to_a_sequence(model: TransformerDeno
         assert layout.cu_keys.tolist()[-1] == len(plan.token_index) == len(plan.positions)
     assert plan.candidates.cu_queries.tolist()[-1] == len(plan.main.slots)
     assert (plan.cu_queries[-1], plan.cu_keys[-1]) == (len(plan.main.slots), len(plan.token_index))
-
-
-def test_bursts_of_many_rows_take_the_plain_path() -> None:
-    spec = make(0, 12).spec
-    assert padding_for([spec] * 7, [500] * 7) is not None
-    assert padding_for([spec] * 9, [500] * 9) is None
-
-
-def test_sizes_are_shared_and_waste_little() -> None:
-    spec = make(0, 12).spec
-    rooms = {padding_for([spec], [length]) for length in range(100, 129)}
-    assert len(rooms) == 1
-    for length in range(64, 4000, 7):
-        padding = padding_for([spec], [length])
-        assert padding is not None
-        assert 0 <= padding.main_rows - length < max(64, length / 8)
 
 
 def test_blocks_of_other_widths_have_other_graphs(model: TransformerDenoiser) -> None:

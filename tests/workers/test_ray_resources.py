@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import remask.workers.executors.ray_resources as module
 from remask.scheduler.errors import InvalidRequest
+from remask.workers.executors.ray_executor import check_version
 from remask.workers.executors.ray_resources import WorkerResources, check_num_gpus
 from remask.workers.executors.ray_session import RaySession
 
@@ -142,3 +143,9 @@ def test_gpus_that_ray_cannot_reserve_are_refused(num_gpus: float) -> None:
 @pytest.mark.parametrize("num_gpus", [0, 0.0001, 1 / 3, 1, 8.0])
 def test_gpus_that_ray_can_reserve_pass(num_gpus: float) -> None:
     check_num_gpus(num_gpus)
+
+
+def test_an_old_ray_is_refused() -> None:
+    check_version("2.52.0")
+    with pytest.raises(InvalidRequest, match=r"needs Ray 2\.52 or newer"):
+        check_version("2.51.1")

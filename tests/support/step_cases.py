@@ -1,0 +1,40 @@
+"""Canvases for the tests of the denoising step, and steps of them."""
+
+from __future__ import annotations
+
+from remask import (
+    SamplingParams,
+)
+from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
+from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.worker import Worker
+
+PROMPT = [33, 11, 12, 14]
+
+
+def canvas(params: SamplingParams, prompt: list[int] = PROMPT, seed: int = 5) -> Canvas:
+    return new_canvas("r", 0, prompt, resolve(params), seed=seed, sample=0, mask_id=0, stop_ids=[])
+
+
+def burst(canvases: list[Canvas], states: list[CanvasState], num_steps: int) -> StepBatch:
+    return StepBatch(burst_id=0, num_steps=num_steps, specs=[c.spec for c in canvases], states=states)
+
+
+def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int = 1000) -> list[CanvasState]:
+    states = [c.state for c in canvases]
+    for own in canvases:
+        own.events.clear()
+    while not all(state.finished for state in states):
+        live = [i for i, state in enumerate(states) if not state.finished]
+        result = Worker(model).run(burst([canvases[i] for i in live], [states[i] for i in live], num_steps))
+        for place, (i, state) in enumerate(zip(live, result.states, strict=True)):
+            states[i] = state
+            canvases[i].events.append(result.events.get(place, b""))
+    return states
+
+
+def after(model: TransformerDenoiser, own: Canvas, num_steps: int) -> CanvasState:
+    (state,) = Worker(model).run(burst([own], [own.state], num_steps)).states
+    return state
