@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUM_CANDIDATES = (
-    1024  # tokens among which the limit on the share is looked for first, where the host may look
-)
+NUM_CANDIDATES = 4096  # tokens among which the limit on the share is found first, if the host may look
 
 
 class Filters(NamedTuple):

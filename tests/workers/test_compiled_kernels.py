@@ -28,7 +28,7 @@ TRITON_ON_GPUS = "3.6.0"  # what torch 2.11 comes with
 
 # Bytes that a thread spills at most, by kernel and capability; 0 for all others.
 SPILLS = {("_split", 89): 16, ("_split", 90): 300}
-SPILLS_IN_FP32: dict[tuple[str, int], int] = {}
+SPILLS_IN_FP32 = {("_attend", 89): 32}
 REGISTERS = 255  # of a thread, at most
 # Bytes of a program, at most. GPUs of capability 8.6 run what those of 8.0 and 8.9 do, and have no more.
 SHARED = {80: 99 << 10, 89: 99 << 10, 90: 227 << 10}
