@@ -1,9 +1,9 @@
-"""Which tokens of a row may be drawn: top-k, top-p and min-p, without sorting the vocabulary.
+"""Which tokens of a row may be drawn: top-k, top-p and min-p.
 
-All three keep the beginning of the row sorted by probability (ties: the lower id first), so what they keep is
-told by the smallest logit that is kept and by how many tokens of that logit are. A limit on the probability
+All three keep the beginning of the row sorted by probability (ties: the lower id first). So the smallest
+logit that is kept, and how many tokens of that logit are kept, say what they keep. A limit on the probability
 is a limit on the logit. A limit on the number is found among the most probable tokens. A limit on the share
-is found there too, or by bisection over all logits.
+is found there too, else by bisection over all logits or, with static shapes, by sorting them.
 """
 
 from __future__ import annotations
@@ -91,17 +91,15 @@ def _end(logits_NV: Tensor, fall_NV: Tensor, filters: Filters, static_shapes: bo
     end = _End(torch.full_like(filters.heat, -torch.inf), torch.zeros_like(filters.top_k))
     if not filters.any_share:
         return _end_among_top(logits_NV, filters, max_k)[0].where(filters.top_k > 0, end)
+    is_open = (filters.top_k == 0) & (filters.top_p < 1)
+    num_candidates = max(max_k, NUM_CANDIDATES)
+    if static_shapes or num_candidates >= vocab_size:  # on a GPU a sort costs less than the bisection
+        return _end_among_top(logits_NV, filters, vocab_size)[0].where(is_open | (filters.top_k > 0), end)
     weight_NV = _weight(fall_NV, filters)
     mass_N1 = filters.top_p * weight_NV.sum(-1, keepdim=True)
-    is_open = (filters.top_k == 0) & (filters.top_p < 1)
-    num_candidates = max_k if static_shapes else min(max(max_k, NUM_CANDIDATES), vocab_size)
-    if num_candidates:
-        found, is_whole = _end_among_top(logits_NV, filters, num_candidates, mass_N1)
-        is_found = is_open if num_candidates == vocab_size else is_open & is_whole
-        end = found.where(is_found | (filters.top_k > 0), end)
-        is_open = is_open & ~is_found
-    if static_shapes:
-        return _end_by_share(logits_NV, weight_NV, mass_N1).where(is_open, end)
+    found, is_whole = _end_among_top(logits_NV, filters, num_candidates, mass_N1)
+    end = found.where((is_open & is_whole) | (filters.top_k > 0), end)
+    is_open &= ~is_whole
     for row in is_open.squeeze(1).nonzero().squeeze(1).split(1):  # row by row, in the processor's cache
         for values, own in zip(end, _end_by_share(logits_NV[row], weight_NV[row], mass_N1[row]), strict=True):
             values[row] = own
@@ -125,7 +123,10 @@ def _end_among_top(
         num_candidates: how many tokens; not less than the rows' `top_k`.
         mass_N1: what those kept weigh at least where the row has no `top_k`; None: all rows have one.
     """
-    ordered = logits_NV.topk(num_candidates).values
+    if num_candidates == logits_NV.shape[1]:
+        ordered = logits_NV.sort(-1, descending=True).values
+    else:
+        ordered = logits_NV.topk(num_candidates).values
     place = torch.arange(num_candidates, device=ordered.device)
     weight = _weight((ordered[:, :1] - ordered) / filters.heat, filters)
     weight.masked_fill_((place >= filters.top_k) & (filters.top_k > 0), 0.0)

@@ -24,7 +24,8 @@ from remask.workers.models.denoiser import load_denoiser
 def start_gpu_tests(log: Path) -> subprocess.Popen[bytes]:
     """The tests marked `gpu` in a process of their own, which writes its output to a file."""
     in_parallel = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *in_parallel, "tests/workers"]
+    without_ray = ["--ignore-glob=tests/workers/test_ray_*"]  # they import it
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *in_parallel, *without_ray, "tests/workers"]
     with log.open("wb") as file:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
 

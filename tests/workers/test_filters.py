@@ -123,9 +123,21 @@ class Unsorted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("static_shapes", [False, True])
-@pytest.mark.parametrize("fields", [{"min_p": 0.1}, {"top_k": 20}, {"top_p": 0.9}], ids=str)
-def test_no_filter_sorts_the_vocabulary(fields: dict[str, Any], static_shapes: bool) -> None:
-    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("fields", "static_shapes"),
+    [
+        ({"min_p": 0.1}, False),
+        ({"min_p": 0.1}, True),
+        ({"top_k": 20}, False),
+        ({"top_k": 20}, True),
+        ({"top_k": 20, "top_p": 0.9}, True),
+        ({"top_p": 0.9}, False),
+    ],
+    ids=str,
+)
+def test_no_filter_but_a_share_in_static_shapes_sorts_the_vocabulary(
+    fields: dict[str, Any], static_shapes: bool
+) -> None:
+    logits = torch.randn(2, 2 * filters.NUM_CANDIDATES, generator=torch.Generator().manual_seed(0))
     with Unsorted():
         found(logits, [Sampling(temperature=1.0, **fields)] * 2, static_shapes=static_shapes)
