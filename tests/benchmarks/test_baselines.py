@@ -29,7 +29,7 @@ def requests(policy: dict[str, str]) -> list[tuple[list[int], SamplingParams]]:
             rng.integers(3, 82, prompt_len).tolist(),
             SamplingParams(max_tokens=canvas_len, block_length=block_len, seed=0, ignore_eos=True, **policy),
         )
-        for prompt_len, canvas_len, block_len in ((9, 40, 16), (30, 24, 24), (3, 16, 5), (17, 33, 8))
+        for prompt_len, canvas_len, block_len in ((9, 40, 16), (3, 16, 5), (17, 24, 24))
     ]
 
 
@@ -52,7 +52,7 @@ def test_baselines_write_the_engines_tokens_with_its_forwards(
 def test_a_static_batch_may_hold_every_policy_at_once(
     golden_llm: LLM, golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [request for policy in POLICIES.values() for request in requests(policy)[1:3]]
+    asked = [request for policy in POLICIES.values() for request in requests(policy)[1:]]
     monkeypatch.setattr(static_batch, "BATCH_SIZE", 8)
     assert static_batch.decode(golden_model, asked) == by_engine(golden_llm, asked)
 
@@ -60,7 +60,7 @@ def test_a_static_batch_may_hold_every_policy_at_once(
 def test_the_plain_loop_writes_the_published_winos_tokens(
     golden_model: TransformerDenoiser, golden_cases: list[dict[str, Any]]
 ) -> None:
-    cases = [case for case in golden_cases if case["policy"] == "wino"][::5]
+    cases = [case for case in golden_cases if case["policy"] == "wino"][::10]
     assert cases
     for case in cases:
         own = case["params"]

@@ -46,6 +46,7 @@ def test_the_comparison_measures_quality_and_speed_of_both(
     assert found["crossovers"]["threshold 0.9"] in page
 
 
+@pytest.mark.slow
 def test_models_and_workloads_without_answers_are_compared_by_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden_checkpoint: Path
 ) -> None:

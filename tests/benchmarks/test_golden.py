@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from remask.benchmarks.golden import measure, params_of, read_cases
 from remask.benchmarks.plain_loop import decode
 from remask.workers.models.denoiser import TransformerDenoiser
@@ -19,6 +21,7 @@ def test_the_plain_loop_writes_the_reference_tokens(
         assert decoded == (case["output"], case["nfe"])
 
 
+@pytest.mark.slow
 def test_measuring_counts_equal_cases_and_forwards(golden_checkpoint: Path) -> None:
     cases = sorted(read_cases(golden_checkpoint.parent, "fastdllm"), key=lambda case: case["nfe"])[:2]
     broken = {**cases[1], "output": [5] * len(cases[1]["output"])}

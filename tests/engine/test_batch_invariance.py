@@ -100,7 +100,7 @@ def alone(invariant: LLM) -> list[tuple[Any, ...]]:
     return [generate(invariant, [ask])[0] for ask in asks(NUM_ASKS)]
 
 
-@pytest.mark.parametrize("num_others", [2, 7, NUM_ASKS - 1])
+@pytest.mark.parametrize("num_others", [2, pytest.param(7, marks=pytest.mark.slow), NUM_ASKS - 1])
 def test_company_changes_no_bit(invariant: LLM, alone: list[tuple[Any, ...]], num_others: int) -> None:
     for first in range(0, NUM_ASKS - num_others, num_others + 1)[:4]:
         requests = asks(num_others + 1, first)
@@ -116,7 +116,10 @@ def test_order_changes_no_bit(invariant: LLM, alone: list[tuple[Any, ...]]) -> N
 
 @pytest.mark.parametrize(
     "options",
-    [{"burst": 1, "max_num_rows": 100}, {"burst": 3, "max_num_rows": 700, "max_num_seqs": 5}],
+    [
+        {"burst": 1, "max_num_rows": 100},
+        pytest.param({"burst": 3, "max_num_rows": 700, "max_num_seqs": 5}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_bursts_and_budgets_change_no_bit(

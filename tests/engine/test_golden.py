@@ -50,9 +50,12 @@ def test_there_are_104_cases(golden_cases: list[Case]) -> None:
     assert {case["policy"] for case in golden_cases} == {"llada", "fastdllm", "wino"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("max_num_rows", "burst", "count"), [(300, None, 40), (1, 3, 35)], ids=["few at a time", "alone"]
+    ("max_num_rows", "burst", "count"),
+    [
+        pytest.param(300, None, 40, id="few at a time"),
+        pytest.param(1, 3, 35, id="alone", marks=pytest.mark.slow),
+    ],
 )
 def test_cases_in_one_call_in_any_order_under_any_budget(
     golden_checkpoint: Path, golden_cases: list[Case], max_num_rows: int, burst: int | None, count: int
@@ -62,6 +65,7 @@ def test_cases_in_one_call_in_any_order_under_any_budget(
         check(llm, cases)
 
 
+@pytest.mark.slow
 def test_all_cases_packed_into_one_forward(
     golden_checkpoint: Path, golden_cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,9 +20,12 @@ from remask.stops import StopStrings, find_stop
 PUZZLE = "...543.....2341256..6.3..631.51.5...="
 
 
+OTHER = 6  # a token that no stop string holds
+
+
 def decode(ids: list[int]) -> str:
     """Tokens of two letters each, so that a stop string may begin and end inside a token."""
-    return "".join("ab"[i % 2] + "abc"[i % 3] for i in ids)
+    return "".join("zz" if i == OTHER else "ab"[i % 2] + "abc"[i % 3] for i in ids)
 
 
 @given(
@@ -40,16 +43,26 @@ def test_a_text_ends_at_the_token_that_completes_a_stop_string(ids: list[int], s
 
 
 @given(
-    ids=st.lists(st.integers(0, 5), max_size=60),
-    strings=st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=3),
-    start=st.integers(0, 60),
+    lead=st.integers(0, 60),
+    ids=st.lists(st.integers(0, 5), min_size=6, max_size=40),
+    cuts=st.lists(st.tuples(st.integers(0, 10), st.integers(2, 6)), min_size=1, max_size=2),
+    back=st.integers(0, 2) | st.integers(0, 60),
 )
 def test_tokens_that_complete_no_stop_string_need_not_be_looked_at_again(
-    ids: list[int], strings: list[str], start: int
+    lead: int, ids: list[int], cuts: list[tuple[int, int]], back: int
 ) -> None:
+    """Behind a long text, too, which is not decoded again as a whole; a stop string may begin in its end."""
+    strings = [decode(ids)[place : place + length] for place, length in cuts]
+    ids = [OTHER] * lead + ids
     whole = find_stop(ids, strings, decode)
-    known = min(start, len(ids) if whole is None else whole.num_tokens - 1)
+    assert whole is not None
+    known = max(0, whole.num_tokens - 1 - back)
     assert find_stop(ids, strings, decode, start=known) == whole
+
+
+@given(ids=st.lists(st.integers(0, 6), max_size=60), start=st.integers(0, 60))
+def test_a_text_without_a_stop_string_has_no_stop_wherever_one_looks(ids: list[int], start: int) -> None:
+    assert find_stop(ids, ["cc", "zc"], decode, start=min(start, len(ids))) is None
 
 
 TEXT = "año日本\U0001f600z"

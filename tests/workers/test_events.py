@@ -178,7 +178,7 @@ def test_a_banned_token_does_not_come_back_to_its_position_in_the_block(
 ) -> None:
     banning = msgspec.structs.replace(remask, ban_old=True)
     fields = {"unmask": unmask, "trace": True, "block_length": 12, "temperature": 0.7}
-    canvases = [canvas(seed, remask=policy, **fields) for seed in range(5) for policy in (remask, banning)]
+    canvases = [canvas(seed, remask=policy, **fields) for seed in range(3) for policy in (remask, banning)]
     told = finish(golden_model, [*canvases, canvas(unmask="schedule:3")], num_steps)
     *states, other = told.states
     freely, banned = states[::2], states[1::2]

@@ -89,7 +89,7 @@ requests = st.builds(
     st.integers(1, 20),
 )
 slow_model = settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
