@@ -1,6 +1,6 @@
 """`AsyncLLM`: the engine behind an event loop, for servers and asynchronous Ray actors.
 
-The engine's thread steps; the event loop only waits for what it sends. Requests of any number of coroutines
+The engine's thread steps, and the event loop waits for its messages. Requests of any number of coroutines
 share every step.
 """
 
@@ -25,13 +25,13 @@ from remask.thread import EngineThread
 
 
 class AsyncLLM:
-    """A model for coroutines.
+    """A masked diffusion language model for coroutines.
 
-    The arguments are those of `LLM`, and so are the errors. Making one loads the model and blocks: on an
-    event loop use `await AsyncLLM.start(...)`.
+    Arguments and errors are those of `LLM`. The constructor loads the model and blocks; on an event loop use
+    `await AsyncLLM.start(...)`.
 
     Attributes:
-        engine: what all coroutines share.
+        engine: The engine that all coroutines share.
     """
 
     __signature__ = call_signature()
@@ -42,12 +42,12 @@ class AsyncLLM:
 
     @classmethod
     async def start(cls, model: str | Path, **options: Any) -> AsyncLLM:
-        """Makes one without blocking the event loop."""
+        """Makes an `AsyncLLM` without blocking the event loop."""
         return await asyncio.to_thread(cls, model, **options)
 
     @classmethod
     def from_options(cls, options: EngineOptions) -> AsyncLLM:
-        """As `LLM.from_options`; it blocks."""
+        """Makes an `AsyncLLM` from its options; it blocks."""
         return cls(**msgspec.structs.asdict(options))
 
     async def generate(
@@ -56,22 +56,22 @@ class AsyncLLM:
         sampling_params: SamplingParams | dict[str, Any] | None = None,
         request_id: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Fills a canvas behind a prompt; yields the output when it has ended.
+        """Fills a canvas behind a prompt and yields the output.
 
-        Closing the generator, or cancelling who waits for it, aborts the request.
+        Closing the generator, or cancelling the task that iterates it, aborts the request.
 
         Args:
-            prompt: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
-            sampling_params: its parameters.
-            request_id: what the output calls it; None: a number.
+            prompt: Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+            sampling_params: Parameters of the request.
+            request_id: Id of the request in the output. None: a number.
 
         Raises:
-            InvalidRequest: naming the parameter; nothing has run.
-            Overloaded: more is live than the engine's options allow; nothing has run.
-            RequestTooLarge: a step of it does not fit into a worker's memory.
-            RequestFailed: a step of it raised an error or left numbers that mean nothing.
-            WorkerDied: workers died again and again while it ran alone.
-            EngineDead, Unavailable: the engine was closed, has failed, or has no workers any more.
+            InvalidRequest: A parameter is invalid; the error names it. Nothing has run.
+            Overloaded: The engine's queue is full. Nothing has run.
+            RequestTooLarge: A step of the request does not fit into a worker's memory.
+            RequestFailed: A step of the request raised an error, or its logits are not numbers.
+            WorkerDied: Several workers in a row died while the request ran alone.
+            EngineDead, Unavailable: The engine was closed, has failed, or has no workers left.
         """
         engine, intake = self.engine, self.engine.intake
         engine.check_alive()

@@ -1,7 +1,8 @@
-"""`Engine`: requests in, bursts to the workers, progress out. `LLM`, `AsyncLLM` and batch files use it.
+"""`Engine`: takes requests, sends bursts to workers and reports progress. `LLM`, `AsyncLLM` and batch files
+use it.
 
 A step schedules bursts, waits for one to come back and applies its result. An engine has no thread of its own
-(`EngineThread` has one), and knows neither tensors nor which request a caller waits for.
+(`EngineThread` has one). It knows neither tensors nor the requests that a caller waits for.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from remask.scheduler.planning import BURST_SECONDS, OVERLAPPED_BURST_SECONDS
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
 from remask.text import load_tokenizer
-from remask.workers.executors.base import Event, Executor, Finished, InProcessExecutor, Joined
+from remask.workers.executors.base import Event, Executor, Finished, Joined
+from remask.workers.executors.in_process import InProcessExecutor
 from remask.workers.startup.setup import WorkerSetup
 
-LISTEN_SECONDS = 0.02  # a step of workers elsewhere ends by then, to let newcomers go to idle ones
+LISTEN_SECONDS = 0.02  # maximum wait for workers on Ray, so that new requests soon reach idle workers
 
 
 class Progress:
-    """What a step has done for one sample of a request.
+    """The progress of one sample of a request in a step.
 
     Attributes:
-        request_id: whose sample it is.
+        request_id: id of the request.
         has_ended: the request has ended, with all its samples.
     """
 
@@ -52,12 +54,12 @@ class Progress:
 
     @property
     def sample(self) -> int:
-        """Which of the n samples."""
+        """Index of the sample, below `n`."""
         return self._spec.sample
 
     @property
     def num_stable_tokens(self) -> int:
-        """Tokens of the finished blocks, which cannot change any more."""
+        """Number of tokens in finished blocks, which can no longer change."""
         return min(self._state.block * self._spec.block_length, self._spec.canvas_len)
 
     @cached_property
@@ -67,29 +69,29 @@ class Progress:
 
     @cached_property
     def output(self) -> RequestOutput | None:
-        """The output of the request if it has ended. It is made when it is first read, in any thread, so that
-        no step waits for the decoding of text."""
+        """The output of the request if it has ended, else None. It is built on first access, in any thread,
+        so that no step waits for the decoding of text."""
         return None if self._request is None else request_output(self._request, self._decode)
 
 
 class Engine:
-    """A model, its workers and the queue in front of them.
+    """A model, its workers and their queue.
 
-    All methods are called from one thread, but those of `intake` and `admission`.
+    All methods are called from one thread, except those of `intake` and `admission`.
 
     Args:
-        options: parsed ones.
-        executor: workers that have started; None: they are started.
+        options: validated options.
+        executor: workers that have started; None: the engine starts them.
 
     Attributes:
-        tokenizer: the model's; None: there is none.
+        tokenizer: the model's tokenizer; None: there is none.
         executor: the workers.
-        intake: makes validated requests.
-        admission: counts the requests that have not ended.
+        intake: validates prompts and parameters and makes requests.
+        admission: counts live requests.
 
     Raises:
-        InvalidRequest: an option or a file of the checkpoint is at fault; it is named.
-        Unavailable: Ray cannot be started, or workers die or take too long while they start.
+        InvalidRequest: an option or a file of the checkpoint is invalid; the error names it.
+        Unavailable: Ray cannot be started, or workers die or do not start in time.
     """
 
     def __init__(self, options: EngineOptions, executor: Executor | None = None) -> None:
@@ -125,18 +127,18 @@ class Engine:
         *,
         priority: int | None = None,
     ) -> str:
-        """Takes a request; returns its id.
+        """Adds a request and returns its id.
 
         Args:
             prompt: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
-            sampling_params: its parameters.
-            priority: overrides that of the parameters.
+            sampling_params: parameters of the request.
+            priority: overrides the priority of `sampling_params`.
 
         Raises:
-            InvalidRequest: naming the parameter at fault.
-            Overloaded: more is live than the options allow.
+            InvalidRequest: a parameter is invalid; the error names it.
+            Overloaded: the queue is full.
             EngineDead: the engine was closed or has failed.
-            Unavailable: it has no workers any more.
+            Unavailable: the engine has no workers left.
         """
         request = self.intake.request(self.intake.check(prompt, sampling_params, priority))
         self.admission.admit([request])
@@ -144,11 +146,11 @@ class Engine:
         return request.request_id
 
     def add_request(self, request: Request) -> None:
-        """Takes a request that the intake has made and the admission has counted.
+        """Adds a request that the intake has made and the admission has counted.
 
         Raises:
             EngineDead: the engine was closed or has failed.
-            Unavailable: it has no workers any more.
+            Unavailable: the engine has no workers left.
         """
         if self._dead is not None:
             self.admission.release(request)
@@ -157,23 +159,23 @@ class Engine:
         self._scheduler.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests. Ids that are not live are passed over."""
+        """Drops requests. Ids that are not live are ignored."""
         self._scheduler.abort([request_id for request_id in request_ids if self._forget(request_id)])
 
     def has_unfinished(self) -> bool:
-        """Whether a step has something to do."""
+        """Whether requests are live or bursts are in flight."""
         return self._scheduler.num_live > 0 or self._num_in_flight.total() > 0
 
     def step(self) -> list[Progress]:
-        """Fills the workers' queues and waits until something happens, or for a moment. If there is nothing
-        to do, it looks after the workers and does not wait.
+        """Fills the workers' queues and waits for an event, at most `LISTEN_SECONDS`. An idle engine checks
+        its workers and does not wait.
 
         Returns:
-            An entry for each sample that a burst has taken further, and one for each request that has failed.
+            An entry for each sample that a burst has advanced, and one for each request that has failed.
 
         Raises:
             EngineDead: every burst fails, or the executor has failed.
-            Unavailable: there is no worker, and none is coming.
+            Unavailable: no worker is running and none can be started.
         """
         try:
             self._fill()
@@ -189,7 +191,7 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Forgets all requests and frees the workers; idempotent."""
+        """Drops all requests and frees the workers; idempotent."""
         self._die(EngineDead("the engine was closed; make a new LLM"))
 
     def _fill(self) -> None:
@@ -205,7 +207,7 @@ class Engine:
                     executor.submit(batch, worker)
 
     def _apply(self, event: Event) -> list[Progress]:
-        """Tells the scheduler what has happened."""
+        """Passes an event to the scheduler."""
         if isinstance(event, Joined):
             return []
         if isinstance(event, Finished):
@@ -216,7 +218,7 @@ class Engine:
         return self._progress(self._scheduler.lose(event.worker, died=event.died))
 
     def _progress(self, ended: Sequence[Request], moved: Sequence[Canvas] = ()) -> list[Progress]:
-        """Progress of canvases that a burst has taken further; `ended` are the requests that have ended."""
+        """The progress of canvases that a burst has advanced; `ended` are the requests that have ended."""
         now = time.monotonic()
         by_id = {request.request_id: request for request in ended}
         for request in ended:
@@ -230,7 +232,7 @@ class Engine:
         return found + [Progress(request.canvases[0], b"", request, decode) for request in by_id.values()]
 
     def _forget(self, request_id: str) -> bool:
-        """Releases a request; False: it is not live."""
+        """Releases a request; returns False if it is not live."""
         request = self._live.pop(request_id, None)
         if request is not None:
             self.admission.release(request)

@@ -1,4 +1,4 @@
-"""From what a user passes to validated requests: what is wrong is refused before it reaches a queue."""
+"""Validates prompts and parameters and makes requests of them. Nothing invalid reaches a queue."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Message = dict[str, Any]
 
 
 class CheckedPrompt(NamedTuple):
-    """A prompt and its parameters, of which nothing is left to refuse."""
+    """A validated prompt and its parameters."""
 
     text: str | None
     ids: list[int]
@@ -42,16 +42,16 @@ class Intake:
     """Makes requests for one model; from any thread.
 
     Args:
-        config: the model's shape and special ids.
-        tokenizer: None: prompts must be token ids.
-        options: the engine's: the largest length, the seed, and ceilings for what a call may ask for.
+        config: shape and special ids of the model.
+        tokenizer: tokenizer of the model; None: prompts must be token ids.
+        options: options of the engine, for the maximum length, the seed and the ceilings of a call.
 
     Attributes:
-        config: the model's.
-        decode: visible ids to text; None without a tokenizer.
+        config: shape and special ids of the model.
+        decode: converts visible ids to text; None without a tokenizer.
 
     Raises:
-        InvalidRequest: `max_model_len` is not within the model's.
+        InvalidRequest: `max_model_len` exceeds the model's.
     """
 
     def __init__(

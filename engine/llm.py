@@ -21,19 +21,19 @@ from remask.thread import EngineThread
 
 
 class LLM:
-    """A masked diffusion language model that generates for many requests at once.
+    """A masked diffusion language model that serves many requests at once.
+
+    Calls may come from any thread and share every step. A forked process must make its own `LLM`.
 
     Args:
-        model: a local Hugging Face checkpoint directory, or "tiny" for the embedded one.
-        options: any other field of `EngineOptions`, which documents them all.
-
-    Calls may come from any thread, and share every step. A forked process makes an engine of its own.
+        model: Local Hugging Face checkpoint directory, or "tiny" for the embedded model.
+        options: Any other field of `EngineOptions`.
 
     Attributes:
-        engine: what all calls share; other faces of the same model may use it, too.
+        engine: The engine that all calls share.
 
     Raises:
-        InvalidRequest: an option or a file of the checkpoint is at fault; it is named.
+        InvalidRequest: An option or a file of the checkpoint is invalid; the error names it.
     """
 
     __signature__ = call_signature()
@@ -44,12 +44,12 @@ class LLM:
 
     @classmethod
     def from_options(cls, options: EngineOptions) -> LLM:
-        """Makes one from all its options."""
+        """Makes an `LLM` from its options."""
         return cls(**msgspec.structs.asdict(options))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's; None: prompts are token ids."""
+        """The model's tokenizer; None: prompts are token ids."""
         return self.engine.tokenizer
 
     def generate(
@@ -66,20 +66,21 @@ class LLM:
         """Fills a canvas behind each prompt.
 
         Args:
-            prompts: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list, an array,
-                a column or an iterator of these. Ids may be an array, too.
-            sampling_params: one for all prompts, or a list or iterator with one for each.
-            use_tqdm: show progress on a terminal.
-            priority: an integer for each prompt, the lower the sooner; overrides that of the parameters.
+            prompts: Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`; or a list, an array,
+                a column or an iterator of these. Ids may be an array.
+            sampling_params: Parameters for all prompts, or a list or iterator with those of each prompt.
+            use_tqdm: Show progress on a terminal.
+            priority: An integer for each prompt; lower values run first. It overrides the parameters.
 
         Returns:
-            One output for each prompt, in their order.
+            One output for each prompt, in the order of the prompts.
 
         Raises:
-            InvalidRequest: naming the prompt's index and the parameter; nothing of the call has run.
-            Overloaded: more is live than the engine's options allow; nothing of the call has run.
-            EngineDead: the engine was closed, also from another thread, or has failed.
-            Unavailable: there is no worker, and none is coming.
+            InvalidRequest: A parameter is invalid; the error names it and the prompt's index. Nothing of the
+                call has run.
+            Overloaded: The engine's queue is full. Nothing of the call has run.
+            EngineDead: The engine was closed, possibly from another thread, or has failed.
+            Unavailable: No worker is running and none can be started.
         """
         self.engine.check_alive()
         requests = self.engine.intake.requests(prompts, sampling_params, priority)
@@ -111,7 +112,7 @@ class LLM:
         return self.generate(self.engine.intake.chat_prompts(messages), sampling_params, use_tqdm=use_tqdm)
 
     def scale(self, num_workers: int) -> None:
-        """Wants another number of workers on Ray; may be called from any thread, while requests run.
+        """Changes the number of workers on Ray; may be called from any thread, while requests run.
 
         Raises:
             InvalidRequest: the engine is not on Ray, or the cluster has too little.

@@ -1,8 +1,8 @@
-"""`EngineOptions`: everything an engine can be told, and the one place where it is checked.
+"""`EngineOptions`: the options of an engine, and the one place where they are validated.
 
 `LLM`, `AsyncLLM`, batch files and the commands take these options; their signatures, flags and help are
-derived from the struct. What needs the model or a device (`dtype`, `device`, `max_model_len`) is checked when
-these are known.
+derived from the struct. Options that depend on the model or a device (`dtype`, `device`, `max_model_len`) are
+checked when these are known.
 """
 
 from __future__ import annotations
@@ -25,53 +25,53 @@ RAY_ONLY = ("data_parallel_size", "num_gpus_per_worker", "num_cpus_per_worker", 
 
 
 class EngineOptions(WorkerOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine can be told. The constructor stores it; `parse` checks it.
+    """The options of an engine. The constructor stores them unchecked; `parse` validates them.
 
     Attributes:
-        model: a local Hugging Face checkpoint directory, or "tiny" for the embedded one. Nothing is looked up
-            online. A relative path starts from this process's folder, also for workers on Ray.
-        tokenizer: a directory with the tokenizer; None: the model's. Without one, prompts are token ids.
+        model: Local Hugging Face checkpoint directory, or "tiny" for the embedded model. Nothing is looked up
+            online. A relative path starts from the folder of this process, also for workers on Ray.
+        tokenizer: Directory of the tokenizer. None: the model's. Without a tokenizer, prompts are token ids.
         dtype: "auto" (the checkpoint's; float32 on a CPU that cannot multiply it), "float32", "bfloat16" or
             "float16".
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
-        max_model_len: largest prompt and canvas together in tokens; None: the model's.
-        seed: seeds requests that give none, with their ordinal.
-        trust_remote_code: code of a checkpoint is never run; True is refused.
-        load_format: "auto" (the checkpoint's weights), "dummy" (random ones) or "object_store" (sent to
-            workers on Ray). The random weights are always the same ones for a config.json; speed is measured
-            with them. The object store gets the weights once, from here, and the workers of a node share one
-            copy.
-        quantization: "fp8": products of the layers in fp8, with scales that need no calibration; the weights
-            are bfloat16. A CPU computes the same numbers, no faster.
-        tensor_parallel_size: GPUs that share one copy of the model; more than 1 is not supported yet.
+        max_model_len: Maximum tokens of prompt and canvas together. None: the model's.
+        seed: Seed of requests that set none, combined with their index.
+        trust_remote_code: Must be False: code of a checkpoint is never run.
+        load_format: "auto" (the checkpoint's weights), "dummy" (random weights) or "object_store" (weights
+            sent to workers on Ray). Random weights are equal for equal config.json files and serve to measure
+            speed. The object store gets the weights once, from this process, and the workers of a node share
+            one copy.
+        quantization: "fp8": the products of the layers run in fp8, with scales that need no calibration. The
+            weights are bfloat16. A CPU computes the same numbers, but no faster.
+        tensor_parallel_size: GPUs that share one copy of the model. Values above 1 are not supported yet.
         distributed_executor_backend: "uni" (one worker in this process) or "ray" (workers on a Ray cluster).
-            The cluster is the one that the process has joined, or else one that is started here.
-        data_parallel_size: workers on Ray, all of them fed from one queue.
-        num_gpus_per_worker: GPUs that Ray reserves for each worker; None: 1 if the device is "cuda", or if it
+            The cluster is the one that the process has joined, else one that is started here.
+        data_parallel_size: Number of workers on Ray, all fed from one queue.
+        num_gpus_per_worker: GPUs that Ray reserves for each worker. None: 1 if the device is "cuda", or if it
             is "auto" and the cluster has GPUs.
-        num_cpus_per_worker: CPUs that Ray reserves for each worker, which computes on as many threads.
-        placement_group: where the workers go; None: the placement group of the caller, if it runs in one.
-        max_num_rows: rows of a batch; a larger canvas runs alone. None: the knee, from which on more rows
-            only take longer; it is measured once (some seconds) and kept under `~/.cache/remask`.
-        max_num_seqs: canvases of a batch.
-        burst: denoising steps between two looks at the queue; None: 1 while others wait, up to 8 otherwise.
-        batch_invariant: the same tokens, forwards and confidences to the bit, whatever else is in the batch.
-            Every canvas is a forward of its own then, which is slower. It holds on machines of the same kind
-            with the same number of threads.
+        num_cpus_per_worker: CPUs that Ray reserves for each worker, and the worker's number of threads.
+        placement_group: Placement group of the workers. None: that of the caller, if it runs in one.
+        max_num_rows: Maximum rows of a batch; a larger canvas runs alone. None: the knee, beyond which more
+            rows only take longer; it is measured once (some seconds) and kept under `~/.cache/remask`.
+        max_num_seqs: Maximum canvases of a batch.
+        burst: Denoising steps per burst. None: adapted, up to 8, and at most 50 ms while others wait.
+        batch_invariant: Write equal tokens, forwards and confidences to the bit, whatever else is in the
+            batch. Every canvas is a forward of its own then, which is slower. It holds on machines of one
+            kind with equal numbers of threads.
         attention_backend: "auto" (the fastest that is installed and serves the model), "sdpa", "torch",
-            "flash2", "flash3" or "flash4". The last three are the flash-attn packages of these versions and
-            "torch" is torch's own kernel, all of them for GPUs; "sdpa" runs everywhere.
-        gpu_memory_utilization: the share of a GPU's memory that a worker may use. What the weights leave of
-            it bounds the rows of its batches. A CPU has no such bound.
-        max_prompts_per_call: prompts of a call; None: no ceiling. This option and the next four are ceilings;
-            what is above one is refused before anything of the call runs.
-        max_tokens_per_call: tokens of a call's canvases together: `n` times `max_tokens` of every prompt.
-        max_n: `n` of a request.
-        max_stop_strings: strings in `stop` of a request; equal ones count once.
-        max_stop_len: characters of each of them.
-        max_queued_requests: requests that have not ended, of all calls together; None: no ceiling. A call
-            that brings more is refused with Overloaded, and nothing of it runs.
-        max_queued_tokens: tokens of the canvases of these requests; None: no ceiling.
+            "flash2", "flash3" or "flash4". The last three are the flash-attn packages of these versions, and
+            "torch" is PyTorch's own kernel, all of them for GPUs; "sdpa" runs everywhere.
+        gpu_memory_utilization: Share of a GPU's memory that a worker may use. The part that the weights leave
+            bounds the rows of its batches. A CPU has no such bound.
+        max_prompts_per_call: Maximum prompts of a call. None: no ceiling. A call that exceeds this ceiling or
+            one of the next four is refused before anything of it runs.
+        max_tokens_per_call: Maximum tokens of the canvases of a call: `n` times `max_tokens` of every prompt.
+        max_n: Maximum `n` of a request.
+        max_stop_strings: Maximum strings in `stop` of a request; equal ones count once.
+        max_stop_len: Maximum characters of a stop string.
+        max_queued_requests: Maximum live requests, of all calls together. None: no ceiling. A call that
+            exceeds it is refused with Overloaded, and nothing of it runs.
+        max_queued_tokens: Maximum tokens of the canvases of live requests. None: no ceiling.
     """
 
     model: Annotated[str | Path, Meta(extra=fix("give a local checkpoint directory, or 'tiny'"))]
@@ -97,11 +97,11 @@ class EngineOptions(WorkerOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def parse(cls, **given: Any) -> EngineOptions:
-        """Options from what a user passes; numbers may be NumPy's.
+        """Validated options; numbers may be NumPy's.
 
         Raises:
-            InvalidRequest: an option cannot be; it is named.
-            TypeError: there is no such option, or no model.
+            InvalidRequest: an option is invalid; the error names it.
+            TypeError: an option is unknown, or the model is missing.
         """
         fields = {field.name: field for field in msgspec.structs.fields(cls)}
         unknown = next((name for name in given if name not in fields), None)
@@ -126,14 +126,14 @@ class EngineOptions(WorkerOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def choices(kind: Any) -> tuple[Any, ...]:
-    """The values that a field of this type takes, if they are listed; else empty."""
+    """The values that a field of this type allows, if the type lists them; else empty."""
     if kind is bool:
         return (False, True)
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def call_signature() -> inspect.Signature:
-    """The options as the arguments of a call, the model first."""
+    """The options as parameters of a call, the model first."""
     (model, *others) = sorted(
         inspect.signature(EngineOptions).parameters.values(), key=lambda p: p.default is not p.empty
     )

@@ -1,4 +1,4 @@
-"""What a user gets back, and how it is read off the canvases of a finished request."""
+"""The outputs of requests, and how they are made from finished canvases."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from remask.scheduler.request import Request
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
-    """What happened to a canvas: an entry for each event in all of the lists, by step, then by position.
+    """The events of a canvas. Each list has an entry per event, ordered by step and then by position.
 
     Attributes:
-        step: the forward, counted from 1.
-        position: which slot of the canvas, counted from 0.
-        block: the slot's block.
-        token: the token committed, or the one removed.
-        is_commit: committed; else remasked.
-        confidence: of a commit. Of a remasking what the policy held against the token: its leave-one-out
-            probability (`wino`, `oracle_loo`), its probability at its own row (`low_prob`, `saber`), or the
-            confidence that it was committed with.
-        canvas_len: slots of the canvas; those behind an end of text may be empty.
+        step: Forward, counted from 1.
+        position: Slot of the canvas, counted from 0.
+        block: Block of the slot.
+        token: Committed or removed token.
+        is_commit: True for a commit, False for a remasking.
+        confidence: For a commit, its confidence. For a remasking, the score that triggered it: the token's
+            leave-one-out probability (`wino`, `oracle_loo`), its probability at its own row (`low_prob`,
+            `saber`), or the confidence at its commit.
+        canvas_len: Slots of the canvas. Slots behind an end of text may be empty.
     """
 
     step: list[int]
@@ -40,25 +40,25 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One sample of a prompt.
 
     Attributes:
-        index: which of the n samples.
-        text: the visible text; None without a tokenizer.
-        token_ids: the visible tokens, with the end-of-sequence token or stop id that ended them; with a stop
-            string up to the token that completes it; with `ignore_eos` and no other stop the whole canvas.
-        finish_reason: "stop" where an end-of-sequence token, a stop id or a stop string ended the text,
-            "length" where the canvas did, "error" if the request failed (`RequestOutput.error`): then the
-            tokens are those before the first that is missing.
-        stop_reason: the stop string, or the id of `stop_token_ids`, that ended the text; None for the model's
-            own end-of-sequence tokens and where nothing did.
-        nfe: model forwards that the sample took.
-        tokens_per_forward: visible tokens (without an id that ended them; those of a stop string were written
-            and count) divided by `nfe`.
-        confidences: for each token of `token_ids` the confidence that it was committed with.
-        commit_steps: for each token of `token_ids` the forward (from 1) that committed it.
-        seed: key of the random numbers.
-        logprobs: for each token of `token_ids` its log-probability at its commit, of the whole, untempered
-            softmax; None where not asked for.
-        cumulative_logprob: their sum.
-        trace: all commits and remaskings; None where not asked for.
+        index: Index of the sample, below `n`.
+        text: Visible text. None without a tokenizer.
+        token_ids: Visible tokens, with the end-of-sequence token or stop id that ended them. A stop string
+            ends them at the token that completes it. With `ignore_eos` and no other stop, the whole canvas.
+        finish_reason: "stop" if an end-of-sequence token, a stop id or a stop string ended the text, "length"
+            if the canvas did, "error" if the request failed (`RequestOutput.error`). After an error the
+            tokens are those before the first missing one.
+        stop_reason: Stop string, or id of `stop_token_ids`, that ended the text. None for the model's own
+            end-of-sequence tokens and if the canvas ended the text.
+        nfe: Number of model forwards of the sample.
+        tokens_per_forward: Visible tokens divided by `nfe`. An id that ended the text does not count; tokens
+            of a stop string do.
+        confidences: Confidence of each token of `token_ids` at its commit.
+        commit_steps: Forward (from 1) that committed each token of `token_ids`.
+        seed: Random seed.
+        logprobs: Log-probability of each token of `token_ids` at its commit, of the whole, untempered
+            softmax. None if not requested.
+        cumulative_logprob: Sum of `logprobs`.
+        trace: All commits and remaskings. None if not requested.
     """
 
     index: int
@@ -77,7 +77,7 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_visible_tokens(self) -> int:
-        """`token_ids` without the id that ended them."""
+        """Number of `token_ids` without the id that ended them."""
         return len(self.token_ids) - (self.finish_reason == "stop" and not isinstance(self.stop_reason, str))
 
 
@@ -90,12 +90,12 @@ class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that has ended.
+    """The output of a request that has ended.
 
     Attributes:
-        error: why it could not finish; None if it has finished.
-        error_type: the class of that error; None if it has finished.
-        error_status: the class's HTTP status; None if it has finished.
+        error: Message of the error that ended the request. None if it has finished.
+        error_type: Class of that error. None if the request has finished.
+        error_status: HTTP status of that class. None if the request has finished.
     """
 
     request_id: str

@@ -1,7 +1,7 @@
-"""The thread that steps an engine: nothing else does.
+"""The thread that steps an engine.
 
-Callers in any number of threads and event loops hand over requests, each with a function that is called when
-the request has ended. Their requests share every step.
+Callers in any number of threads and event loops pass requests to it, with a function that is called when a
+request has ended. Their requests share every step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from remask.scheduler.request import Request
 
 logger = logging.getLogger(__name__)
 
-IDLE_SECONDS = 1.0  # between two steps of an idle engine, which look after its workers
+IDLE_SECONDS = 1.0  # between two steps of an idle engine, which check its workers
 CLOSED = "the engine was closed; make a new one"
 
 Listener: TypeAlias = Callable[[Progress | RemaskError], None]
@@ -34,11 +34,11 @@ class EngineThread:
     """Steps an engine until it is closed or fails.
 
     Args:
-        engine: whose alone it is from now on.
+        engine: the engine, which no other thread may step.
 
     Attributes:
-        intake: makes the requests that `add` and `serve` take, in any thread.
-        tokenizer: the model's; None: there is none.
+        intake: makes the requests for `add` and `serve`, in any thread.
+        tokenizer: the model's tokenizer; None: there is none.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -55,11 +55,11 @@ class EngineThread:
 
     @property
     def num_live(self) -> int:
-        """Requests that have been taken and have not ended."""
+        """Number of requests that have not ended."""
         return self._engine.admission.num_requests
 
     def check_alive(self) -> None:
-        """Raises EngineDead or Unavailable if the engine takes no requests, or not those of this process."""
+        """Raises EngineDead or Unavailable if the engine has ended, or belongs to another process."""
         if os.getpid() != self._pid:
             problem = f"the engine belongs to process {self._pid}, and this is a fork of it"
             raise EngineDead(f"{problem}; make a new one here, or start processes with the method 'spawn'")
@@ -68,17 +68,17 @@ class EngineThread:
             raise type(self._dead)(*self._dead.args) from self._dead.__cause__
 
     def add(self, requests: Sequence[Request], listener: Listener) -> None:
-        """Takes requests; from any thread.
+        """Adds requests; from any thread.
 
         Args:
-            requests: validated ones.
-            listener: called by the engine's thread with the last progress of each of them, or, also more than
-                once, with the error that has ended the engine.
+            requests: validated requests.
+            listener: called by the engine's thread with the last progress of each request, or with the error
+                that has ended the engine, possibly more than once.
 
         Raises:
-            Overloaded: too much is live; none of them was taken.
+            Overloaded: the queue is full; no request was added.
             EngineDead: the engine was closed or has failed, or belongs to another process.
-            Unavailable: it has no workers any more.
+            Unavailable: the engine has no workers left.
         """
         self.check_alive()
         with self._lock:
@@ -89,9 +89,9 @@ class EngineThread:
     def serve(
         self, requests: Iterable[Request], *, max_live: int | None = None
     ) -> Generator[RequestOutput, None, None]:
-        """Outputs in the order in which requests finish; at most `max_live` are taken from `requests` ahead.
+        """Yields outputs in the order in which requests finish; at most `max_live` requests are live at once.
 
-        Closing the generator, or an error in it, forgets what has not finished.
+        Closing the generator, or an error in it, aborts the requests that have not finished.
         """
         source = iter(requests)
         ended: queue.SimpleQueue[Progress | RemaskError] = queue.SimpleQueue()
@@ -115,13 +115,12 @@ class EngineThread:
             self.abort(live)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Forgets requests that nobody waits for any more; from any thread. Ids that are not live are passed
-        over."""
+        """Drops requests; from any thread. Ids that are not live are ignored."""
         if os.getpid() == self._pid and self._dead is None:
             self._inbox.put(functools.partial(self._abort, list(request_ids)))
 
     def scale(self, num_workers: int) -> None:
-        """Wants another number of workers on Ray; from any thread.
+        """Changes the number of workers on Ray; from any thread.
 
         Raises:
             InvalidRequest: the engine is not on Ray, or the cluster has too little.
@@ -133,7 +132,7 @@ class EngineThread:
 
     def close(self) -> None:
         """Ends all requests with EngineDead and frees the workers; idempotent, from any thread. It waits for
-        a burst to end."""
+        the current burst."""
         if os.getpid() != self._pid:
             return
         self._inbox.put(self._close)
@@ -149,7 +148,7 @@ class EngineThread:
                         listener(progress)
         except RemaskError as failure:
             error = failure
-        except BaseException as failure:  # whoever waits must hear of it
+        except BaseException as failure:  # callers that wait must be told
             logger.exception("the engine has failed")
             error = EngineDead(f"the engine has failed: {failure!r}; make a new one")
             error.__cause__ = failure

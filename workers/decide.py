@@ -1,8 +1,8 @@
-"""What the policies of a burst decide in a step, and which canvases their kernels raise for.
+"""The decisions of the policies of a burst in a step, and the canvases for which a kernel raises.
 
-A kernel decides every canvas by its own numbers, so it can be asked about a part of its group. If it raises,
-it is asked about halves, until it raises for single canvases: these are at fault, and the step goes on for
-all others. So a policy that raises, or takes too much memory, costs its neighbours no forward.
+A kernel decides each canvas by its own numbers, so it can be called with a part of its group. If it raises,
+it is called with halves of the group, until it raises for single canvases. These are at fault, and the step
+continues for all others. So a policy that raises, or needs too much memory, costs its neighbours no forward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 def decide(state: BurstState, view: BlockView) -> Outcome:
-    """What the policies decide; their memory moves on. Canvases that a kernel raises for pause."""
+    """Calls all policies and updates their memory. Canvases for which a kernel raises pause."""
     outcome = Outcome(
         commit=torch.zeros_like(view.masked),
         remask=torch.zeros_like(view.masked),
@@ -50,7 +50,7 @@ def decide(state: BurstState, view: BlockView) -> Outcome:
 def _unmask(
     state: BurstState, view: BlockView, group: PolicyGroup, outcome: Outcome
 ) -> Callable[[slice], None]:
-    """Asks an unmask kernel about a part of its group."""
+    """A function that calls an unmask kernel with a part of its group."""
 
     def ask(part: slice) -> None:
         own = _canvases(group, part)
@@ -62,8 +62,8 @@ def _unmask(
 def _remask(
     state: BurstState, view: BlockView, group: PolicyGroup, outcome: Outcome, memory: Memory
 ) -> Callable[[slice], None]:
-    """Asks a remask kernel about a part of its group. What it reads is written last, when nothing raises any
-    more: it may be asked again."""
+    """A function that calls a remask kernel with a part of its group. The kernel's inputs are written last,
+    after everything that may raise, because it may be called again."""
 
     def ask(part: slice) -> None:
         own, held = _canvases(group, part), {name: values[part] for name, values in memory.items()}
@@ -95,10 +95,10 @@ def _canvases(group: PolicyGroup, part: slice) -> Tensor | slice:
 
 
 def _ask(state: BurstState, group: PolicyGroup, ask: Callable[[slice], None]) -> None:
-    """Asks a kernel about its group; canvases that it raises for are at fault."""
+    """Calls a kernel with its group; canvases for which it raises are at fault."""
     if not state.errors and _error_of(state, ask, slice(None)) is None:
         return
-    paused = state.paused.tolist()  # a canvas that takes no step is not asked about
+    paused = state.paused.tolist()  # paused canvases take no step and are left out
     parts = [(0, len(group.members))]
     while parts:
         first, last = parts.pop()
@@ -116,9 +116,10 @@ def _ask(state: BurstState, group: PolicyGroup, ask: Callable[[slice], None]) ->
 
 
 def _error_of(state: BurstState, ask: Callable[[slice], None], part: slice) -> Exception | None:
-    """What a kernel raises if it is asked about a part of its group; None: it answers.
+    """The exception of a kernel that is called with a part of its group; None: it returned.
 
-    An error that loses the GPU is raised, and any while a graph is captured, which would keep the blame.
+    An error that loses the GPU is raised, and so is any error while a graph is captured: a replay would
+    repeat its consequences.
     """
     try:
         ask(part)

@@ -25,14 +25,14 @@ GUMBEL_SHARE = 8
 
 
 class Statistics(NamedTuple):
-    """What strategies may know about N rows.
+    """The statistics of N rows that policies may read.
 
     Attributes:
         ids: int64 [2, N]: `proposal`, the token to commit, and `top_token`, the most probable; never M.
-        reals: fp32 [7, N]. Of the softmax that is ranked by: `log_proposal`, `log_top` (the largest of a
-            token that is not M), `log_given` (of the token asked about), `log_margin` (log of the largest
-            probability minus the second largest; -inf where not needed) and `neg_entropy` (sum p log p, in
-            nats; 0 where not needed). Of the whole, untempered softmax: `proposal_logprob`, `top_logprob`.
+        reals: fp32 [7, N]. Of the softmax that ranks: `log_proposal`, `log_top` (the largest of a token that
+            is not M), `log_given` (of the given token), `log_margin` (log of the largest probability minus
+            the second largest; -inf if not needed) and `neg_entropy` (sum p log p, in nats; 0 if not
+            needed). Of the whole, untempered softmax: `proposal_logprob`, `top_logprob`.
     """
 
     ids: Tensor
@@ -93,13 +93,13 @@ class Statistics(NamedTuple):
 def head_statistics(
     hidden_HD: Tensor, logits_of: Callable[[Tensor], Tensor], vocab_size: int, query: HeadQuery, mask_id: int
 ) -> Statistics:
-    """Statistics of the N slots that are asked about.
+    """Statistics of the N slots of a query.
 
     Args:
         hidden_HD: final hidden states of the candidates: those of the slots, and of their second copies.
         logits_of: final norm and head: logits [rows, V] of hidden states [rows, D].
         vocab_size: V.
-        query: what is asked.
+        query: the questions about the slots.
         mask_id: M.
     """
     count, chunk_len = len(query.given), _chunk_len(hidden_HD.device, vocab_size)
@@ -114,12 +114,12 @@ def head_statistics(
 def _guided_logits(
     hidden_HD: Tensor, logits_of: Callable[[Tensor], Tensor], query: HeadQuery, rows: slice
 ) -> Tensor:
-    """fp32 logits of a chunk of the slots: u + (w + 1)(l - u) where there is a second copy."""
+    """fp32 logits of a chunk of the slots; u + (w + 1)(l - u) if the canvas has a second copy."""
     if query.guidance is None:
         return logits_of(hidden_HD[rows]).float()
     logits_NV = logits_of(hidden_HD[query.guidance.first[rows]]).float()
     second = query.guidance.second[rows]
-    guided = _those(second >= 0, query)
+    guided = flagged_rows(second >= 0, query)
     scale = query.sampling.cfg_scale[query.owners[rows][guided]].unsqueeze(1) + 1
     unguided = logits_of(hidden_HD[second[guided].clamp(min=0)]).float()
     own = logits_NV[guided]
@@ -128,8 +128,8 @@ def _guided_logits(
     return logits_NV
 
 
-def _those(flags: Tensor, query: HeadQuery) -> Tensor:
-    """Indices of the flagged; where shapes are fixed of all, and what is found for the others is not kept."""
+def flagged_rows(flags: Tensor, query: HeadQuery) -> Tensor:
+    """Indices of flagged rows. With static shapes, all rows; results for unflagged rows are discarded."""
     if query.live is not None:
         return torch.arange(len(flags), device=flags.device)
     return flags.nonzero().squeeze(1)
@@ -143,14 +143,14 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
     found, log_norm_N, held_NK = _ranking(logits_NV, query.given[rows], query.needs, excluded_NK)
     if query.keys is not None:
         is_hot = query.temperature[rows] > 0
-        hot = _those(is_hot, query)
+        hot = flagged_rows(is_hot, query)
         drawn = torch.where(
             is_hot[hot], _draw(logits_NV, query, query.keys[rows], rows, hot), found.proposal[hot]
         )
         found.proposal[hot] = drawn
         found.log_proposal[hot] = found.proposal_logprob[hot] = logits_NV[hot, drawn] - log_norm_N[hot]
     if sampling.any_reranked:
-        again = _those(sampling.reranked[owners], query)
+        again = flagged_rows(sampling.reranked[owners], query)
         for part in again.split(_chunk_len(logits_NV.device, logits_NV.shape[1], GUMBEL_SHARE)):
             own, ids_NK, part_NV = owners[part], excluded_NK[part], logits_NV[part]
             impossible_NV = (
@@ -182,7 +182,7 @@ def _chunk_len(device: torch.device, vocab_size: int, share: int = 1) -> int:
 
 
 def _excluded(query: HeadQuery, rows: slice, mask_id: int) -> Tensor:
-    """Ids that may not be proposed, int64 [N, K]: M, and what was removed from a slot for good."""
+    """Ids that may not be proposed, int64 [N, K]: M, and the tokens that were removed from the slot."""
     removed_NK = query.removed[rows] if query.removed is not None else None
     count = len(query.given[rows])
     mask_N1 = torch.full((count, 1), mask_id, device=query.given.device)
@@ -290,7 +290,7 @@ def _draw(logits_NV: Tensor, query: HeadQuery, keys_N: Tensor, rows: slice, hot:
         heat = query.temperature[rows][part].unsqueeze(1)
         scores_NV = gumbel(keys_N[part], vocab).mul_(heat).add_(logits_NV[part])
         if sampling.any_filter:
-            filtered = _those(sampling.filters[owners], query)
+            filtered = flagged_rows(sampling.filters[owners], query)
             impossible = sampling.improbable(
                 logits_NV[part][filtered], owners[filtered], static_shapes=query.live is not None
             )

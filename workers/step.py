@@ -1,8 +1,8 @@
 """The denoising step: rows, forward, statistics, strategies, canvas update, for all canvases of a burst at
 once.
 
-Everything but the choice of who shares a pack is tensor arithmetic of fixed shape over [R, B]; no number of
-one canvas ever enters the decision about another.
+Everything but the choice of packs is tensor arithmetic of static shape over [R, B]. No number of one canvas
+enters the decision about another.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Plans: TypeAlias = Sequence[Plan]
 
 
 def plan_packs(state: BurstState, model: Denoiser, pack_rows: int) -> Plans:
-    """Cuts the canvases that go on into packs of at most `pack_rows` rows; a larger canvas is one of its own.
-    Plans of fixed shapes are on the host, as the state still is."""
+    """Divides the running canvases into packs of at most `pack_rows` rows; a larger canvas is a pack of its
+    own. Static plans are on the host, as the state still is."""
     live = (~state.paused).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
@@ -98,7 +98,7 @@ def _block_view(
 def _without_faults(
     state: BurstState, blocks: ActiveBlocks, view: BlockView, main: Statistics, outcome: Outcome
 ) -> Outcome:
-    """The decisions about canvases without a fault. One that has a fault pauses and keeps what it holds."""
+    """The decisions about canvases without a fault. A canvas with a fault pauses and does not change."""
     shape, running = blocks.masked.shape, ~state.paused
     unread = main.log_top.view(shape).isnan() | main.log_proposal.view(shape).isnan()
     is_nan = running & ((unread & blocks.read) | view.log_verified.isnan()).any(1)
@@ -119,7 +119,7 @@ def _update(
     outcome: Outcome,
     mask_id: int,
 ) -> None:
-    """Writes the decisions into the canvases and moves on those whose block is finished."""
+    """Writes the decisions into the canvases and advances those whose block is finished."""
     running = ~state.paused
     state.num_forwards += running
     state.block_forwards += running
@@ -167,8 +167,8 @@ def _record(
     proposal: Tensor,
     confidence: Tensor,
 ) -> None:
-    """Tells the traced canvases' events. What a token is remasked for is its leave-one-out probability, or
-    that at its own row, where the policy asks for them; else the confidence that it was committed with."""
+    """Records the events of traced canvases. The confidence of a remasking is the token's leave-one-out
+    probability, or that at its own row, if the policy reads them; else the confidence at its commit."""
     doubt = torch.where(
         state.verifies.unsqueeze(1),
         prob(view.log_verified).float(),
@@ -189,7 +189,7 @@ def _record(
 
 
 def _with_removed(state: BurstState, removed: Tensor, blocks: ActiveBlocks, remask: Tensor) -> Tensor:
-    """The removed ids [R, B, K] with those of this step behind the others of their slot."""
+    """The removed ids [R, B, K], with those of this step appended to the ids of their slot."""
     place = torch.arange(removed.shape[2], device=removed.device)
     is_next = place == (removed >= 0).sum(2, keepdim=True)
     is_new = is_next & (remask & state.bans_removed.unsqueeze(1)).unsqueeze(2)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from remask import AsyncLLM, EngineDead, InvalidRequest, RequestOutput, WorkerDied
-from remask.workers.executors.base import InProcessExecutor, Left
+from remask.workers.executors.base import Left
+from remask.workers.executors.in_process import InProcessExecutor
 
 ASK = {"max_tokens": 12, "unmask": "schedule", "temperature": 1.0, "rank": "top"}
 PROMPTS = ["123+456=", "111+222=", "999+1="]

@@ -11,7 +11,8 @@ import pytest
 
 from remask import Engine, EngineDead, EngineOptions, InvalidRequest, Overloaded, Progress, Trace
 from remask.scheduler.messages import StepBatch
-from remask.workers.executors.base import Event, InProcessExecutor, Left
+from remask.workers.executors.base import Event, Left
+from remask.workers.executors.in_process import InProcessExecutor
 from remask.workers.startup.setup import WorkerSetup
 
 PROMPT = [33, 11, 12, 14]

@@ -15,7 +15,7 @@ from remask import LLM, EngineDead, InvalidRequest, SamplingParams, Schedule
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 from remask.scheduler.messages import StepBatch
 from remask.thread import EngineThread
-from remask.workers.executors.base import InProcessExecutor
+from remask.workers.executors.in_process import InProcessExecutor
 from remask.workers.worker import Worker
 
 PUZZLE = "...543.....2341256..6.3..631.51.5...="

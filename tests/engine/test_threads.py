@@ -149,7 +149,7 @@ def test_a_failed_engine_ends_the_calls_of_all_threads(
     with ThreadPoolExecutor(3) as pool:
         calls = [pool.submit(texts, llm, [prompt]) for prompt in PROMPTS[:3]]
         until(lambda: llm.engine.num_live == 3)
-        monkeypatch.setattr("remask.workers.executors.base.InProcessExecutor.submit", fail)
+        monkeypatch.setattr("remask.workers.executors.in_process.InProcessExecutor.submit", fail)
         gate.open()
         errors = [call.exception(30) for call in calls]
     assert all(isinstance(error, EngineDead) and "out of order" in str(error) for error in errors)

@@ -1,10 +1,10 @@
-"""CUDA graphs of whole steps: a short step then costs one launch instead of some hundreds.
+"""CUDA graphs of whole steps: a short step then costs one launch instead of hundreds.
 
-A graph reads and writes fixed memory and runs kernels of fixed shapes, so it serves every burst that has its
-*shape*: canvases are filled up to sizes that many bursts share (`padding_for`) and moved into the shape's
-memory. A shape is captured when it is met for the second time. Bursts of many rows, which keep a GPU busy
-anyway, and those that need more than numbers in fixed places (guidance, copies, traces, logits that are
-edited, filtered or ranked by twice) take the plain path, step by step. Both run the same code.
+A graph reads and writes fixed memory and runs kernels of static shapes, so it serves every burst of its
+*shape*: bursts are padded to sizes that many of them share (`padding_for`) and copied into the memory of the
+shape. A shape is captured the second time it occurs. Bursts of many rows, which keep a GPU busy anyway, take
+the plain path, and so do those that need more than numbers in fixed places (guidance, copies, traces, logits
+that are edited, filtered or ranked twice). Both paths run the same code.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from remask.workers.startup.memory import GRAPH_BYTES
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 4096  # beyond, steps are so long that launches hide behind them
+MAX_ROWS = 4096  # longer steps hide the launches of their kernels
 SLOT_STEP = 64
-MAX_SHAPES = 64  # that are kept, captured or not
+MAX_SHAPES = 64  # kept, captured or not
 
-# Ended canvases that bursts are padded with. They have no rows, so that a burst whose rows need no padding
-# computes none: a single row more can cost the matrix products another tile of 128.
+# The finished canvas that bursts are padded with. It has no rows, so that a burst whose rows need no padding
+# computes none: a single extra row can cost the matrix products another tile of 128.
 FILLING_SPEC = CanvasSpec(
     slots=bytes(TOKEN.itemsize),
     block_length=1,
@@ -57,20 +57,20 @@ FILLING_STATE = CanvasState(
 
 
 class Graph(Protocol):
-    """A step that was captured."""
+    """A captured step."""
 
     def replay(self) -> Any:
-        """Takes it once more, with what stands in its memory."""
+        """Runs the step on the contents of its memory."""
 
 
-# Records a step, which need not run meanwhile: the graph, what the step returns, and the bytes by which the
-# working memory that all graphs share has grown.
+# Captures a step, which may not run meanwhile. Returns the graph, the result of the step, and the growth in
+# bytes of the working memory that all graphs share.
 Capture: TypeAlias = Callable[[Callable[[], int]], tuple[Graph, int, int]]
 
 
 @dataclass
 class Shape:
-    """A shape that was met.
+    """A shape that has occurred.
 
     Attributes:
         main_rows: rows of its canvases.

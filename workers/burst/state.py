@@ -29,19 +29,18 @@ class BurstState(HoldsTensors):
 
     Attributes:
         cu_tokens: boundaries of the sequences in `tokens` (a host list, R + 1).
-        tokens: int64 [sum of L + 1]: all sequences one behind the other, then a place for what padding
-            writes.
-        slot_rows: int64 [R, G + 1]: where in `tokens` each slot stands.
+        tokens: int64 [sum of L + 1]: all sequences concatenated, then an entry that padding writes to.
+        slot_rows: int64 [R, G + 1]: index of each slot in `tokens`.
         confidences, logprobs, commit_steps: [R, G + 1].
         block, num_forwards, block_forwards: int64 [R].
         finished: bool [R].
         paused: bool [R]: takes no more steps in this burst: finished, at fault, or at the end of a block
-            whose text is to be looked at.
+            whose text the engine searches for stop strings.
         fault: int64 [R]: see `CanvasState`.
-        errors: what the kernels of canvases at fault have raised, by the canvas's number; on the host.
+        errors: exceptions of the kernels of canvases at fault, by the canvas's index; on the host.
         memory: of each group of `remask`.
-        removed: int64 [R, B, K]: ids that may not be proposed at a slot any more, -1 where there is none;
-            None where no policy bans what it removes.
+        removed: int64 [R, B, K]: ids that may no longer be proposed at a slot, padded with -1; None: no
+            policy bans removed tokens.
     """
 
     def __init__(
@@ -103,11 +102,11 @@ class BurstState(HoldsTensors):
         return self.tokens.device
 
     def resume(self) -> None:
-        """Makes the canvases ready for another burst."""
+        """Prepares the canvases for another burst."""
         self.paused.copy_(self.finished | (self.fault > 0))
 
     def blame(self, canvas: int, fault: int, error: str) -> None:
-        """Puts a canvas at fault, so that it pauses."""
+        """Marks a canvas as at fault, so that it pauses."""
         self.fault[canvas] = fault
         self.paused[canvas] = True
         self.errors[canvas] = error
@@ -121,7 +120,7 @@ class BurstState(HoldsTensors):
             self.removed = torch.nn.functional.pad(self.removed, (0, max(0, more)), value=-1)
 
     def active_slots(self) -> tuple[Tensor, Tensor]:
-        """Slots [R, B] of the active blocks (the padding column where there is none), and which are valid."""
+        """Slots [R, B] of the active blocks, and which are valid; the others are the padding column."""
         offset = torch.arange(self.max_block_len, device=self.device)
         slots = (self.block * self.block_len).unsqueeze(1) + offset
         valid = (offset < self.block_len.unsqueeze(1)) & (slots < self.canvas_len.unsqueeze(1))
@@ -137,7 +136,7 @@ class BurstState(HoldsTensors):
         return ActiveBlocks(rows, valid, tokens, masked, masked | (valid & self.reads_committed.unsqueeze(1)))
 
     def results(self) -> Results:
-        """What the burst leaves behind; the events are taken out."""
+        """The results of the burst. The events are removed from the log."""
         return Results(
             tokens=self.tokens,
             confidences=self.confidences,
@@ -152,5 +151,5 @@ class BurstState(HoldsTensors):
         )
 
     def to_states(self, results: Results | None = None) -> list[CanvasState]:
-        """The canvases as they go back to the scheduler; `results` are on the host (None: all of it is)."""
+        """The canvases for the scheduler. `results` are on the host; None: the state is on the host."""
         return pack_states(self.specs, self.cu_tokens, self.remask, results or self.results(), self.errors)

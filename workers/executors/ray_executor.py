@@ -1,7 +1,7 @@
-"""Bursts to workers on a Ray cluster, and results back. What goes over the wire are msgspec bytes.
+"""The executor that runs bursts on workers of a Ray cluster. Messages are msgspec bytes.
 
-All methods but `scale` are called from one thread, the engine's. Nothing runs in the background: the executor
-looks after its workers while the engine waits for an event.
+All methods but `scale` are called from one thread, the engine's. There is no background thread: the executor
+checks and replaces workers while the engine waits for an event.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OLDEST_RAY = (2, 52)
 
 
 class _Ready(NamedTuple):
-    """An answer that has come and was not read yet."""
+    """An answer that has arrived and has not been read."""
 
     held: Held
     kind: Literal["burst", "start", "ping"]
@@ -43,14 +43,14 @@ class _Ready(NamedTuple):
 
 
 class RayExecutor(Executor):
-    """`num_workers` actors, fed each with one burst more than it runs.
+    """`num_workers` actors. Each has one burst queued beside the one that it runs.
 
     Args:
-        setup: how each of them starts.
-        num_workers: how many there shall be; `scale` changes it.
-        num_cpus: what Ray reserves for each, and its threads.
-        num_gpus: what Ray reserves for each; None: see `LLM`.
-        placement_group: where they go; None: that of the caller, if it has one.
+        setup: configuration of each worker.
+        num_workers: number of workers; `scale` changes it.
+        num_cpus: CPUs that Ray reserves for each worker, and its number of threads.
+        num_gpus: GPUs that Ray reserves for each worker; None: see `EngineOptions`.
+        placement_group: placement group of the workers; None: that of the caller, if it has one.
 
     Raises:
         InvalidRequest: the cluster has too little, the checkpoint is at fault, or Ray is too old.

@@ -1,14 +1,13 @@
-"""What a pack is: the rows of many canvases in one forward, without padding, and what is asked about some.
+"""A pack: the rows of many canvases in one forward, without padding, and the questions to the head.
 
-Main rows (prompt and canvas) of all canvases come first, then those of the second copies that guidance needs,
-in which fixed tokens are hidden behind masks, and of the copies that the exact answer needs. The shadow rows
-of canvases whose remask policy verifies come last. The *candidates* are the rows that somebody reads: masked
-slots (and committed ones, where a policy looks at them), the same in second copies, those of copies, then
-shadow rows.
+The main rows (prompt and canvas) of all canvases come first. Then come those of second copies, which guidance
+needs and in which context tokens are masked, and of the copies that exact leave-one-out probabilities need.
+The shadow rows of canvases whose remask policy verifies come last. The *candidates* are the rows that a
+policy reads: masked slots (and committed ones, if a policy reads them), the same slots of second copies, the
+slots of copies, then shadow rows.
 
-A *plan* says which canvases share a pack and holds what does not change while they are together; its `pack`
-adds what the current step needs. There are plans that fit (`tight_rows`) and plans of fixed shapes
-(`static_rows`).
+A *plan* holds the part of a pack that is constant while its canvases share it; `Plan.pack` adds the rest for
+a step. `tight` plans hold only the rows that a step needs; `static` plans have static shapes.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from remask.workers.sampling import SamplingTables
 
 @dataclass(frozen=True)
 class PackedRows:
-    """What a transformer gets: T rows, which of them see which, and the N candidates among them.
+    """The input of a transformer: T rows, their visibility, and the N candidates among them.
 
     Attributes:
         ids_T, positions_T: int64 [T].
-        layout: all rows as queries.
-        candidates_H: int64 [H]: rows whose final hidden state is wanted: those of main slots, of their second
+        layout: visibility with all rows as queries.
+        candidates_H: int64 [H]: rows whose final hidden state is needed: those of main slots, of their second
             copies, then shadow rows.
-        candidate_layout: the candidates as queries.
-        slots_N: int64 [N]: the slots that are answered for, numbered as in `TightPlan`; not second copies.
-        num_main_slots: how many of them are answered for by main rows; the others by shadow rows.
+        candidate_layout: visibility with the candidates as queries.
+        slots_N: int64 [N]: slots of the candidates, numbered as in `TightPlan`, without second copies.
+        num_main_slots: number of these slots whose candidate is a main row; the others are shadow rows.
     """
 
     ids_T: Tensor
@@ -49,11 +48,11 @@ class PackedRows:
     num_main_slots: int
 
     def padded(self, padded_len: Callable[[int], int]) -> PackedRows:
-        """The pack with further rows and candidates behind the others. No row sees them, and their hidden
-        states mean nothing.
+        """The pack with padding rows and candidates at the end. No row sees them, and their hidden states are
+        discarded.
 
         Args:
-            padded_len: how many there shall be, of how many there are.
+            padded_len: the padded number of rows for a number of rows.
         """
 
         def longer(values: Tensor) -> Tensor:
@@ -69,18 +68,18 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class HeadQuery:
-    """What the head is asked about N slots of a pack.
+    """The questions to the head about N slots of a pack.
 
     Attributes:
-        owners: int64 [N]: the canvas of each, its place in the burst.
+        owners: int64 [N]: index of the canvas of each slot in the burst.
         sampling: the canvases' sampling parameters.
-        given: int64 [N]: the token whose probability is wanted.
+        given: int64 [N]: token whose probability is needed.
         temperature: fp32 [N]: of the proposal; 0: the most probable token.
-        keys: int64 [N]: keys of the token stream; None: nobody draws.
-        needs: which of "margin" and "entropy" somebody reads.
-        guidance: None where nobody is guided: the hidden states are those of the N slots.
-        removed: int64 [N, K]: ids that may not be proposed, -1 where there is none; None: nobody has any.
-        live: bool [N]: which are asked about, where shapes are fixed; None: all.
+        keys: int64 [N]: keys of the token stream; None: no canvas draws tokens.
+        needs: statistics that policies read, of "margin" and "entropy".
+        guidance: None: no canvas is guided, and the hidden states are those of the N slots.
+        removed: int64 [N, K]: ids that may not be proposed, padded with -1; None: there are none.
+        live: bool [N]: slots whose statistics are read, with static shapes; None: all.
         special: int64: where shapes are fixed, the slots that are answered from whole logits: all live slots
             of canvases that `needs_logits`, and some that are not live; None: none.
     """
@@ -97,7 +96,7 @@ class HeadQuery:
     special: Tensor | None = None
 
     def select(self, slots: Tensor) -> HeadQuery:
-        """What is asked about some of the slots (int64 indices)."""
+        """The questions about some of the slots (int64 indices)."""
 
         def part(values: Tensor | None) -> Any:
             return values[slots] if values is not None else None
@@ -118,11 +117,11 @@ class HeadQuery:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Which hidden states belong together where some canvases stand in a pack twice.
+    """The hidden states of guided canvases, which are in a pack twice.
 
     Attributes:
-        first: int64 [N]: the hidden state of each slot.
-        second: int64 [N]: that of the same slot in the second copy; -1 where there is none.
+        first: int64 [N]: index of the hidden state of each slot.
+        second: int64 [N]: index of the hidden state of the slot in the second copy; -1: there is none.
     """
 
     first: Tensor
@@ -131,14 +130,14 @@ class Guidance:
 
 @dataclass(frozen=True)
 class ActiveBlocks:
-    """The active blocks of R canvases as tensors [R, B]; slots beyond a shorter block are not valid.
+    """The active blocks of R canvases as tensors [R, B]. Slots beyond a shorter block are not valid.
 
     Attributes:
-        rows: place of each slot's token in the burst's flat tokens.
-        valid: slots that belong to a block of a canvas that is not finished.
+        rows: index of each slot's token in the burst's flat tokens.
+        valid: slots of blocks of running canvases.
         tokens: ids in the slots.
         masked: valid slots that hold M.
-        read: slots whose main row the head must look at: the masked, and others where a policy asks for them.
+        read: slots whose main row the head reads: masked slots, and committed ones if a policy reads them.
     """
 
     rows: Tensor
@@ -150,16 +149,16 @@ class ActiveBlocks:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step knows of all canvases of a burst.
+    """The state of all canvases of a burst at the beginning of a step.
 
     Attributes:
         tokens: int64: the burst's flat tokens.
         blocks: the active blocks.
         mask_id: M.
         sampling: the canvases' sampling parameters.
-        keys: int64 [R, B]: keys of the token stream; None: nobody draws.
-        needs: statistics beyond the proposal's probability.
-        removed: int64 [R, B, K]: ids that may not be proposed at a slot; None: nobody has any.
+        keys: int64 [R, B]: keys of the token stream; None: no canvas draws tokens.
+        needs: additional statistics that policies read.
+        removed: int64 [R, B, K]: ids that may not be proposed at a slot; None: there are none.
     """
 
     tokens: Tensor
@@ -179,7 +178,7 @@ class StepInputs:
         live: Tensor | None = None,
         special: Tensor | None = None,
     ) -> HeadQuery:
-        """What the head is asked about slots, of which the first `num_main_slots` are of main rows."""
+        """The questions to the head about slots; the first `num_main_slots` belong to main rows."""
         owners = slots_N // self.blocks.tokens.shape[1]
         is_main = torch.arange(len(owners), device=owners.device) < num_main_slots
         return HeadQuery(
@@ -201,7 +200,7 @@ class Plan(Protocol):
     """The canvases of one pack."""
 
     def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
-        """The rows of one forward, and what is asked about the candidates among them."""
+        """The rows of one forward, and the questions about the candidates among them."""
         ...
 
 

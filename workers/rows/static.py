@@ -1,10 +1,10 @@
-"""Packing in fixed shapes, for devices that the host must not wait for.
+"""Static packing: rows in static shapes, for devices that the host must not wait for.
 
-Where masks are is only known on the device, so a pack has room for all that a step may need: a candidate row
-for every slot of the active blocks, a shadow row for every slot of those that verify, and for those that ask
-for the exact answer a copy of the sequence for every slot. Which of them count is data, as is the place of
-the active blocks. A plan is made on the host, from what it knows of the canvases; `pack` runs on the device
-and never looks back.
+The places of masks are known only on the device, so a pack holds every row that a step may need: a candidate
+row for every slot of the active blocks, a shadow row for every slot of blocks that verify, and a copy of the
+sequence for every slot of those that need exact leave-one-out probabilities. Which of them are live is data,
+as is the place of the active blocks. A plan is made on the host from constants of the canvases; `pack` runs
+on the device without a sync.
 
 A plan may be larger than its canvases need (`Padding`): plans of equal sizes can use the same memory, and the
 graph that was captured on it.

@@ -1,9 +1,9 @@
-"""Packs that hold no row too many, for where the host knows in every step how many masks there are (a CPU).
+"""Tight packing: only the rows that a step needs. It needs mask counts on the host, so it is for CPUs.
 
-A canvas that verifies gets one shadow row for each slot of the active block, masked or not, because they see
-each other (where they do not, only for the committed ones); none while nothing of the block is committed,
-because no other row sees them. A policy that asks for the exact answer gets one more copy of the sequence for
-each committed slot.
+A canvas that verifies gets a shadow row for each slot of the active block, masked or not, because shadow rows
+see each other; if they see only themselves, for committed slots alone. It gets none while nothing of the
+block is committed, because no other row sees them. A policy that needs exact leave-one-out probabilities gets
+a copy of the sequence for each committed slot.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.05  # of the best rate that a smaller batch may fall short of, and that counts as a gain
 MAX_CANVAS_ROWS = 128  # prompt and canvas of the requests it is measured with
-MIN_ROWS = 2048  # looked at in any case where time allows: a slow moment must not look like a knee
+MIN_ROWS = 2048  # always measured, time permitting, so that a transient slowdown is not taken for the knee
 MAX_DOUBLINGS = 10
 REPETITIONS = 3
 GRAPH_STEPS = 8  # by which a burst on a GPU is longer than the one that it is compared with

@@ -1,4 +1,4 @@
-"""Memory: which errors say that there was too little of it, and how many rows a GPU has room for.
+"""Memory: which errors mean that it was too small, and the number of rows that fit a GPU.
 
 The row limit is measured when a worker starts, with the most demanding bursts that requests can lead to. It
 is a bound for what the engine packs together, not a promise: a burst may still find less memory than there
