@@ -21,7 +21,7 @@ from rich.table import Table
 
 from remask import LLM
 from remask.benchmarks.environment import Steadiness, environment_stamp
-from remask.benchmarks.throughput import find_model, spread, write_report
+from remask.benchmarks.throughput import find_model, format_spread, spread, write_report
 from remask.benchmarks.workloads import Job, workload
 from remask.workers.models.denoiser import load_denoiser
 
@@ -70,7 +70,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         str(result["num_requests"]),
         f"{result['seconds']['median']:.1f}",
         f"{result['seconds_invariant']['median']:.1f}",
-        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        format_spread(ratio),
     ]
 
 

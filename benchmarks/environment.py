@@ -23,7 +23,8 @@ PACKAGES = ("remask", "torch", "triton", "transformers", "ray", "numpy")
 def environment_stamp() -> dict[str, Any]:
     """CPU and its vector units, GPU, versions, threads and commit.
 
-    In a copy that is no checkout, the commit is `REMASK_COMMIT` from the environment, else None.
+    The commit is `REMASK_COMMIT` from the environment, which names that of a copy, else the checkout's, or
+    None.
     """
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -47,6 +48,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    if given := os.environ.get("REMASK_COMMIT"):
+        return given
     command = [
         "git",
         "-C",
@@ -59,7 +62,7 @@ def _commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("REMASK_COMMIT")
+        return None
 
 
 def unfinished(done: int, asked: int, what: str) -> list[str]:

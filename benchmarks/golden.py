@@ -27,9 +27,11 @@ from remask import LLM, SamplingParams, Threshold
 from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.plain_canvas import Decoded
 from remask.benchmarks.plain_loop import decode
+from remask.benchmarks.throughput import format_spread, spread
 from remask.workers.models.denoiser import load_denoiser
 
 Cases = list[dict[str, Any]]
+HEADER = ("decoder", "equal cases", "NFE", "median seconds", "times as fast (min to max)")
 
 
 def read_cases(directory: Path, policy: str) -> Cases:
@@ -90,12 +92,19 @@ def measure(checkpoint: Path, cases: Cases, repetitions: int) -> dict[str, Any]:
     base = results["plain loop, float32"]["seconds"]
     for result in results.values():
         ratios = [a / b for a, b in zip(base, result["seconds"], strict=True)]
-        result["times_as_fast"] = {
-            "median": round(statistics.median(ratios), 3),
-            "min": round(min(ratios), 3),
-            "max": round(max(ratios), 3),
-        }
+        result["times_as_fast"] = spread(ratios)
     return {"cases": len(cases), "repetitions": repetitions, "results": results}
+
+
+def cells(decoder: str, result: dict[str, Any], num_cases: int) -> list[str]:
+    """A decoder's row, under `HEADER`."""
+    return [
+        decoder,
+        f"{result['equal_cases']}/{num_cases}",
+        str(result["nfe"]),
+        f"{statistics.median(result['seconds']):.2f}",
+        format_spread(result["times_as_fast"]),
+    ]
 
 
 def main() -> None:
@@ -112,16 +121,9 @@ def main() -> None:
         "environment": environment_stamp(),
         **measure(args.golden / "llada-tiny", cases, args.repetitions),
     }
-    table = Table("decoder", "equal cases", "NFE", "median seconds", "times as fast (min to max)")
+    table = Table(*HEADER)
     for name, result in report["results"].items():
-        ratio = result["times_as_fast"]
-        table.add_row(
-            name,
-            f"{result['equal_cases']}/{report['cases']}",
-            str(result["nfe"]),
-            f"{statistics.median(result['seconds']):.3f}",
-            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
-        )
+        table.add_row(*cells(name, result, report["cases"]))
     Console().print(table)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from remask.benchmarks.throughput import (
     check_arguments,
     engine_decoder,
     find_model,
+    format_spread,
     plain_loop_decoder,
     spread,
     static_batch_decoder,
@@ -126,5 +127,5 @@ def cells(name: str, result: dict[str, Any]) -> list[str]:
         f"{result['percentiles']['50']:.3f}",
         f"{result['percentiles']['90']:.3f}",
         f"{result['ms_per_step']:.1f}",
-        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        format_spread(ratio),
     ]

@@ -15,9 +15,9 @@ from remask.benchmarks.plain_canvas import Decoded, PlainCanvas
 from remask.scheduler.params import SamplingParams
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
-from remask.workers.burst.staging import mapped
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.rows.pack import PackedRows
+from remask.workers.tensors import mapped
 
 
 @torch.inference_mode()

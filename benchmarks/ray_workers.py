@@ -26,7 +26,7 @@ from rich.table import Table
 from remask import LLM
 from remask.benchmarks.environment import Steadiness, environment_stamp
 from remask.benchmarks.simulation import Requests
-from remask.benchmarks.throughput import find_model, spread, write_report
+from remask.benchmarks.throughput import find_model, format_spread, spread, write_report
 from remask.benchmarks.workloads import Job, workload
 from remask.embedded import model_directory
 from remask.scheduler.messages import StepBatch
@@ -181,7 +181,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         str(result["workers"]),
         f"{result['seconds_ray']['median']:.1f}",
         f"{result['seconds_in_process']['median']:.1f}",
-        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        format_spread(ratio),
     ]
 
 

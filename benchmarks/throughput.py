@@ -226,6 +226,11 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
+def format_spread(found: dict[str, float], digits: int = 2) -> str:
+    """What `spread` returns, as text."""
+    return f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
+
+
 def as_table(report: dict[str, Any]) -> Table:
     """The report for a terminal."""
     title = f"{report['num_requests']} {report['workload']} requests, {report['model']}"
@@ -257,7 +262,7 @@ def cells(name: str, result: dict[str, Any]) -> list[str]:
         f"{result['rows_per_forward']:.0f}" if "rows_per_forward" in result else "",
         f"{result['elapsed_time']:.1f}",
         f"{result['visible_tokens_per_second']:.1f}",
-        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        format_spread(ratio),
         f"{100 * used['median']:.0f} % ({100 * used['min']:.0f} to {100 * used['max']:.0f})" if used else "",
         *([f"{100 * result['solved']:.1f} %"] if "solved" in result else []),
     ]

@@ -7,7 +7,7 @@ query and key, the two products of attention. Candidates are the masked slots of
 shadow rows of committed slots. Norms, rotations, softmax, policies, packing and Python count as nothing: they
 are what utilization loses.
 
-Packs of fixed shapes, which GPUs get, are not counted: they have room for rows that nobody asks for, and
+Packs of static shapes, which GPUs get, are not counted: they have room for rows that nobody asks for, and
 graphs replay them out of the hook's sight. What their steps need is measured by `benchmarks/gpu`.
 
 The rate is measured in the same repetition by running nothing but the linear layers of some of these packs,
@@ -43,7 +43,7 @@ class Work:
     """The packs of a run, as a context manager that counts while it is open.
 
     Attributes:
-        packs: rows and candidates of each forward; none where shapes are fixed.
+        packs: rows and candidates of each forward; none with static shapes.
         flops: arithmetic that they need.
     """
 

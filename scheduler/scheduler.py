@@ -145,7 +145,7 @@ class Scheduler:
             return self._cut_probe(worker)
         budget = self._allowances[worker].budget
         suspects = self._blame.next_group(budget) if not self._is_probing() else []
-        taken = suspects or self._take(worker, before, num_idle)
+        taken = suspects or self._take(budget, before, num_idle)
         if not taken:
             return None
         places = {id(canvas): place for place, canvas in enumerate(before)}
@@ -286,7 +286,7 @@ class Scheduler:
         if burst.is_probe:
             if result.failure == "error":
                 raise EngineDead(DEAD.format(result.error))
-            self._blame.wants_probe = True
+            self._blame.note_lost_probe(died=False)
             return []
         ended: list[Request] = []
         if not burst.doomed:
@@ -343,9 +343,8 @@ class Scheduler:
         self.abort([request.request_id])
         return request
 
-    def _take(self, worker: int, before: list[Canvas], num_idle: int) -> list[Canvas]:
+    def _take(self, budget: Budget, before: list[Canvas], num_idle: int) -> list[Canvas]:
         """The first canvases of the queue and of a worker's burst in flight that fit its budget."""
-        budget = self._allowances[worker].budget
         if num_idle:
             num_ready = len(self._ready) + sum(canvas.goes_on for canvas in before)
             share = max(1, -(-num_ready // (num_idle + 1)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from remask.scheduler.canvas import NO_MEMORY, RAISES
 from remask.workers.burst.groups import PolicyGroup
 from remask.workers.burst.state import BurstState
-from remask.workers.startup.memory import describe, is_out_of_memory, loses_device
+from remask.workers.failures import describe, is_out_of_memory, loses_device
 from remask.workers.strategies.view import BlockView, Memory
 
 logger = logging.getLogger(__name__)

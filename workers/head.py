@@ -119,7 +119,7 @@ def _guided_logits(
         return logits_of(hidden_HD[rows]).float()
     logits_NV = logits_of(hidden_HD[query.guidance.first[rows]]).float()
     second = query.guidance.second[rows]
-    guided = flagged_rows(second >= 0, query)
+    guided = _flagged_rows(second >= 0, query)
     scale = query.sampling.cfg_scale[query.owners[rows][guided]].unsqueeze(1) + 1
     unguided = logits_of(hidden_HD[second[guided].clamp(min=0)]).float()
     own = logits_NV[guided]
@@ -128,7 +128,7 @@ def _guided_logits(
     return logits_NV
 
 
-def flagged_rows(flags: Tensor, query: HeadQuery) -> Tensor:
+def _flagged_rows(flags: Tensor, query: HeadQuery) -> Tensor:
     """Indices of flagged rows. With static shapes, all rows; results for unflagged rows are discarded."""
     if query.live is not None:
         return torch.arange(len(flags), device=flags.device)
@@ -143,14 +143,14 @@ def logits_statistics(logits_NV: Tensor, query: HeadQuery, rows: slice, mask_id:
     found, log_norm_N, held_NK = _ranking(logits_NV, query.given[rows], query.needs, excluded_NK)
     if query.keys is not None:
         is_hot = query.temperature[rows] > 0
-        hot = flagged_rows(is_hot, query)
+        hot = _flagged_rows(is_hot, query)
         drawn = torch.where(
             is_hot[hot], _draw(logits_NV, query, query.keys[rows], rows, hot), found.proposal[hot]
         )
         found.proposal[hot] = drawn
         found.log_proposal[hot] = found.proposal_logprob[hot] = logits_NV[hot, drawn] - log_norm_N[hot]
     if sampling.any_reranked:
-        again = flagged_rows(sampling.reranked[owners], query)
+        again = _flagged_rows(sampling.reranked[owners], query)
         for part in again.split(_chunk_len(logits_NV.device, logits_NV.shape[1], GUMBEL_SHARE)):
             own, ids_NK, part_NV = owners[part], excluded_NK[part], logits_NV[part]
             impossible_NV = (
@@ -290,7 +290,7 @@ def _draw(logits_NV: Tensor, query: HeadQuery, keys_N: Tensor, rows: slice, hot:
         heat = query.temperature[rows][part].unsqueeze(1)
         scores_NV = gumbel(keys_N[part], vocab).mul_(heat).add_(logits_NV[part])
         if sampling.any_filter:
-            filtered = flagged_rows(sampling.filters[owners], query)
+            filtered = _flagged_rows(sampling.filters[owners], query)
             impossible = sampling.improbable(
                 logits_NV[part][filtered], owners[filtered], static_shapes=query.live is not None
             )

@@ -7,16 +7,14 @@ no table for it and does no work for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.sampling import BIAS, TOKEN, Sampling
-from remask.workers.burst.staging import HoldsTensors
 from remask.workers.filters import Filters, improbable, reach_of
+from remask.workers.tensors import HoldsTensors, column
 
 PAD = -1
 
@@ -93,23 +91,20 @@ class SamplingTables(HoldsTensors):
     """
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:
-        def table(values: list[Any], dtype: DTypeLike) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype))
-
-        self.temperature = table([s.temperature for s in samplings], np.float32)
-        self.top_p = table([s.top_p for s in samplings], np.float32)
-        self.cfg_scale = table([s.cfg_scale for s in samplings], np.float32)
+        self.temperature = column([s.temperature for s in samplings], np.float32)
+        self.top_p = column([s.top_p for s in samplings], np.float32)
+        self.cfg_scale = column([s.cfg_scale for s in samplings], np.float32)
         self.reach = torch.tensor([reach_of(s.min_p) for s in samplings])
-        self.top_k = table([s.top_k for s in samplings], np.int64)
+        self.top_k = column([s.top_k for s in samplings], np.int64)
         self.max_k = max(s.top_k * s.filters for s in samplings)
         self.any_share = any(s.filters and s.top_p < 1 and s.top_k == 0 for s in samplings)
-        self.rank_by_top = table([s.rank == "top" for s in samplings], np.bool_)
-        self.ranks_as_drawn = table([s.ranks_as_drawn for s in samplings], np.bool_)
+        self.rank_by_top = column([s.rank == "top" for s in samplings], np.bool_)
+        self.ranks_as_drawn = column([s.ranks_as_drawn for s in samplings], np.bool_)
         self.entropy_floor = torch.where(self.ranks_as_drawn, 1e-10, 0.0)
         filters, reranked = [s.filters for s in samplings], [s.reranks for s in samplings]
-        self.filters, self.any_filter = table(filters, np.bool_), any(filters)
+        self.filters, self.any_filter = column(filters, np.bool_), any(filters)
         self.any_narrowed = any(s.ranks_as_drawn and s.filters for s in samplings)
-        self.reranked, self.any_reranked = table(reranked, np.bool_), any(reranked)
+        self.reranked, self.any_reranked = column(reranked, np.bool_), any(reranked)
         self.any_hot = any(s.temperature > 0 for s in samplings)
         self.edits = LogitEdits(samplings) if any(any(edit_lists(s)) for s in samplings) else None
         self.unranked = _padded([s.unranked_ids for s in samplings])

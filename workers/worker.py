@@ -25,9 +25,9 @@ from remask.workers.burst.graphs import Shape, StepGraphs
 from remask.workers.burst.staging import Fetched, to_device
 from remask.workers.burst.state import BurstState
 from remask.workers.burst.wire import Results
+from remask.workers.failures import describe, is_out_of_memory, loses_device
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.startup.device import on_device
-from remask.workers.startup.memory import describe, is_out_of_memory, loses_device
 from remask.workers.step import Plans, denoise, plan_packs
 
 logger = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ class Worker:
         return StepQueue(lambda: graphs.step(shape, step), num_steps, state.paused)
 
     def _unpack(self, batch: StepBatch) -> Unpacked:
-        """The canvases of a burst where the model is, and where shapes are fixed the plans for them."""
+        """The canvases of a burst on the model's device, and with static shapes their plans."""
         fixed = self._model.static_shapes
         # Taken out for as long as they are written to: an interrupted burst starts again from the bytes.
         tensors, self._tensors = self._tensors, None
@@ -250,12 +250,12 @@ class Worker:
             last = self._last
             assert last is not None, "there is no burst to follow"
             assert last.burst_id == batch.follows, f"burst {batch.follows} is not the last one here"
-            batch = _with_known_specs(batch, last.state.specs)
-            # In fixed shapes, how many tokens slots have lost is read from the bytes, and grows.
+            # With static shapes, the number of removed tokens is read from the bytes, and grows.
             may_go_on = tensors is not None and not (fixed and tensors.state.removed is not None)
             if tensors is not None and may_go_on and batch.states == list(range(last.num_canvases)):
                 tensors.state.resume()
                 return tensors
+            batch = _with_known_specs(batch, last.state.specs)
             places = {n: state for n, state in enumerate(batch.states) if isinstance(state, int)}
             if fixed and tensors is not None and may_go_on:
                 carried = take(tensors.state, list(places.values()))

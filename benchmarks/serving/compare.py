@@ -27,7 +27,7 @@ from remask.benchmarks.environment import Steadiness, environment_stamp, unfinis
 from remask.benchmarks.serving.load import closed_loop, figures
 from remask.benchmarks.serving.rivals import check_rival, open_rival
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
-from remask.benchmarks.throughput import Dtype, Keep, find_model, spread
+from remask.benchmarks.throughput import Dtype, Keep, find_model, format_spread, spread
 from remask.benchmarks.tiny.policies import COMPARED, POLICIES
 from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import SEED, Job, answers, workload
@@ -315,7 +315,7 @@ def table_cells(result: dict[str, Any], quality: dict[str, Any]) -> list[str]:
         f"{100 * own['solved']:.1f} %" if own else "",
         str(result["max_concurrency"]),
         f"{result['output_throughput']['median']:.0f}",
-        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        format_spread(ratio),
         f"{result['median_e2el_ms']['median']:.0f}",
         f"{result['p99_e2el_ms']['median']:.0f}",
     ]

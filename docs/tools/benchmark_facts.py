@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 
-from benchmark_pages import Table, markdown, report, spread
+from benchmark_pages import Table, markdown, report
 
 from remask.benchmarks import planner
+from remask.benchmarks.throughput import format_spread
 
 
 def solved() -> str:
@@ -126,13 +127,13 @@ def performance() -> str:
     rows = [
         (
             f"{setting}: against a plain loop",
-            f"{spread(engine['times_as_fast'])} times as fast, equal tokens",
+            f"{format_spread(engine['times_as_fast'])} times as fast, equal tokens",
         ),
         ("the same against a static batch", f"{over_static:.1f} times as fast"),
         *(
             (
                 f"`{policy.replace(' ', ':')}` against the autoregressive twin, {count} request(s) at a time",
-                f"{spread(own[count]['times_as_fast'])} times the tokens/s; "
+                f"{format_spread(own[count]['times_as_fast'])} times the tokens/s; "
                 f"{quality[0]} solved, twin {quality[1]}",
             )
             for count in (1, 64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from remask.benchmarks import (
     batch_invariance,
     exactness,
     fp8_quality,
+    golden,
     latency,
     ray_workers,
     scaling,
@@ -43,11 +43,6 @@ def report(name: str) -> dict[str, Any]:
 def measured() -> list[str]:
     """The names of all committed measurements."""
     return sorted(path.stem for path in RESULTS.glob("*.json"))
-
-
-def spread(values: dict[str, float], digits: int = 2) -> str:
-    """A median with its least and most."""
-    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} to {values['max']:.{digits}f})"
 
 
 def _batch_file(found: dict[str, Any]) -> Table:
@@ -100,24 +95,13 @@ def _exactness(found: dict[str, Any]) -> Table:
     )
 
 
-def _golden(found: dict[str, Any]) -> Table:
-    rows = [
-        (
-            decoder,
-            f"{result['equal_cases']}/{found['cases']}",
-            str(result["nfe"]),
-            f"{statistics.median(result['seconds']):.2f}",
-            spread(result["times_as_fast"]),
-        )
-        for decoder, result in found["results"].items()
-    ]
-    return Table(("decoder", "equal cases", "NFE", "median seconds", "times as fast (min to max)"), rows)
-
-
 def _milliseconds(names: dict[str, str]) -> Callable[[dict[str, Any]], Table]:
     def table(found: dict[str, Any]) -> Table:
         results = found["results"]
-        return Table(("measured", "median (min to max)"), [(names[n], spread(results[n])) for n in names])
+        return Table(
+            ("measured", "median (min to max)"),
+            [(names[n], throughput.format_spread(results[n])) for n in names],
+        )
 
     return table
 
@@ -152,7 +136,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
     "fp8_quality": lambda found: Table(
         fp8_quality.HEADER, [fp8_quality.cells(result) for result in found["results"]]
     ),
-    "golden": _golden,
+    "golden": lambda found: Table(
+        golden.HEADER, [golden.cells(name, r, found["cases"]) for name, r in found["results"].items()]
+    ),
     "h200": lambda found: Table(figures.HEADER, figures.cells(found)),
     "latency": lambda found: Table(
         latency.HEADER, [latency.cells(name, result) for name, result in found["results"].items()]

@@ -72,7 +72,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = re.search(r"```toml file=pyproject\.toml\n(.*?)```", text, re.S)
     assert module is not None
     assert project is not None
-    assert len(module.group(1).splitlines()) <= 30, "the page promises so many lines"
+    assert len(module.group(1).splitlines()) <= 30, "the page promises at most 30 lines"
     (source / "remask_coin.py").write_text(module.group(1))
     more = 'gone = "remask_coin:Gone"\nwino = "remask_coin:Coin"\n'
     (source / "pyproject.toml").write_text(

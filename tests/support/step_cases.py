@@ -8,7 +8,10 @@ from remask import (
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.workers.burst.state import BurstState
+from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.rows.pack import StepInputs
 from remask.workers.worker import Worker
 
 PROMPT = [33, 11, 12, 14]
@@ -20,6 +23,20 @@ def canvas(params: SamplingParams, prompt: list[int] = PROMPT, seed: int = 5) ->
 
 def burst(canvases: list[Canvas], states: list[CanvasState], num_steps: int) -> StepBatch:
     return StepBatch(burst_id=0, num_steps=num_steps, specs=[c.spec for c in canvases], states=states)
+
+
+def step_inputs(state: BurstState, mask_id: int, needs: frozenset[str] = frozenset()) -> StepInputs:
+    """What a plan is given in the next step of a burst."""
+    slots, valid = state.active_slots()
+    return StepInputs(
+        tokens=state.tokens,
+        blocks=state.active_blocks(slots, valid, mask_id),
+        mask_id=mask_id,
+        sampling=state.sampling,
+        keys=stream_keys(state.keys.unsqueeze(1), slots),
+        needs=needs,
+        removed=state.removed,
+    )
 
 
 def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int = 1000) -> list[CanvasState]:

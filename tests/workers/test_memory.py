@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
+from remask.workers.failures import is_out_of_memory
 from remask.workers.head import Statistics
 from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
@@ -22,7 +23,6 @@ from remask.workers.startup.memory import (
     RESERVE_BYTES,
     demanding_burst,
     demanding_canvas,
-    is_out_of_memory,
     limit_from,
     measure,
     row_limit,

@@ -17,12 +17,12 @@ from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.scheduler.sampling import Sampling, bias_bytes, id_bytes
-from remask.workers.burst.staging import tensors_of
 from remask.workers.head import Statistics, head_statistics
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.rows.pack import HeadQuery
 from remask.workers.sampling import SamplingTables
+from remask.workers.tensors import tensors_of
 from remask.workers.worker import Worker
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from step_cases import after, canvas
+from step_cases import after, canvas, step_inputs
 
 from remask import (
     CappedThreshold,
@@ -22,9 +22,8 @@ from remask import (
 from remask.scheduler.canvas import Canvas, CanvasState
 from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.burst.state import BurstState
-from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
-from remask.workers.rows.pack import HeadQuery, PackedRows, StepInputs
+from remask.workers.rows.pack import HeadQuery, PackedRows
 from remask.workers.step import plan_packs
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
@@ -35,17 +34,7 @@ def packed(
 ) -> tuple[PackedRows, HeadQuery]:
     state = BurstState([c.spec for c in canvases], states)
     (plan,) = plan_packs(state, model, model.pack_rows)
-    slots, valid = state.active_slots()
-    step = StepInputs(
-        tokens=state.tokens,
-        blocks=state.active_blocks(slots, valid, model.mask_id),
-        mask_id=model.mask_id,
-        sampling=state.sampling,
-        keys=stream_keys(state.keys.unsqueeze(1), slots),
-        needs=frozenset(),
-        removed=state.removed,
-    )
-    return plan.pack(step)
+    return plan.pack(step_inputs(state, model.mask_id))
 
 
 @torch.inference_mode()

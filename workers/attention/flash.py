@@ -50,7 +50,7 @@ class FlashAttention(AttentionBackend):
 
     def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
         device = layout.device
-        assert device is not None, "shapes are fixed where kernels run"
+        assert device is not None, "kernels need static shapes"
         if device.shadows is None:
             return self._main(q_QHd, k_TKd, v_TKd, device)
         from remask.workers.kernels.shadow_attention import shadow_attention

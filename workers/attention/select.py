@@ -10,9 +10,9 @@ import torch
 
 from remask.scheduler.errors import InvalidRequest
 from remask.workers.attention.flash import FlashAttention
+from remask.workers.attention.names import AttentionName
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
-from remask.workers.startup.setup import AttentionName
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import EVENT, CanvasSpec
-from remask.workers.burst.staging import HoldsTensors
+from remask.workers.tensors import HoldsTensors
 
 
 class EventLog(HoldsTensors):

@@ -19,16 +19,17 @@ import torch
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.scheduler.sampling import Sampling
-from remask.workers.burst.staging import Buffer, load, new_buffer, signature, tensors_of, to_device
+from remask.workers.burst.staging import Buffer, load, new_buffer, signature, to_device
 from remask.workers.burst.state import BurstState
 from remask.workers.burst.stop_ids import num_stops
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
 from remask.workers.rows.padding import Padding
 from remask.workers.rows.static import StaticPlan, plan_static
-from remask.workers.startup.memory import GRAPH_BYTES
+from remask.workers.tensors import tensors_of
 
 logger = logging.getLogger(__name__)
 
+GRAPH_BYTES = 1 << 30  # that captured steps may hold
 MAX_ROWS = 4096  # longer steps hide the launches of their kernels
 SLOT_STEP = 64
 MAX_SHAPES = 64  # kept, captured or not

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from torch import Tensor
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.workers.burst.events import EventLog
 from remask.workers.burst.groups import group_policies
-from remask.workers.burst.staging import HoldsTensors
 from remask.workers.burst.stop_ids import StopIds
 from remask.workers.burst.wire import Results, pack_states, slot_table, unpack_memory, unpack_removed
 from remask.workers.keyed_random import stream_keys
 from remask.workers.rows.pack import ActiveBlocks
 from remask.workers.rows.padding import NO_PADDING, Padding
 from remask.workers.sampling import SamplingTables
+from remask.workers.tensors import HoldsTensors, column
 
 
 class BurstState(HoldsTensors):
@@ -48,16 +46,13 @@ class BurstState(HoldsTensors):
     ) -> None:
         self.specs = specs
 
-        def table(values: Sequence[Any], dtype: DTypeLike = np.int64) -> Tensor:
-            return torch.from_numpy(np.array(values, dtype))
-
         flat = np.frombuffer(b"".join([state.tokens for state in states]), TOKEN)
         self.cu_tokens = [0, *itertools.accumulate(state.sequence_len for state in states)]
         more = max(0, padding.main_rows - self.cu_tokens[-1])
         self.tokens = torch.from_numpy(np.concatenate([flat, np.zeros(more + 1, np.int64)]))
         canvas_lens = [spec.canvas_len for spec in specs]
         self.num_slots = max(*canvas_lens, padding.canvas_len)
-        self.canvas_len, self.block_len = table(canvas_lens), table([spec.block_length for spec in specs])
+        self.canvas_len, self.block_len = column(canvas_lens), column([spec.block_length for spec in specs])
         self.max_block_len = max(*(spec.block_length for spec in specs), padding.widest)
         is_slot = np.arange(self.num_slots + 1) < np.array(canvas_lens)[:, None]
         rows = np.concatenate([spec.slot_array for spec in specs]) + np.repeat(
@@ -70,17 +65,18 @@ class BurstState(HoldsTensors):
         )
         steps = np.frombuffer(b"".join([state.commit_steps for state in states]), TOKEN)
         self.commit_steps = slot_table(steps, is_slot, np.int64)
-        self.block = table([state.block for state in states])
-        self.num_forwards = table([state.num_forwards for state in states])
-        self.block_forwards = table([state.num_block_forwards for state in states])
-        self.finished = table([state.finished for state in states], np.bool_)
-        self.pauses = table([spec.pause_at_blocks for spec in specs], np.bool_)
-        self.fault = table([state.fault for state in states])
+        self.block = column([state.block for state in states])
+        self.num_forwards = column([state.num_forwards for state in states])
+        self.block_forwards = column([state.num_block_forwards for state in states])
+        self.finished = column([state.finished for state in states], np.bool_)
+        self.pauses = column([spec.pause_at_blocks for spec in specs], np.bool_)
+        self.fault = column([state.fault for state in states])
         self.errors = {i: state.error for i, state in enumerate(states) if state.error}
         self.paused = self.finished | (self.fault > 0)
-        self.always_commits = table([spec.always_commits for spec in specs], np.bool_)
+        self.always_commits = column([spec.always_commits for spec in specs], np.bool_)
         self.sampling = SamplingTables([spec.sampling for spec in specs])
-        self.keys = stream_keys(table([spec.seed for spec in specs]), table([spec.sample for spec in specs]))
+        seeds, samples = column([spec.seed for spec in specs]), column([spec.sample for spec in specs])
+        self.keys = stream_keys(seeds, samples)
         self.stops = StopIds([spec.stop_ids for spec in specs], padding.num_stops)
         self.unmask = group_policies(
             [spec.unmask for spec in specs], [spec.unmask_params for spec in specs], padding
@@ -88,12 +84,12 @@ class BurstState(HoldsTensors):
         self.remask = group_policies(
             [spec.remask for spec in specs], [spec.remask_params for spec in specs], padding
         )
-        self.reads_committed = table([spec.reads_committed_rows for spec in specs], np.bool_)
-        self.verifies = table([spec.verifies for spec in specs], np.bool_)
+        self.reads_committed = column([spec.reads_committed_rows for spec in specs], np.bool_)
+        self.verifies = column([spec.verifies for spec in specs], np.bool_)
         self.random_streams = frozenset[str]().union(*(spec.random_streams for spec in specs))
         self.needs = frozenset[str]().union(*(spec.head_needs for spec in specs))
         self.memory = [unpack_memory(group, specs, states, self.max_block_len) for group in self.remask]
-        self.bans_removed = table([spec.bans_removed for spec in specs], np.bool_)
+        self.bans_removed = column([spec.bans_removed for spec in specs], np.bool_)
         self.removed = unpack_removed(specs, states, self.max_block_len)
         self.events = EventLog(specs)
 

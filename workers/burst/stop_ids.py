@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.sampling import TOKEN
-from remask.workers.burst.staging import HoldsTensors
+from remask.workers.tensors import HoldsTensors
 
 SPAN = 1 << 31  # above every id
 NO_KEY = np.iinfo(np.int64).max

@@ -60,7 +60,7 @@ class TransformerDenoiser(Denoiser):
         model: the weights.
         attention: which rows see which is its matter.
         pack_rows, static_shapes: see `Denoiser`.
-        kernels: whether Triton does the head, and what layers do between products; needs fixed shapes.
+        kernels: whether Triton does the head, and what layers do between products; needs static shapes.
     """
 
     config: TransformerConfig
@@ -100,7 +100,7 @@ class TransformerDenoiser(Denoiser):
         """What one pass over the vocabulary can answer; the special slots' logits are looked at again."""
         from remask.workers.kernels.head import fused_statistics
 
-        assert query.live is not None, "shapes are fixed"
+        assert query.live is not None, "shapes are static"
         hidden_ND = hidden_HD if query.guidance is None else hidden_HD[query.guidance.first]
         live = query.live
         if query.special is not None:

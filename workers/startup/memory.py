@@ -1,9 +1,8 @@
-"""Memory: which errors mean that it was too small, and the number of rows that fit a GPU.
+"""The number of rows that fit the memory of a GPU.
 
-The row limit is measured when a worker starts, with the most demanding bursts that requests can lead to. It
-is a bound for what the engine packs together, not a promise: a burst may still find less memory than there
-was, and then `is_out_of_memory` tells that smaller ones can help. A CPU has no limit of its own. Workers ask
-here, so nothing in this file knows them.
+It is measured when a worker starts, with the most demanding bursts that requests can lead to. It bounds what
+the engine packs together and is no promise: a burst may still find less memory. A CPU has no limit. Nothing
+in this file knows workers.
 """
 
 from __future__ import annotations
@@ -17,58 +16,16 @@ from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import SamplingParams, resolve
+from remask.workers.burst.graphs import GRAPH_BYTES
 from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import TransformerDenoiser
 
 logger = logging.getLogger(__name__)
 
-# What errors say that are not of a class of their own: the CUDA driver, Triton and pinned memory; torch's
-# allocator on the CPU; libraries that could not make their workspace.
-MESSAGES = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-
-MAX_ERROR_LEN = 500  # characters of an error that travel
-
 MAX_CANVAS_LEN = 512  # of the canvases that memory is measured with
 MAX_ROWS = 1 << 14  # beyond, peaks grow as they did before
 GROWTH = 4  # times as many rows from one measurement to the next
-GRAPH_BYTES = 1 << 30  # what captured steps may hold
-RESERVE_BYTES = GRAPH_BYTES + (1 << 30)  # for those, and for what is lost between allocations
-
-
-# What errors say that lose a CUDA context: no later call of the process can use the GPU.
-LOST_MESSAGES = ("CUDA error", "device-side assert", "CUBLAS_STATUS_EXECUTION_FAILED", "uncorrectable ECC")
-
-
-def message_of(error: BaseException) -> str:
-    """What an error says, as text that UTF-8 can hold; nothing if the error's own code fails at that."""
-    try:
-        return str(error).encode(errors="replace").decode()
-    except Exception:
-        return ""
-
-
-def describe(error: BaseException) -> str:
-    """An error's class and what it says, cut to what is sent."""
-    return f"{type(error).__name__}: {message_of(error)}"[:MAX_ERROR_LEN]
-
-
-def loses_device(error: BaseException) -> bool:
-    """Whether an error has lost the GPU for this process. One of memory has not."""
-    if is_out_of_memory(error):
-        return False
-    if isinstance(error, torch.AcceleratorError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in message_of(error) for part in LOST_MESSAGES)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, so that a smaller burst may go through.
-
-    A kernel that asks for more shared memory than a GPU's core has is no such error: it never fits.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in message_of(error) for part in MESSAGES)
+RESERVE_BYTES = GRAPH_BYTES + (1 << 30)  # for captured steps, and for gaps between allocations
 
 
 def row_limit(

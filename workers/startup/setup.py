@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from remask.workers.attention.names import AttentionName
+
 
 def fix(text: str) -> dict[str, Any]:
     """The `extra` of a field's `Meta`: what an error says of a value that the field does not take."""
     return {"fix": text}
 
 
-AttentionName = Literal["auto", "sdpa", "torch", "flash2", "flash3", "flash4"]
 PositiveInt = Annotated[int, Meta(ge=1, extra=fix("must be a positive integer"))]
 Share = Annotated[float, Meta(gt=0, le=1, extra=fix("must lie above 0 and not above 1"))]
 
