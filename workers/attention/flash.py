@@ -1,8 +1,8 @@
 """Backends on variable-length flash-attention kernels, for GPUs.
 
-Main rows go through one call of a library's kernel (Dao 2023; Shah et al. 2024), shadow rows through ours: no
-library's kernel has their mask. The libraries agree in what such a call means and differ in where it is and
-what it returns.
+Main rows use one call of a library's kernel (Dao 2023; Shah et al. 2024). Shadow rows use our own kernel,
+because no library supports their mask. The libraries' calls have the same semantics and differ in module and
+return value.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class FlashAttention(AttentionBackend):
     """Half precision on GPUs.
 
     Args:
-        name: which library, a key of `MODULES`.
+        name: the library, a key of `MODULES`.
 
     Raises:
-        ImportError: it is not installed, or is too old.
+        ImportError: the library is not installed, or too old.
     """
 
     reads_device = True

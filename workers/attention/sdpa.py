@@ -1,4 +1,4 @@
-"""The backend on torch's SDPA: a loop over the sequences, which beats a dense mask on CPUs."""
+"""The backend on torch's SDPA: a loop over the sequences, faster than a dense mask on CPUs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SdpaAttention(AttentionBackend):
                     q[:, :, own], seen_k, seen_v, attn_mask=shadow.mask, enable_gqa=grouped
                 )
             )
-        # Rows behind all sequences pad the pack.
+        # Rows after the last sequence are padding.
         num_padding = len(q_QHd) - sum(part.shape[2] for part in out)
         if num_padding:
             out.append(q.new_zeros(1, q.shape[1], num_padding, q.shape[3]))

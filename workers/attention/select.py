@@ -1,4 +1,4 @@
-"""Which attention backend a worker uses: the fastest that is here and fits, or the one that is asked for."""
+"""Selects the attention backend of a worker: the requested one, or the fastest that supports the model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from remask.workers.attention.varlen import AttentionBackend
 logger = logging.getLogger(__name__)
 
 BACKENDS = tuple(name for name in get_args(AttentionName) if name != "auto")
-# The first major version of GPUs' compute capability that each kernel runs on, and the first that it does
-# not; and the largest head.
+# For each kernel: the first major compute capability that it supports, the first above that it does not, and
+# the largest head dimension.
 _SUPPORT = {"torch": (8, 99, 256), "flash2": (8, 12, 256), "flash3": (9, 10, 256), "flash4": (9, 12, 128)}
 # The fastest first.
 _PREFERENCE = {8: ("flash2", "torch"), 9: ("flash3", "flash4", "flash2", "torch"), 10: ("flash4", "torch")}
@@ -37,10 +37,11 @@ def pick_attention(
 
     Args:
         requested: "auto" or one of `BACKENDS`.
-        device, dtype, head_dim: where the model is and what its queries are.
+        device, dtype, head_dim: device of the model, dtype and head dimension of its queries.
 
     Raises:
-        InvalidRequest: what is asked for is unknown, not installed, or does not serve this model here.
+        InvalidRequest: the requested backend is unknown, not installed, or does not support this model on
+            this device.
     """
     if requested not in ("auto", *BACKENDS):
         fix = f"is not known; use auto or one of {', '.join(BACKENDS)}"
@@ -52,7 +53,7 @@ def pick_attention(
         if problem is None:
             try:
                 return FlashAttention(requested)
-            except Exception as error:  # libraries of kernels fail to import in their own ways
+            except Exception as error:  # kernel libraries raise various errors at import
                 problem = f"cannot be loaded ({error}); {_INSTALL[requested]}, or use auto"
         raise InvalidRequest("attention_backend", requested, problem)
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
@@ -68,7 +69,7 @@ def pick_attention(
 
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why a kernel cannot serve a model; None where it can."""
+    """Why a kernel does not support a model; None if it does."""
     first, beyond, largest_head = _SUPPORT[name]
     if device.type != "cuda":
         return "runs on GPUs only; use auto or sdpa"

@@ -1,11 +1,11 @@
-"""The varlen description of a pack, and what an attention backend is.
+"""The variable-length layout of a pack, and the interface of attention backends.
 
-Main rows of all sequences come first, then the shadow rows of those that verify: main rows never see shadow
-rows, so a backend serves them with one ordinary variable-length call, whatever the policies are. Keys are
-always all rows of a pack; queries are all of them, or in a model's last layer only those that somebody reads.
+The main rows of all sequences come first, then the shadow rows. Main rows never see shadow rows, so one
+ordinary variable-length call computes them under every policy. Keys are always all rows of a pack. Queries
+are all rows, or only the candidates in the model's last layer.
 
-Two descriptions say the same. The one on the host is made for loops over sequences. Where shapes are fixed
-there is also one whose numbers are on the device (`DeviceLayout`): kernels read it, and it may change without
+A layout exists in two forms. `VarlenLayout` is on the host, for loops over sequences. With static shapes
+`DeviceLayout` holds the same numbers in tensors on the device: kernels read them, and they can change without
 the host.
 """
 
@@ -26,8 +26,8 @@ class ShadowSegment:
     """The shadow rows of one sequence.
 
     Attributes:
-        sequence: its place in the pack.
-        queries, keys: which of all shadow queries and shadow keys are its own (start, and end excluded).
+        sequence: index of the sequence in the pack.
+        queries, keys: range of its rows among all shadow queries and shadow keys (start, exclusive end).
         mask: bool [Q, L + K]: whether a shadow query sees the sequence's main rows, then its shadow rows.
     """
 
@@ -39,21 +39,21 @@ class ShadowSegment:
 
 @dataclass(frozen=True)
 class DeviceShadows:
-    """The S shadow rows of a pack of fixed shape, all of them queries as well as keys. Those of a sequence
-    stand together.
+    """The S shadow rows of a pack with static shapes. Each is a query and a key; those of a sequence are
+    contiguous.
 
-    A shadow row sees the main rows of its sequence but one, itself, and where it sees its block all shadow
-    rows of the sequence that are keys.
+    A shadow row sees itself and the main rows of its sequence except one. If it sees its block, it also sees
+    all shadow rows of the sequence that are keys.
 
     Attributes:
-        tiles: int32 [tiles, 6], all counted from the first shadow or main row: first shadow row of up to
-            SHADOW_TILE of one sequence, and their end (excluded); first main row of the sequence, and its
-            end; first shadow row of the sequence, and its end. A tile may be empty.
-        holes: int32 [S]: the main row that each does not see.
-        is_key: bool [S]: whether others may see it.
-        sees_block: bool [S].
-        spans: on the host, for each sequence with shadow rows its place in the pack, its first main row and
-            their end, its first shadow row and their end.
+        tiles: int32 [tiles, 6]: three ranges for each tile (start, exclusive end): its shadow rows, at most
+            SHADOW_TILE of one sequence; the main rows of the sequence; the shadow rows of the sequence. Each
+            counts from the first row of its kind. A tile may be empty.
+        holes: int32 [S]: the main row that each shadow row does not see.
+        is_key: bool [S]: whether other shadow rows may see it.
+        sees_block: bool [S]: whether it sees the other shadow rows.
+        spans: on the host, for each sequence with shadow rows: its index in the pack, the range of its main
+            rows and the range of its shadow rows.
     """
 
     tiles: Tensor
@@ -64,7 +64,7 @@ class DeviceShadows:
 
     @cached_property
     def segments(self) -> tuple[ShadowSegment, ...]:
-        """The same in masks, which are made when they are first asked for."""
+        """The shadow rows with masks, made at the first access."""
         segments = []
         for sequence, main_first, main_end, first, end in self.spans:
             own, length = slice(first, end), main_end - main_first
@@ -77,12 +77,12 @@ class DeviceShadows:
 
 @dataclass(frozen=True)
 class DeviceLayout:
-    """A layout for kernels.
+    """A layout in tensors on the device.
 
     Attributes:
         cu_queries, cu_keys: int32 [sequences + 1]: boundaries of the sequences among the main rows.
-        max_queries, max_keys: no sequence has more.
-        shadows: None where nobody verifies.
+        max_queries, max_keys: maximum number of a sequence.
+        shadows: the shadow rows; None: there are none.
     """
 
     cu_queries: Tensor
@@ -97,11 +97,11 @@ class VarlenLayout:
     """Which rows attend to which.
 
     Attributes:
-        cu_queries: boundaries of the sequences in the main queries, one more than there are sequences.
+        cu_queries: boundaries of the sequences in the main queries (number of sequences + 1).
         cu_keys: boundaries of the sequences in the main keys.
-        shadows: the shadow rows behind the main rows, in queries and keys; empty where nobody verifies, and
-            where `device` describes them.
-        device: the same for kernels; None where shapes differ from step to step.
+        shadows: the shadow rows, after the main rows in queries and keys; empty if there are none, or if
+            `device` describes them.
+        device: the layout on the device; None without static shapes.
     """
 
     cu_queries: tuple[int, ...]
@@ -111,17 +111,22 @@ class VarlenLayout:
 
     @property
     def segments(self) -> tuple[ShadowSegment, ...]:
-        """All shadow rows, with masks."""
+        """Shadow rows of all sequences, with masks."""
         if self.device is None or self.device.shadows is None:
             return self.shadows
         return self.device.shadows.segments
 
 
 def shadow_mask(holes_K: Tensor, length: int, sees_block: Tensor) -> Tensor:
-    """Which main rows, then shadow rows of its sequence each shadow row sees, bool [K, length + K].
+    """Mask of the shadow rows of a sequence over its main rows, then its shadow rows: bool [K, length + K].
 
-    It sees all main rows but the one at its own position (`holes_K`, int64), and where it sees its block
-    (bool [K], or [1] for all) every shadow row, else of these only itself.
+    A shadow row sees all main rows except the one at its own position. Of the shadow rows it sees all if it
+    sees its block, else only itself.
+
+    Args:
+        holes_K: int64 [K]: the main row that each shadow row does not see.
+        length: number of main rows.
+        sees_block: bool [K], or [1] for all.
     """
     count = len(holes_K)
     main = torch.ones(count, length, dtype=torch.bool, device=holes_K.device)
@@ -134,9 +139,9 @@ class AttentionBackend(ABC):
     """Bidirectional attention over packed rows.
 
     Attributes:
-        name: as in `attention_backend=`.
-        reads_device: whether it looks at nothing but a layout's `device`: it can then be captured in a graph
-            that serves other canvases.
+        name: name in `attention_backend`.
+        reads_device: whether it reads only the layout's `device`. A graph that captures it can then serve
+            other canvases.
     """
 
     name: str

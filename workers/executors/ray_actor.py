@@ -1,4 +1,4 @@
-"""The Ray actor of a worker: a worker behind bytes. It owns weights, and nothing that cannot be lost."""
+"""The Ray actor of a worker. Messages are bytes. It owns the weights and no state of requests."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from remask.workers.startup.setup import WorkerSetup
 from remask.workers.startup.start import measure_knee, start_worker
 from remask.workers.worker import Worker
 
-QUEUE_DEPTH = 2  # bursts that it takes at a time, the running one included
+QUEUE_DEPTH = 2  # bursts in flight, including the running one
 
 
 class RemaskWorker:
-    """A worker that is called from another process.
+    """A worker in a process of its own.
 
     Args:
-        num_threads: threads that it computes on.
+        num_threads: number of threads for computation.
     """
 
     def __init__(self, num_threads: int) -> None:
         self._num_threads = num_threads
         self._worker: Worker | None = None
-        self._decoder = msgspec.msgpack.Decoder(StepBatch)  # here: msgspec crashes where two threads make it
+        self._decoder = msgspec.msgpack.Decoder(StepBatch)  # msgspec crashes if two threads make it at once
         self._launching, self._num_launched = threading.Condition(), 0
 
     def start(self, setup: bytes, weights: SharedWeights | None) -> bytes:
-        """Loads the model; returns what the engine must know of it. (Errors of a constructor lose their
-        type on the way.)"""
-        torch.set_num_threads(self._num_threads)  # a setting of the thread, and Ray chooses that
+        """Loads the model and returns encoded `WorkerFacts`. (Ray drops the type of constructors' errors.)"""
+        torch.set_num_threads(self._num_threads)  # set for each thread; Ray chooses the thread
         self._setup = msgspec.msgpack.decode(setup, type=WorkerSetup)
         self._worker, facts = start_worker(self._setup, weights)
         return msgspec.msgpack.encode(facts)
@@ -45,8 +44,8 @@ class RemaskWorker:
 
     @ray.method(concurrency_group="bursts")
     def run(self, number: int, batch: bytes) -> bytes:
-        """A burst and its result. Bursts are launched in the order of their numbers (0, 1, ...); the next one
-        runs on a GPU while this one's result is read and goes back."""
+        """Runs a burst and returns its result. Bursts are launched in the order of their numbers (0, 1, ...).
+        On a GPU the next burst runs while the result of this one is read and sent."""
         assert self._worker is not None, "it has not started"
         torch.set_num_threads(self._num_threads)
         with self._launching:

@@ -53,8 +53,8 @@ class RayExecutor(Executor):
         placement_group: placement group of the workers; None: that of the caller, if it has one.
 
     Raises:
-        InvalidRequest: the cluster has too little, the checkpoint is at fault, or Ray is too old.
-        Unavailable: Ray cannot be started, or workers die or take too long while they start.
+        InvalidRequest: the cluster has too few resources, the checkpoint is invalid, or Ray is too old.
+        Unavailable: Ray cannot be started, or workers die or take too long to start.
     """
 
     queue_depth = QUEUE_DEPTH
@@ -119,10 +119,10 @@ class RayExecutor(Executor):
                     raise
 
     def scale(self, num_workers: int) -> None:
-        """Wants another number of workers; may be called from any thread, while requests run.
+        """Changes the number of workers, from any thread and while requests run.
 
         Raises:
-            InvalidRequest: the cluster has too little for them.
+            InvalidRequest: the cluster has too few resources.
             EngineDead: the engine was closed, or Ray was shut down.
         """
         with self._session.in_use():
@@ -133,18 +133,17 @@ class RayExecutor(Executor):
         self._scaled.set()
 
     def next_event(self, timeout: float | None = None) -> Event | None:
-        """Waits until something happens. Meanwhile it starts missing workers, lets go those that are too many
-        and replaces dead ones.
+        """Waits for an event. Starts missing workers, stops surplus ones and replaces dead ones meanwhile.
 
         Args:
-            timeout: seconds to wait at most; None: until something happens. 0 means that the engine is idle,
-                and does not block.
+            timeout: maximum seconds to wait; None: no limit. 0 does not block and means that the engine is
+                idle.
 
         Returns:
-            What has happened; None: nothing within that time.
+            The event; None if there was none in time.
 
         Raises:
-            Unavailable: there is no worker, and none is coming. Not if `timeout` is 0.
+            Unavailable: no worker is running and none can be started. Not raised if `timeout` is 0.
             EngineDead: the engine was closed, or Ray was shut down.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -165,8 +164,7 @@ class RayExecutor(Executor):
                     return None
 
     def close(self) -> None:
-        """Kills the workers. If Ray was shut down they are gone already; those of a process that this one was
-        forked from live on."""
+        """Kills the workers. In a forked process it does nothing: the workers are the parent's."""
         if self._session.is_foreign:
             return
         try:
@@ -179,7 +177,7 @@ class RayExecutor(Executor):
             self._session.close()
 
     def _wait(self, seconds: float) -> None:
-        """Waits for answers and takes all that have come: first bursts, starts and heartbeats."""
+        """Waits for answers and takes all that have arrived, bursts and starts before heartbeats."""
         waited: dict[Any, _Ready] = {}
         for held in self._pool.held.values():
             if held.start is not None:
@@ -193,17 +191,17 @@ class RayExecutor(Executor):
             time.sleep(seconds)
             return
         ready, _ = ray.wait(list(waited), num_returns=1, timeout=seconds)
-        if ready and len(waited) > 1:  # Ray counts the first of the list first; the others must not starve
+        if ready and len(waited) > 1:  # Ray prefers the first of the list; the others must not starve
             ready, _ = ray.wait(list(waited), num_returns=len(waited), timeout=0)
         self._ready.extend(waited[ref] for ref in ready)
 
     def _read(self) -> Event | None:
-        """The next event among the answers that have come."""
+        """The next event among the answers that have arrived."""
         if self._lost:
             return self._lost.popleft()
         while self._ready:
             held, kind, ref = self._ready.popleft()
-            if held.number not in self._pool.held:  # given up since
+            if held.number not in self._pool.held:  # removed in the meantime
                 continue
             try:
                 value: Any = ray.get(ref)
@@ -224,7 +222,7 @@ class RayExecutor(Executor):
 
 
 def check_version(version: str) -> None:
-    """Raises InvalidRequest where Ray is too old."""
+    """Raises InvalidRequest if Ray is too old."""
     parts = tuple(int(part) for part in version.split(".")[:2])
     if parts < OLDEST_RAY:
         oldest = ".".join(map(str, OLDEST_RAY))

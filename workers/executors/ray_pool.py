@@ -1,7 +1,7 @@
-"""The Ray actors of one engine: who is there, who starts, and who is given up.
+"""The Ray actors of one engine: start, heartbeats and replacement.
 
 A worker that dies or stalls is replaced by a new one, with a new number. The executor calls `look` while the
-engine waits for an event; nothing here runs in the background.
+engine waits for an event. There is no background thread.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from remask.workers.startup.start import WorkerFacts
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.25  # between two looks at what does not report by itself
+LOOK_SECONDS = 0.25  # between two checks of starts and heartbeats
 PING_SECONDS = 5.0  # between two heartbeats of a worker
-STALL_SECONDS = 60.0  # a worker that answers no heartbeat within that time is taken for dead
+STALL_SECONDS = 60.0  # without an answer to a heartbeat, after which a worker counts as dead
 START_SECONDS = 600.0  # for a worker to get its resources and load the model
-STARVED_SECONDS = 30.0  # how long a cluster without workers may be too small for one
+STARVED_SECONDS = 30.0  # that a cluster too small for a worker is tolerated while no worker runs
 STARTS_PER_LOOK = 8
-MAX_FAILED_STARTS = 3  # in a row; then the next is after a pause, if a worker works or the engine is idle
-RETRY_SECONDS = 60.0  # that pause
+MAX_FAILED_STARTS = 3  # in a row; the next start waits, and only while a worker runs or the engine is idle
+RETRY_SECONDS = 60.0  # between failed starts and the next
 CLOSE_SECONDS = 10.0  # for actors to end
 
 _foreign: list[object] = []  # handles of the process that this one was forked from
@@ -60,14 +60,14 @@ class WorkerPool:
     """The workers of one engine.
 
     Args:
-        setup: how each of them starts, as bytes.
-        resources: what each of them needs.
-        weights: ref of the model's, if they do not come from files.
+        setup: encoded `WorkerSetup`.
+        resources: resources of each worker.
+        weights: ref of the weights; None: workers read files.
 
     Attributes:
         held: all workers by number, in the order of their starts.
-        workers: numbers of those that take bursts.
-        reason: why the last worker was given up, or did not start.
+        workers: numbers of the workers that take bursts.
+        reason: why the last worker was given up or did not start.
     """
 
     def __init__(self, setup: bytes, resources: WorkerResources, weights: Any) -> None:
@@ -91,12 +91,12 @@ class WorkerPool:
         self.held[number] = Held(number, actor, start, time.monotonic())
 
     def start_all(self, num_workers: int) -> list[WorkerFacts]:
-        """Starts the first workers and waits until all have joined, with one deadline for all: what is wrong
-        on one node shows before any work does.
+        """Starts the first workers and waits until all have joined, with one deadline. A node that cannot run
+        a worker is found before any request runs.
 
         Raises:
-            InvalidRequest: a worker finds the checkpoint or the device at fault.
-            Unavailable: a worker died, or START_SECONDS were not enough.
+            InvalidRequest: the checkpoint or the device is invalid on a worker.
+            Unavailable: a worker died, or was not ready within START_SECONDS.
         """
         deadline = time.monotonic() + START_SECONDS
         for _ in range(num_workers):
@@ -125,10 +125,10 @@ class WorkerPool:
         return [msgspec.msgpack.decode(facts[number], type=WorkerFacts) for number in sorted(facts)]
 
     def measure_knee(self) -> int:
-        """The knee, by the first worker; all have joined, and none has anything else to do.
+        """The knee, measured by the first worker. All workers have joined and are idle.
 
         Raises:
-            Unavailable: the worker died, or START_SECONDS were not enough.
+            Unavailable: the worker died, or took longer than START_SECONDS.
         """
         held = next(iter(self.held.values()))
         try:
@@ -138,24 +138,24 @@ class WorkerPool:
             raise Unavailable(f"{problem}; give max_num_rows, and it is not measured") from None
 
     def join(self, held: Held) -> None:
-        """Notes that a worker has started."""
+        """Marks a worker as started."""
         held.start, held.pinged = None, time.monotonic()
         self._failed_starts = 0
         self._list_workers()
 
     def look(self, target: int, *, is_idle: bool) -> Left | None:
-        """Looks after the workers, if it is time to: gives up one that is late or not needed, or else starts
-        what is missing and sends heartbeats. The caller has read all answers that have come.
+        """Every LOOK_SECONDS, removes a worker that is late or surplus, or starts missing workers and sends
+        heartbeats. The caller has read all answers that have arrived.
 
         Args:
-            target: how many workers there shall be.
-            is_idle: the engine has nothing to run.
+            target: wanted number of workers.
+            is_idle: whether the engine has nothing to run.
 
         Returns:
-            The worker that was given up.
+            The worker that was removed; None: no worker was.
 
         Raises:
-            Unavailable: there is no worker, none is coming, and the engine is not idle.
+            Unavailable: no worker is running, none can be started, and the engine is not idle.
         """
         if time.monotonic() < self._look_at:
             return None
@@ -180,20 +180,20 @@ class WorkerPool:
         return None
 
     def seconds_to_look(self) -> float:
-        """Until the next look is due."""
+        """Seconds until the next check is due."""
         return max(0.0, self._look_at - time.monotonic())
 
     def look_soon(self) -> None:
-        """Makes the next look due, and forgets failed starts."""
+        """Makes the next check due, and resets the count of failed starts."""
         self._look_at, self._failed_starts = 0.0, 0
 
     def give_up(self, held: Held, reason: str, *, num_failures: int = 1) -> Left:
-        """Gives up a worker that has died, or counts as dead.
+        """Removes a worker that has died, or counts as dead.
 
         Args:
             held: the worker.
             reason: why.
-            num_failures: failed starts that it counts for, if it has not joined.
+            num_failures: number of failed starts it counts as, if it has not joined.
         """
         logger.warning("worker %d is gone: %s", held.number, reason)
         if held.start is not None:
@@ -203,11 +203,11 @@ class WorkerPool:
         return Left(held.number, died=True)
 
     def kill_all(self) -> None:
-        """Ends all actors, and waits until they have ended."""
+        """Kills all actors and waits up to CLOSE_SECONDS for their end."""
         goodbyes = [held.actor.ping.remote() for held in self.held.values()]
         for held in self.held.values():
             ray.kill(held.actor)
-        if goodbyes:  # they fail when the actors are gone
+        if goodbyes:  # the calls fail at the actors' end
             ray.wait(goodbyes, num_returns=len(goodbyes), timeout=CLOSE_SECONDS)
 
     def clear(self) -> None:
@@ -217,7 +217,7 @@ class WorkerPool:
         self._finalizer.detach()
 
     def _lateness(self, held: Held) -> str | None:
-        """What a worker is late with."""
+        """Why a worker counts as dead or stuck; None if it does not."""
         if _is_late(held.start, held.since, START_SECONDS):
             return f"timeout: it was not ready within {START_SECONDS:g} s"
         if _is_late(held.start, held.since, STARVED_SECONDS) and self._is_starved():
@@ -227,13 +227,13 @@ class WorkerPool:
         return None
 
     def _is_starved(self) -> bool:
-        """Whether no worker works, and the cluster could hold none if nothing else ran."""
+        """Whether no worker takes bursts and the cluster is too small for one."""
         return not self.workers and self._resources.exceed_cluster()
 
     def _drop(self, held: Held) -> None:
         del self.held[held.number]
         self._list_workers()
-        self._look_at = 0.0  # another may have to start
+        self._look_at = 0.0  # the next check may start another
         ray.kill(held.actor)
 
     def _list_workers(self) -> None:
@@ -258,14 +258,14 @@ class WorkerPool:
 
 
 def _keep_foreign(pid: int, *handles: object) -> None:
-    """Keeps the handles of a pool that nothing refers to, if this process was forked from the pool's: the end
-    of a handle here would end the actor there."""
+    """Keeps the handles of a dropped pool alive in a forked process: Ray would kill the parent's actors with
+    the last handle."""
     if pid != os.getpid():
         _foreign.append(handles)
 
 
 def is_ready(ref: Any) -> bool:
-    """Whether an answer has come; it may be unread."""
+    """Whether an answer has arrived; it may be unread."""
     return bool(ray.wait([ref], timeout=0)[0])
 
 
@@ -275,7 +275,7 @@ def _is_late(ref: Any, since: float, seconds: float) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What was raised in the worker."""
+    """The exception that the worker raised."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         return error.cause
     return error

@@ -1,4 +1,4 @@
-"""What workers need of a Ray cluster, and whether the cluster or a placement group has it."""
+"""The resources of workers, and the check that a Ray cluster or a placement group has them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from remask.scheduler.errors import InvalidRequest
 from remask.workers.executors.ray_session import RaySession
 
-FREE_SECONDS = 10.0  # a wait for resources: Ray counts what an actor had as free a moment after its end
+FREE_SECONDS = 10.0  # to wait for resources: Ray frees those of an actor some time after its end
 POLL_SECONDS = 0.2
 UNITS = 10_000  # Ray counts resources in ten-thousandths
 
 
 class WorkerResources:
-    """What Ray reserves for each worker, and where.
+    """The resources that Ray reserves for each worker.
 
     Args:
-        num_cpus: CPUs of each.
-        num_gpus: GPUs of each.
-        group: the workers go into its bundles; None: anywhere.
+        num_cpus: CPUs of each worker.
+        num_gpus: GPUs of each worker.
+        group: placement group of the workers; None: the whole cluster.
 
     Raises:
-        InvalidRequest: Ray cannot reserve that, or `group` is none.
+        InvalidRequest: Ray cannot reserve `num_gpus`, or `group` is not a placement group.
     """
 
     def __init__(self, num_cpus: int, num_gpus: float, group: PlacementGroup | None) -> None:
@@ -38,23 +38,23 @@ class WorkerResources:
         self.num_cpus, self.num_gpus, self.group = num_cpus, num_gpus, group
 
     def actor_options(self) -> dict[str, Any]:
-        """For `options` of an actor class."""
+        """Arguments of an actor class's `options`."""
         options: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
         if self.group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=self.group)
         return options
 
     def check(self, num_workers: int, *, num_held: int, session: RaySession) -> None:
-        """Waits up to FREE_SECONDS for resources that others give back.
+        """Checks that there are resources for workers. Waits up to FREE_SECONDS for resources in use.
 
         Args:
-            num_workers: how many there shall be.
-            num_held: how many of them have their resources.
-            session: the engine's.
+            num_workers: wanted number of workers.
+            num_held: how many of them already have resources.
+            session: session of the engine.
 
         Raises:
-            InvalidRequest: the cluster, or the placement group, has too little for them.
-            EngineDead: Ray was shut down meanwhile.
+            InvalidRequest: the cluster or the placement group has too few resources.
+            EngineDead: Ray was shut down during the wait.
         """
         deadline = time.monotonic() + FREE_SECONDS
         find = self._cluster_problem if self.group is None else self._group_problem
@@ -68,11 +68,11 @@ class WorkerResources:
             session.check()
 
     def exceed_cluster(self) -> bool:
-        """Whether no node of the cluster could hold a worker, also if nothing else ran."""
+        """Whether a worker fits no node of the cluster, even if the node is empty."""
         return not any(self.num_fitting(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
     def _cluster_problem(self, num_workers: int, num_new: int) -> tuple[InvalidRequest | None, bool]:
-        """What the cluster lacks, and whether a wait may help."""
+        """An error if the cluster has too few resources, and whether a wait may help."""
         total, free = ray.cluster_resources(), ray.available_resources()
         wanted = {kind: each for kind, each in (("CPU", self.num_cpus), ("GPU", self.num_gpus)) if each}
         hopeless, short = (
@@ -97,7 +97,7 @@ class WorkerResources:
         return InvalidRequest("num_cpus_per_worker", self.num_cpus, problem), False
 
     def _group_problem(self, num_workers: int, num_new: int) -> tuple[InvalidRequest | None, bool]:
-        """What the placement group lacks, and whether a wait may help."""
+        """An error if the placement group has too few resources, and whether a wait may help."""
         assert self.group is not None, "else it is the cluster's"
         table, free = placement_group_table(self.group), ray.available_resources()
         bundles, state = table.get("bundles", {}), table.get("state", "REMOVED")
@@ -108,7 +108,7 @@ class WorkerResources:
         need = f"{num_workers} workers need a bundle of {self.num_cpus} CPUs and {self.num_gpus:g} GPUs each"
         if num_fitting < num_workers:
             return InvalidRequest("placement_group", shown, f"{need}; {num_fitting} fit"), False
-        # Ray counts each bundle as resources of its own; it counts none of a bundle that has no node.
+        # Ray lists each placed bundle as resources of its own names.
         names = {kind: f"{kind}_group_{{}}_{self.group.id.hex()}" for kind in ("CPU", "GPU")}
         num_free = sum(
             self._num_free({kind: free.get(name.format(index), 0) for kind, name in names.items()})
@@ -126,7 +126,7 @@ class WorkerResources:
         return InvalidRequest("placement_group", shown, problem), True
 
     def num_fitting(self, amounts: Mapping[str, float]) -> int:
-        """Workers that fit into a node, or a bundle, that is empty."""
+        """Number of workers that fit an empty node or bundle."""
         num_gpus = amounts.get("GPU", 0)
         if 0 < self.num_gpus < 1:  # shares of one GPU
             whole, rest = divmod(num_gpus, 1)
@@ -136,7 +136,7 @@ class WorkerResources:
         return min(_num_shares(amounts.get("CPU", 0), self.num_cpus), on_gpus)
 
     def _num_free(self, amounts: Mapping[str, float]) -> int:
-        """Workers that fit into free resources at most. (Ray does not say which GPU has how much.)"""
+        """Maximum number of workers that fit free resources. (Ray does not report them for each GPU.)"""
         return min(
             _num_shares(amounts["CPU"], self.num_cpus),
             _num_shares(amounts["GPU"], self.num_gpus),
@@ -144,7 +144,7 @@ class WorkerResources:
 
 
 def check_num_gpus(num_gpus: float) -> None:
-    """Raises InvalidRequest if Ray cannot reserve so many GPUs for an actor."""
+    """Raises InvalidRequest if Ray cannot reserve this number of GPUs for an actor."""
     is_whole = 0 <= num_gpus < math.inf and num_gpus == int(num_gpus)
     if not (is_whole or 1 / UNITS <= num_gpus < 1):
         fix = f"must be a whole number, or a share of a GPU below 1 and not below {1 / UNITS}"

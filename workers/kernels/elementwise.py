@@ -1,4 +1,4 @@
-"""What a layer does to its rows between the matrix products, each in one launch and one pass over memory.
+"""The row operations of a layer, each in one launch and one pass over memory.
 
 The same arithmetic as the eager functions of `remask.workers.models.row_ops`, and the same roundings: the
 numbers are fp32 and are rounded to the rows' dtype wherever eager torch would store them. A row is worked on
@@ -19,7 +19,7 @@ from remask.workers.models.row_ops import FP8
 
 _FP8_MAX = tl.constexpr(448.0)
 _FP8_MAX_INVERSE = tl.constexpr(1 / 448.0)
-_SMALLEST_AMAX = tl.constexpr(1e-12)  # rows of zeros get a scale too
+_SMALLEST_AMAX = tl.constexpr(1e-12)  # gives rows of zeros a scale
 _COLUMNS = 2048  # of a program, where a row is cut up
 _HEADS = 16  # of a program
 

@@ -25,7 +25,7 @@ from remask.workers.kernels.keyed_random import gumbel
 from remask.workers.kernels.logarithms import log1p, log_difference
 from remask.workers.kernels.sizes import head_sizes
 
-# Tiles of the vocabulary that one program goes over. A split leaves 40 bytes a row: 10 KB of V = 126464.
+# Tiles of the vocabulary of one program. A split writes 40 bytes a row: 10 KB at V = 126464.
 SPLIT_TILES = 4
 MERGED_ROWS = 8  # rows of a program of the second kernel
 

@@ -1,4 +1,4 @@
-"""Logarithms of probabilities that keep their digits near 0 and 1, inside kernels."""
+"""Logarithms of probabilities inside kernels, precise near 0 and 1."""
 
 # Inside kernels Triton's functions take and give what their annotations do not say.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x > -1: what rounding takes from 1 + x is added again to first order."""
+    """log(1 + x) for x > -1, with a first-order correction of the rounding of 1 + x."""
     rounded = 1 + x
     return tl.log(rounded) + (x - (rounded - 1)) / rounded
 
@@ -19,7 +19,7 @@ def log1p(x):
 @triton.jit
 def log_difference(log_top, gap):
     """log(p1 - p2) of log p1 and log p1 - log p2; -inf where both probabilities are 0."""
-    # 1 - exp(-gap) of a small gap by its series: ten terms leave less than 1e-9 of it out.
+    # 1 - exp(-gap) of a small gap by ten terms of its series; the relative error is below 1e-9.
     near = tl.minimum(gap, 0.7)
     share = near * 0.1
     for i in tl.static_range(1, 10):

@@ -1,10 +1,10 @@
-"""Attention of the shadow rows of a pack whose shape is fixed: the mask is made on the fly, from data.
+"""Attention of the shadow rows of a pack with static shapes. The kernel computes the mask from data.
 
-Ordinary variable-length kernels serve the main rows; no mask of theirs has the hole that each shadow row
-needs. Every tile of shadow rows goes over the main rows of its sequence and then over the sequence's shadow
-rows, with one online softmax (Milakov and Gimelshein 2018) for both. Nothing is read on the host.
+Variable-length kernels of libraries compute the main rows. Their masks cannot exclude one key for each query,
+as shadow rows need. Each tile of shadow rows iterates over the main rows of its sequence and then over the
+sequence's shadow rows, with one online softmax (Milakov and Gimelshein 2018). The host reads nothing.
 
-A sequence's keys are cut into tiles from its own first row, so that what else is in the pack changes no bit.
+Key tiles start at the sequence's own first row, so a row's bits do not depend on other sequences.
 """
 
 # Kernels are launched with what the annotations of Triton's functions do not say.
@@ -31,15 +31,15 @@ def shadow_attention(
     v_shadow_SKd: Tensor,
     shadows: DeviceShadows,
 ) -> Tensor:
-    """Attention output of all shadow rows; zeros for rows of no tile.
+    """Attention output of all shadow rows; zeros for rows that are in no tile.
 
-    All may be views; their last dimension is contiguous.
+    All tensors may be views with a contiguous last dimension.
 
     Args:
         q_SHd: queries of the S shadow rows, [S, H, d].
         k_MKd, v_MKd: keys and values of the main rows, [M, K, d] (H a multiple of K).
-        k_shadow_SKd, v_shadow_SKd: those of the shadow rows, [S, K, d].
-        shadows: who sees what.
+        k_shadow_SKd, v_shadow_SKd: keys and values of the shadow rows, [S, K, d].
+        shadows: visibility of the shadow rows.
 
     Returns:
         [S, H, d], contiguous.
@@ -74,14 +74,14 @@ def shadow_attention(
 
 @triton.jit
 def _rows(ptr, rows, stride, is_row, dims, head_dim):
-    """[rows, dims] of one head; zeros where there is nothing."""
+    """[rows, dims] of one head; zeros outside."""
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + dims[None, :]
     return tl.load(ptrs, mask=is_row[:, None] & (dims < head_dim)[None, :], other=0.0)
 
 
 @triton.jit
 def _absorb(acc, top, norm, q, k, v, seen, scale):
-    """One tile of keys: the sum of values, the largest score and the sum of weights so far."""
+    """Adds a tile of keys to the sum of values, the largest score and the sum of weights."""
     scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(scores - new_top[:, None])
@@ -141,7 +141,7 @@ def _attend(
 
     acc = tl.zeros([QUERIES, BLOCK], dtype=tl.float32)
     norm = tl.zeros([QUERIES], dtype=tl.float32)
-    # Finite, unlike what is masked: a tile of which a row sees nothing then weighs 0, and is no NaN.
+    # Finite, unlike masked scores: a tile that is masked for a row then has weight 0 instead of NaN.
     top = tl.full([QUERIES], -1e38, dtype=tl.float32)
     for start in range(main_first, main_end, KEYS):
         keys = start + tl.arange(0, KEYS)

@@ -1,7 +1,7 @@
-"""Tile sizes of the head's and the shadow rows' kernels, by what a GPU's multiprocessors are made of.
+"""Tile sizes of the kernels of the head and of shadow attention, by compute capability.
 
-Sizes change a row's numbers by roundings only. They depend on the GPU and the dtype, never on the rows, so
-that on one GPU a row has the same numbers in any company.
+Sizes change a row's numbers only by rounding. They depend on the GPU and the dtype, not on the rows, so a
+row's numbers on one GPU do not depend on the other rows.
 """
 
 # Triton's modules and drivers have what their annotations do not say.
@@ -19,10 +19,11 @@ class HeadSizes(NamedTuple):
 
     Attributes:
         tile_n, tile_v: rows and ids of a tile.
-        tile_bytes: bytes of each row and id that a step of the product loads.
-        parts: parts of a tile's ids that the softmax takes one after another: the more, the fewer registers.
-        num_warps, num_stages: of Triton.
-        max_registers: of a thread; None: the compiler's choice.
+        tile_bytes: bytes of each row and id that one iteration of the product loads.
+        parts: number of parts of a tile's ids that the softmax processes in turn; more parts need fewer
+            registers.
+        num_warps, num_stages: launch options of Triton.
+        max_registers: maximum registers of a thread; None: the compiler's choice.
     """
 
     tile_n: int
@@ -42,13 +43,13 @@ class AttentionSizes(NamedTuple):
     num_stages: int
 
 
-# Hopper and data-center Blackwell. The product's sums are spread evenly over two groups of four warps. Three
-# stages are 96 KiB and 128 registers are allowed, so that two programs fit a multiprocessor: one does its
-# softmax while the other multiplies.
+# Hopper and data-center Blackwell. Two groups of four warps share the accumulators. Three stages take 96 KiB
+# and registers are limited to 128, so that two programs fit a multiprocessor: one computes its softmax while
+# the other multiplies.
 _WARP_GROUPS = HeadSizes(128, 128, 128, parts=4, num_warps=8, num_stages=3, max_registers=128)
-# All others: a thread holds twice as many rows, and 128 registers would be too few for them. One program
-# fits a multiprocessor. Tiles of fewer rows would let in two, but read the weights twice as often from the
-# second-level cache. The 64 KiB of shared memory fit each of these GPUs.
+# All others. A thread holds twice as many rows and needs more than 128 registers, so one program fits a
+# multiprocessor. With smaller tiles two would fit, but they would read the weights from the L2 cache twice as
+# often. The 64 KiB of shared memory fit every one of these GPUs.
 _WARPS = HeadSizes(128, 128, 128, parts=8, num_warps=8, num_stages=3, max_registers=None)
 # fp32 is multiplied without tensor cores.
 _FP32 = HeadSizes(64, 128, 128, parts=8, num_warps=8, num_stages=3, max_registers=None)
@@ -56,12 +57,12 @@ _FP32 = HeadSizes(64, 128, 128, parts=8, num_warps=8, num_stages=3, max_register
 # By major compute capability; None: Triton's interpreter.
 _HEAD = {9: _WARP_GROUPS, 10: _WARP_GROUPS, None: _WARP_GROUPS}
 
-# 32 queries are too few for Hopper's warp-group products (64 rows), so these are the older warp-wide ones on
-# all GPUs, and four warps share out the keys. Their registers admit two programs to a multiprocessor, and so
-# do three stages of loads (76 KiB at 128 dimensions in bf16).
+# 32 queries are too few for Hopper's warp-group products (64 rows), so all GPUs use warp-wide products, and
+# four warps divide the keys. Registers and three stages of loads (76 KiB at 128 dimensions in bf16) let two
+# programs fit a multiprocessor.
 _ATTENTION = AttentionSizes(keys=64, num_warps=4, num_stages=3)
-# fp32 needs twice the space, and fewer than eight warps would spill, as would more keys on older GPUs and
-# fewer on Hopper.
+# fp32 needs twice the space. Fewer than eight warps spill registers; so do more keys on older GPUs and fewer
+# on Hopper.
 _ATTENTION_IN_FP32 = {major: AttentionSizes(keys=64, num_warps=8, num_stages=2) for major in _HEAD}
 _OLDER_ATTENTION_IN_FP32 = AttentionSizes(keys=32, num_warps=8, num_stages=2)
 
@@ -79,7 +80,7 @@ def attention_sizes(*, is_fp32: bool) -> AttentionSizes:
 
 
 def _major_capability() -> int | None:
-    """Of the current GPU; None in the interpreter, and 0 for what is not Nvidia's."""
+    """Major compute capability of the current GPU; None in the interpreter, 0 if the GPU is not Nvidia's."""
     if triton.knobs.runtime.interpret:
         return None
     arch = triton.runtime.driver.active.get_current_target().arch

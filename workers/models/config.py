@@ -1,4 +1,4 @@
-"""What a `config.json` is turned into: the ids and lengths of a model, and the shape of a transformer."""
+"""Parsed `config.json`: ids and lengths of a model, and the shape of a transformer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What requests must know of a model.
+    """The facts about a model that requests depend on.
 
     Attributes:
         vocab_size: ids a request may use.

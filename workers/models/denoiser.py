@@ -1,4 +1,4 @@
-"""The seam to models: segments in, statistics out. Whatever answers for packed rows can be denoised with."""
+"""The interface of models: packed rows in, statistics of slots out."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from remask.workers.rows.pack import HeadQuery, PackedRows
 
 logger = logging.getLogger(__name__)
 
-CPU_PACK_ROWS = 1024  # a larger pack gains nothing
-GPU_PACK_ROWS = 1 << 30  # the row budget alone bounds a forward
+CPU_PACK_ROWS = 1024  # larger packs are no faster
+GPU_PACK_ROWS = 1 << 30  # only the row budget limits a forward
 
 
 class Denoiser(ABC):
     """A model of masked sequences.
 
     Attributes:
-        config: its ids and lengths.
-        mask_id: M.
-        device: where its tensors live.
-        pack_rows: rows of a forward beyond which a larger pack is no faster (on a CPU, one that leaves the
-            cache is slower).
-        static_shapes: whether packs have the same shapes in every step, so that the host need not wait for
-            the device; else they hold no row too many.
+        config: ids and lengths of the model.
+        mask_id: id of the mask token, M.
+        device: device of its tensors.
+        pack_rows: rows above which a larger pack is no faster. On a CPU a pack that exceeds the cache is
+            slower.
+        static_shapes: whether packs have the same shapes in every step, so that the host does not wait for
+            the device. If not, packs hold only the rows that a step needs.
     """
 
     config: ModelConfig
@@ -50,17 +50,17 @@ class Denoiser(ABC):
 
     @abstractmethod
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
-        """Statistics of the N slots that a pack answers for."""
+        """Statistics of the N slots of a pack."""
 
 
 class TransformerDenoiser(Denoiser):
     """A transformer and its head.
 
     Args:
-        model: the weights.
-        attention: which rows see which is its matter.
+        model: the transformer.
+        attention: backend that applies the pack's visibility.
         pack_rows, static_shapes: see `Denoiser`.
-        kernels: whether Triton does the head, and what layers do between products; needs static shapes.
+        kernels: whether Triton kernels compute the head and the row operations; needs static shapes.
     """
 
     config: TransformerConfig
@@ -97,7 +97,7 @@ class TransformerDenoiser(Denoiser):
         return self.model.logits(padded)[:count]
 
     def _fused(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
-        """What one pass over the vocabulary can answer; the special slots' logits are looked at again."""
+        """Statistics by one pass over the vocabulary; special slots are computed from whole logits."""
         from remask.workers.kernels.head import fused_statistics
 
         assert query.live is not None, "shapes are static"
@@ -145,7 +145,7 @@ def load_denoiser(
         attention_backend, quantization: see `denoiser_of`.
 
     Raises:
-        InvalidRequest: the device is not here, or the checkpoint is at fault.
+        InvalidRequest: the device does not exist, or the checkpoint is invalid.
     """
     load = dummy_model if load_format == "dummy" else load_checkpoint
     model = load(directory, dtype=dtype, device=pick_device(device))
@@ -194,7 +194,7 @@ def denoiser_of(
 
 
 def pick_device(device: str) -> str:
-    """A device that torch has here.
+    """Resolves "auto" and checks that torch has the device.
 
     Raises:
         InvalidRequest: it is unknown or torch does not see it.

@@ -1,8 +1,8 @@
 """Random weights for a config, so that speed can be measured without a checkpoint.
 
-A usual initialisation would give a flat softmax over the vocabulary: no token would ever reach a threshold
-and every policy would do the same. These weights spread the probabilities out (tests pin the distribution);
-the text they write means nothing.
+A common initialisation gives a flat softmax over the vocabulary: no token reaches a threshold, and all
+policies decide alike. These weights spread the probabilities (tests pin the distribution). The generated text
+is meaningless.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from remask.workers.models.transformer import Transformer
 SEED = 0
 # Of Gaussian logits with deviation s, the largest of V stands out once s exceeds sqrt(2 ln V), 4.6 at 32,000.
 HEAD_SCALE = 16.0
-# Sharper attention than random queries and keys give: rows see different tokens, so they differ in what they
-# propose.
+# Sharper attention than random queries and keys give, so that rows attend to different tokens and propose
+# different ones.
 QUERY_KEY_SCALE = 2.0
-# Attention adds less to a row than the row's own token does: a token committed with confidence then keeps its
-# leave-one-out probability about as often as it loses it, and policies that verify have something to decide.
+# Attention adds less to a row than its own token does. About half of the tokens committed with confidence
+# then keep their leave-one-out probability, so verifying policies both keep and remask tokens.
 ATTENTION_SCALE = 0.3
 
 
 @torch.no_grad()
 def dummy_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Transformer:
-    """A model of the shape in a directory's `config.json`; the same numbers in every process on the same kind
-    of device.
+    """A model with the shape in a directory's `config.json` and random weights, equal in every process on the
+    same kind of device.
 
-    Numbers are drawn in fp32, parameter by parameter where they stay, and then rounded: every dtype holds the
-    same model, and peak memory is the weights plus one fp32 parameter.
+    Each parameter is drawn in fp32 on the device and then rounded, so every dtype holds the same model, and
+    peak memory is the weights plus one fp32 parameter.
 
     Args:
-        directory: holds `config.json`; weights and tokenizer are not needed.
-        dtype: "auto" (the config's; float32 where it names none), "float32", "bfloat16" or "float16".
+        directory: contains `config.json`; weights and tokenizer are not needed.
+        dtype: "auto" (the config's, or float32), "float32", "bfloat16" or "float16".
         device: a torch device.
 
     Raises:
-        InvalidRequest: no directory, or a config at fault.
+        InvalidRequest: no directory, or an invalid config.
     """
     _, config = read_config(directory)
     with torch.device("meta"):

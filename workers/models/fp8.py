@@ -1,8 +1,8 @@
-"""Products in fp8: weights with one scale an output, activations with one a row, sums in fp32.
+"""Products in fp8: one scale for each output of a weight and each row of activations, sums in fp32.
 
-Twice the arithmetic rate and half the bytes of bf16 on GPUs that have it (Hopper, Ada, Blackwell). What
-reads and writes probabilities stays as it is: embedding, norms and head. On a CPU the same numbers are
-multiplied in fp32, so that quality can be studied there; it is no faster.
+On GPUs with fp8 (Hopper, Ada, Blackwell) it has twice the arithmetic rate and half the bytes of bf16.
+Embedding, norms and head stay in bf16. A CPU multiplies the same numbers in fp32: this serves to study
+quality and is no faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from remask.workers.models import row_ops
 from remask.workers.models.row_ops import RowOps
 
 QUANTIZED = ("qkv", "attn_out", "gate_up", "down")  # of each layer
-_MULTIPLE = 16  # of both sizes of a weight, for the tensor cores
+_MULTIPLE = 16  # that both sizes of a weight must be of, for the tensor cores
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ def quantize_layers(layers: nn.ModuleList) -> None:
     """Replaces the weights of layers by fp8, one at a time.
 
     Raises:
-        InvalidRequest: their dtype, sizes or device do not allow it.
+        InvalidRequest: dtype, sizes or device do not support fp8.
     """
     for layer in layers:
         for name in QUANTIZED:
             weight = getattr(layer, name)
             _check(weight)
-            delattr(layer, name)  # a parameter's place takes nothing else
+            delattr(layer, name)  # an attribute registered as a parameter takes nothing else
             setattr(layer, name, ScaledWeight(*row_ops.quantize_rows(weight)))
 
 

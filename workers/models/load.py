@@ -1,4 +1,4 @@
-"""Whatever can be denoised with, from a directory: a transformer's checkpoint or an exact chain."""
+"""Loads a model from a directory: a transformer's checkpoint or a Markov chain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_model(
     """The model in a local directory, ready to denoise; the arguments are those of `load_denoiser`.
 
     Raises:
-        InvalidRequest: the device is not here, or the directory is at fault.
+        InvalidRequest: the device does not exist, or the directory is invalid.
     """
     raw = read_raw_config(directory)
     if architecture_of(raw) == ARCHITECTURE:

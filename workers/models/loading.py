@@ -38,10 +38,10 @@ COMPARED_ROWS = 4096  # of two tensors at a time
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: how to read its config and what its tensors are called.
+    """A model family: its config and the names of its tensors.
 
     Attributes:
-        embedding, head: names of two tensors, of which `weight_tying` makes one.
+        embedding, head: names of the two tensors that `weight_tying` makes one.
     """
 
     parse_config: Callable[[dict[str, Any], str], TransformerConfig]
@@ -80,7 +80,7 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     """
     try:
         is_directory = directory.is_dir()
-    except OSError:  # a name that the file system cannot have
+    except OSError:  # a name that is invalid on this file system
         is_directory = False
     if not is_directory:
         raise InvalidRequest(
@@ -105,7 +105,7 @@ def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
     """Family and shape of the checkpoint in a directory.
 
     Raises:
-        InvalidRequest: no directory, no config.json, an unknown architecture, or values that cannot be.
+        InvalidRequest: no directory, no config.json, an unknown architecture, or invalid values.
     """
     raw, path = read_raw_config(directory), directory / "config.json"
     generation = directory / "generation_config.json"
@@ -215,11 +215,11 @@ def check_tensors(
     """Compares names, shapes and types in the shards' headers with what the model needs.
 
     Args:
-        directory: named in errors.
-        shards: the files.
+        directory: the checkpoint, for errors.
+        shards: its files.
         expected: shapes of the tensors that the model needs.
-        optional: shapes of those that may be there as well.
-        head: name of the head, which `weight_tying` makes dispensable.
+        optional: shapes of tensors that may be stored as well.
+        head: name of the head, which is not needed with `weight_tying`.
 
     Returns:
         The dtype of the largest tensor, under its name in `DTYPES`.
@@ -261,7 +261,7 @@ def check_tensors(
 
 
 def check_tied(directory: Path, shards: list[Path], family: Family) -> None:
-    """Compares a head that is stored with the embedding that takes its place, some rows at a time.
+    """Checks that a stored head equals the embedding that replaces it, COMPARED_ROWS rows at a time.
 
     Raises:
         InvalidRequest: they differ.

@@ -1,13 +1,13 @@
-"""A model that is exactly right: the posterior of a small Markov chain over the masked positions.
+"""An exact model: the posterior of a small Markov chain over the masked positions.
 
-With it the sampler is the only source of error, so that policies can be judged by the distribution they write
+The sampler is then the only source of error, and a policy can be judged by the distribution of its outputs
 ("Is Your Diffusion Sampler Actually Correct?", arXiv 2602.19619). A directory with a `config.json` like this
-is used wherever a checkpoint is:
+takes the place of a checkpoint:
 
     {"architectures": ["MarkovChain"], "initial": [0.5, 0.5], "transition": [[0.9, 0.1], [0.2, 0.8]]}
 
-States are the token ids 0..S-1 and M is S; there are no end-of-text ids and no tokenizer. The first position
-of a prompt is drawn from `initial`, each next from the row of `transition` that the one before names.
+States are the token ids 0..S-1 and M is S. There are no end-of-text ids and no tokenizer. `initial` is the
+distribution of the first position of a prompt; row s of `transition` is that of the position after state s.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ class MarkovDenoiser(Denoiser):
 
 
 def load_markov(raw: dict[str, Any], source: str) -> MarkovDenoiser:
-    """The model of a `config.json`.
+    """The chain in a `config.json`.
 
     Raises:
-        InvalidRequest: `initial` and `transition` are no probabilities of a chain.
+        InvalidRequest: `initial` and `transition` are not the probabilities of a chain.
     """
     try:
         initial = torch.tensor(raw.get("initial"), dtype=torch.float64)
@@ -119,7 +119,7 @@ def load_markov(raw: dict[str, Any], source: str) -> MarkovDenoiser:
 
 
 def write_markov(directory: Path, initial: Sequence[float], transition: Sequence[Sequence[float]]) -> None:
-    """Makes a directory that `LLM` takes as a model."""
+    """Writes a directory that `LLM` takes as a model."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {"architectures": [ARCHITECTURE], "initial": initial, "transition": transition}
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""What a transformer does to its rows between the matrix products, each row by itself.
+"""The row operations of a transformer, between the matrix products.
 
-`EAGER` is the reference and runs everywhere; `triton_ops` does the same in one launch each.
+`EAGER` is the reference and runs everywhere. `triton_ops` computes each in one launch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
-_SMALLEST_AMAX = 1e-12  # rows of zeros get a scale too
+_SMALLEST_AMAX = 1e-12  # gives rows of zeros a scale
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -45,13 +45,13 @@ def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
         e4m3 [T, D] and fp32 [T, 1], whose product is nearly `x_TD`: a row's largest magnitude becomes 448.
     """
     x32 = x_TD.float()
-    # A product, because a GPU divides by a number on the host as by its reciprocal and a CPU does not.
+    # A product: a GPU divides by a host scalar as by its reciprocal, and a CPU does not.
     scales_T1 = x32.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST_AMAX) * (1 / _FP8_MAX)
     return (x32 / scales_T1).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scales_T1
 
 
 class RowOps(NamedTuple):
-    """One way to compute them."""
+    """One implementation of the row operations."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rotate_halves: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -63,7 +63,7 @@ EAGER = RowOps(rms_norm, rotate_halves, silu_mul, quantize_rows)
 
 
 def triton_ops() -> RowOps:
-    """Our kernels; needs Triton."""
+    """The implementation in Triton."""
     from remask.workers.kernels import elementwise as kernels
 
     return RowOps(kernels.rms_norm, kernels.rotate_halves, kernels.silu_mul, kernels.quantize_rows)

@@ -1,7 +1,7 @@
-"""Weights as arrays that processes can share: read once, and given to workers that have no files.
+"""Weights as arrays that processes share, for workers without files.
 
-The arrays are the fused parameters as they stand in memory. Who gets them read-only, as from a shared object
-store, computes on them where they are: workers of one node hold one copy together.
+The arrays are the fused parameters as they are in memory. A worker uses read-only arrays of a shared object
+store in place, so the workers of a node share one copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # numpy has no bfloat1
 
 
 class SharedWeights(NamedTuple):
-    """A model without code: bytes and arrays."""
+    """The config and the parameters of a model as bytes and arrays."""
 
     config: bytes  # TransformerConfig as msgpack
     dtype: str  # torch's name, such as "bfloat16"
@@ -30,7 +30,7 @@ class SharedWeights(NamedTuple):
 
 
 def share(model: Transformer) -> SharedWeights:
-    """The weights of a model on the CPU; nothing is copied."""
+    """The weights of a model on the CPU, without a copy."""
     dtype = model.embedding.dtype
     words = _WORDS[dtype.itemsize]
     arrays = {path: parameter.view(words).numpy() for path, parameter in model.named_parameters()}
@@ -38,7 +38,7 @@ def share(model: Transformer) -> SharedWeights:
 
 
 def model_of(shared: SharedWeights, device: str) -> Transformer:
-    """The model on a device; on the CPU it stands on the arrays themselves."""
+    """The model on a device; on the CPU it uses the arrays in place."""
     config = msgspec.msgpack.decode(shared.config, type=TransformerConfig)
     dtype: torch.dtype = getattr(torch, shared.dtype)
     with torch.device("meta"):

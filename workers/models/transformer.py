@@ -1,8 +1,8 @@
 """The packed bidirectional transformer that all families share: rows in, hidden states of the candidates out.
 
-Fused qkv and gate/up projections, RMSNorm and RoPE in fp32, positions given with the rows. Inference only.
-Attention and what is done to rows between the products (`RowOps`) are given from outside.
-Parameters are made on the meta device and filled by `remask.workers.models.loading`.
+Fused qkv and gate/up projections, RMSNorm and RoPE in fp32, explicit positions. Inference only. The caller
+provides the attention backend and the row operations (`RowOps`). Parameters are created on the meta device
+and filled by `remask.workers.models.loading`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Block(nn.Module):
         attention: AttentionBackend,
         ops: RowOps,
     ) -> Tensor:
-        """All rows [T, D] through the layer."""
+        """Output [T, D] of the layer for all rows."""
         qkv = self._heads(ops.rms_norm(x_TD, self.attn_norm, self.eps), self.qkv, ops)
         q_and_k, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=1)
         q, k = ops.rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
@@ -73,7 +73,7 @@ class Block(nn.Module):
         attention: AttentionBackend,
         ops: RowOps,
     ) -> Tensor:
-        """Only some rows [N, D] through the layer; all rows give keys and values."""
+        """Output [N, D] of the layer for some rows; all rows give keys and values."""
         normed_TD = ops.rms_norm(x_TD, self.attn_norm, self.eps)
         q_size = self.sizes[0] * self.head_dim
         q = self._heads(normed_TD[rows_N], self.qkv[:q_size], ops)
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, layers, final norm and head; `logits` is for the rows that `remask.workers.head` picks."""
+    """Embedding, layers, final norm and head."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         self.head = None if config.tied_embeddings else _empty(config.embedding_size, config.hidden_size)
 
     def forward(self, rows: PackedRows, attention: AttentionBackend, ops: RowOps = EAGER) -> Tensor:
-        """Hidden states [H, D] of the candidates, not yet normed; the last layer computes only those."""
+        """Hidden states [H, D] of the candidates before the final norm. The last layer computes no others."""
         rope = rope_tables(rows.positions_T, self.config.head_dim, self.config.rope_theta)
         x_TD = self.embedding[rows.ids_T]
         *blocks, last = self.blocks
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
         return last.candidates(x_TD, rope, *chosen, attention, ops)  # type: ignore[operator]
 
     def normed(self, x_ND: Tensor, ops: RowOps = EAGER) -> Tensor:
-        """Hidden states as the head takes them."""
+        """Hidden states after the final norm."""
         return ops.rms_norm(x_ND, self.final_norm, self.config.norm_eps)
 
     @property
@@ -123,10 +123,10 @@ class Transformer(nn.Module):
         return head[: self.config.vocab_size]
 
     def logits(self, x_ND: Tensor) -> Tensor:
-        """Logits [N, V] of the rows that need them: on a GPU in fp32, on a CPU in the model's dtype.
+        """Logits [N, V]: on a GPU in fp32, on a CPU in the model's dtype.
 
-        Rounded to bf16 the two largest logits of some rows are equal. On a CPU torch has no product of bf16
-        that leaves its fp32 sums as they are.
+        If logits are rounded to bf16, the two largest of some rows are equal. On a CPU torch has no product
+        of bf16 inputs with an fp32 output.
         """
         normed_ND, head_VD = self.normed(x_ND), self.head_weight
         if normed_ND.is_cuda:

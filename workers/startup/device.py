@@ -1,4 +1,4 @@
-"""Devices: which one kernels run on, and what it is called, with which measurements are stamped."""
+"""Devices: the current GPU of a thread, and the name that measurements are stamped with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU the current one of this thread: that is where Triton launches kernels, graphs are captured
-    and events are recorded, wherever their tensors live."""
+    """Makes a GPU the current one of this thread. Triton launches kernels, and torch captures graphs and
+    records events, on the current GPU, not on that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

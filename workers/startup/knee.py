@@ -1,8 +1,8 @@
-"""The knee: the rows of a forward from which on more rows only take longer.
+"""The knee: the number of rows above which a larger forward adds latency and no throughput.
 
-A forward of few rows waits for weights and for the host; past some hundreds or thousands of rows arithmetic
-decides, and a larger batch adds latency and no throughput. Where that is depends on model, device and dtype,
-so it is measured with real bursts when an engine first starts and kept in the user's cache directory.
+A forward of few rows is bound by reading weights and by the host. Above some hundreds or thousands of rows it
+is bound by arithmetic. The number depends on model, device and dtype, so the first start of an engine
+measures it with real bursts and keeps it in the user's cache directory.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from remask.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 0.05  # of the best rate that a smaller batch may fall short of, and that counts as a gain
-MAX_CANVAS_ROWS = 128  # prompt and canvas of the requests it is measured with
+TOLERANCE = 0.05  # share of the best rate that a smaller batch may lose, and that counts as a gain
+MAX_CANVAS_ROWS = 128  # prompt and canvas of the measured requests
 MIN_ROWS = 2048  # always measured, time permitting, so that a transient slowdown is not taken for the knee
 MAX_DOUBLINGS = 10
 REPETITIONS = 3
-GRAPH_STEPS = 8  # by which a burst on a GPU is longer than the one that it is compared with
-SECONDS = 15.0  # a measurement ends after that long, with the forward that it is at
+GRAPH_STEPS = 8  # difference in steps between the two bursts that are timed on a GPU
+SECONDS = 15.0  # limit of a measurement, which ends with the current forward
 
 
 def knee(model: TransformerDenoiser, graphs: StepGraphs | None = None) -> int:
-    """Rows of the knee: from the cache, or measured and put there.
+    """Rows of the knee, from the cache or measured.
+
+    If the cache cannot be read or written, every start measures. A measurement that ran out of time is not
+    kept.
 
     Args:
-        model: as it will run.
-        graphs: of its steps, as they will run; None: without.
-
-    A cache that cannot be read or written is no error: then each start measures. So does a start after one
-    that ran out of time.
+        model: the model as the worker runs it.
+        graphs: graphs of its steps; None: steps are not captured.
     """
     key = {**_key(model), "graphs": graphs is not None}
     path = _cache_path(key)
@@ -67,13 +67,17 @@ def knee(model: TransformerDenoiser, graphs: StepGraphs | None = None) -> int:
 
 
 def find_knee(points: Sequence[tuple[int, float]]) -> int:
-    """The fewest rows whose rate is nearly the best; `points` are rows, growing, and rows per second."""
+    """The fewest rows whose rate is within TOLERANCE of the best.
+
+    Args:
+        points: rows, in ascending order, and rows per second.
+    """
     best = max(rate for _, rate in points)
     return next(rows for rows, rate in points if rate >= (1 - TOLERANCE) * best)
 
 
 def num_flat(points: Sequence[tuple[int, float]]) -> int:
-    """How many of the last points gain nothing over the best before them."""
+    """Number of points at the end that gain nothing over the best before them."""
     best, count = 0.0, 0
     for _, rate in points:
         count = 0 if rate > (1 + TOLERANCE) * best else count + 1
@@ -84,11 +88,13 @@ def num_flat(points: Sequence[tuple[int, float]]) -> int:
 def measure(
     model: TransformerDenoiser, graphs: StepGraphs | None = None
 ) -> tuple[list[tuple[int, float]], bool]:
-    """Rows and rows per second of steps of 1, 2, 4, ... equal canvases; and whether time sufficed to get past
-    the knee.
+    """Measures steps of 1, 2, 4, ... equal canvases, until two doublings in a row have gained nothing.
 
-    The number doubles until two doublings in a row have gained nothing. Then all sizes are measured again in
-    turn and the best of each counts, because other work on the machine only ever slows one down.
+    Then every size is measured again and its best rate counts, because other work on the machine only slows
+    steps down.
+
+    Returns:
+        Rows and rows per second of each size; whether the measurement passed the knee in time.
     """
     canvas_rows = min(MAX_CANVAS_ROWS, model.config.max_len)
     canvas = _example(canvas_rows, model.config.mask_id)
@@ -122,13 +128,13 @@ def measure(
 def _step_seconds(worker: Worker, canvas: Canvas, num_canvases: int) -> float:
     """Seconds of a step of equal canvases.
 
-    A GPU computes a burst while the host packs the next one, so there packing does not count: it is the same
-    in a long burst and in a short one, and their difference is the device's alone.
+    On a GPU packing does not count, because the host packs a burst while the GPU computes the one before. A
+    long and a short burst take the same time to pack, so their difference is device time.
     """
     short = _burst(canvas, num_canvases, 1)
     if not worker.overlaps:
         return _seconds(worker, short)
-    for _ in range(2):  # a shape is captured when it is met again
+    for _ in range(2):  # a shape is captured at its second use
         _seconds(worker, short)
     longer = _seconds(worker, _burst(canvas, num_canvases, 1 + GRAPH_STEPS)) - _seconds(worker, short)
     return max(longer / GRAPH_STEPS, 1e-9)
@@ -145,7 +151,7 @@ def _seconds(worker: Worker, batch: StepBatch) -> float:
 def _example(num_rows: int, mask_id: int) -> Canvas:
     canvas_len = max(1, num_rows // 2)
     prompt = [0 if mask_id != 0 else 1] * (num_rows - canvas_len)
-    # One token a step: no canvas ends before the burst.
+    # One token a step, so that no canvas finishes before the burst.
     params = resolve(SamplingParams(max_tokens=canvas_len, unmask="schedule"))
     return new_canvas("knee", 0, prompt, params, seed=0, sample=0, mask_id=mask_id, stop_ids=[])
 
@@ -160,7 +166,7 @@ def _burst(canvas: Canvas, num_canvases: int, num_steps: int) -> StepBatch:
 
 
 def _key(model: TransformerDenoiser) -> dict[str, Any]:
-    """All that the knee depends on."""
+    """Everything that the knee depends on."""
     return {
         "model": asdict(model.config),
         "device": device_name(model.device),
@@ -178,7 +184,7 @@ def _key(model: TransformerDenoiser) -> dict[str, Any]:
 
 
 def _cache_path(key: dict[str, Any]) -> Path | None:
-    """A file for each key, so that engines that start at once do not write the same one; None: no home."""
+    """A file for each key, so that concurrent starts do not write the same file; None: no home directory."""
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         directory = Path(base) if base else Path.home() / ".cache"
@@ -193,6 +199,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
             json.dump(content, file, indent=1)
-        os.replace(file.name, path)  # whole or not at all: several engines may start at once
+        os.replace(file.name, path)  # atomic: several engines may start at once
     except OSError as error:
         logger.warning("the measured knee cannot be kept in %s: %s", path.parent, error)

@@ -1,8 +1,7 @@
 """The number of rows that fit the memory of a GPU.
 
-It is measured when a worker starts, with the most demanding bursts that requests can lead to. It bounds what
-the engine packs together and is no promise: a burst may still find less memory. A CPU has no limit. Nothing
-in this file knows workers.
+A worker measures it at its start, with worst-case bursts. It bounds the rows of a batch. It is an estimate: a
+burst can still run out of memory. A CPU has no limit. This file does not depend on the worker.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from remask.workers.models.denoiser import TransformerDenoiser
 logger = logging.getLogger(__name__)
 
 MAX_CANVAS_LEN = 512  # of the canvases that memory is measured with
-MAX_ROWS = 1 << 14  # beyond, peaks grow as they did before
-GROWTH = 4  # times as many rows from one measurement to the next
+MAX_ROWS = 1 << 14  # above it the peak grows linearly
+GROWTH = 4  # factor between the rows of two measurements
 RESERVE_BYTES = GRAPH_BYTES + (1 << 30)  # for captured steps, and for gaps between allocations
 
 
 def row_limit(
     model: TransformerDenoiser, utilization: float, run: Callable[[StepBatch], StepResult]
 ) -> int | None:
-    """Rows of a forward that the device has room for beside the weights; None on a CPU.
+    """Maximum rows of a forward that fit the device's memory beside the weights; None on a CPU.
 
     Args:
-        model: as it will run.
-        utilization: the share of the GPU's memory that this process may use, in (0, 1].
-        run: runs a burst on the model as a worker does, to the end.
+        model: the model as the worker runs it.
+        utilization: share of the GPU's memory that this process may use, in (0, 1].
+        run: runs a burst on the model as a worker does, and returns when it has finished.
 
     Raises:
         InvalidRequest: there is no room for a single row.
@@ -69,12 +68,14 @@ def row_limit(
 def measure(
     peak_bytes: Callable[[int], int | None], smallest: int
 ) -> tuple[list[tuple[int, int]], int | None]:
-    """Rows and peak bytes of growing forwards up to `MAX_ROWS`, two of them at least; and the rows that did
-    not fit any more (None: all did).
+    """Measures forwards of growing size, at least two, up to `MAX_ROWS` rows.
 
     Args:
-        peak_bytes: what a forward of so many rows takes at its peak; None: more than there is.
-        smallest: rows of the first.
+        peak_bytes: peak memory in bytes of a forward with this number of rows; None: out of memory.
+        smallest: rows of the first forward.
+
+    Returns:
+        Rows and peak bytes of each forward that fits; rows of the first that does not fit (None: all fit).
     """
     points: list[tuple[int, int]] = []
     num_rows = smallest
@@ -88,14 +89,14 @@ def measure(
 
 
 def limit_from(points: Sequence[tuple[int, int]], budget_bytes: int) -> int:
-    """How many rows fit, by the line through the last two points; 0 where none does.
+    """Number of rows that fit, extrapolated through the last two points; at least 0.
 
-    Where that line does not rise, or there is one point, a row takes its share of the last peak; without a
-    point nothing fits.
+    If the peak does not grow between them, or there is one point, memory counts as proportional to the rows.
+    Without a point the result is 0.
 
     Args:
-        points: rows, growing, and peak bytes.
-        budget_bytes: what the peak may reach.
+        points: rows, in ascending order, and peak bytes.
+        budget_bytes: maximum peak in bytes.
     """
     if not points:
         return 0
@@ -106,19 +107,19 @@ def limit_from(points: Sequence[tuple[int, int]], budget_bytes: int) -> int:
 
 
 def room_bytes(device: torch.device, utilization: float) -> int:
-    """What bursts may take of a GPU's memory: the share that is ours, as far as nobody else has it."""
+    """Bytes of a GPU's memory for bursts: the rest of this process's share, at most the free memory."""
     free, total = torch.cuda.mem_get_info(device)
     ours = int(utilization * total) - torch.cuda.memory_reserved(device)
     return min(ours, free) - RESERVE_BYTES
 
 
 def demanding_canvas(config: ModelConfig, *, special: bool = False) -> Canvas:
-    """A canvas of which somebody reads every row: one block, all masked, with a shadow row for each slot, a
-    policy that asks for all statistics, and tokens that are drawn.
+    """A worst-case canvas: one block, fully masked, with a shadow row for each slot, sampled tokens and a
+    policy that reads all statistics.
 
     Args:
-        config: of the model.
-        special: whether its rows also ask for whole logits.
+        config: configuration of the model.
+        special: whether its rows also need whole logits.
     """
     canvas_len = min(MAX_CANVAS_LEN, config.max_len)
     params = SamplingParams(
@@ -134,9 +135,9 @@ def demanding_canvas(config: ModelConfig, *, special: bool = False) -> Canvas:
 
 
 def demanding_burst(config: ModelConfig, num_rows: int) -> StepBatch:
-    """Demanding canvases with so many rows together, a multiple of those of one.
+    """A worst-case burst of `num_rows` rows, a multiple of one canvas's rows.
 
-    One of them is special: work on whole logits goes in chunks, and many would take no more memory for it.
+    One canvas is special: whole logits are processed in chunks, so more special canvases need no more memory.
     """
     special, plain = (demanding_canvas(config, special=special) for special in (True, False))
     canvases = [special] + [plain] * (num_rows // plain.num_rows - 1)

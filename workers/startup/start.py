@@ -1,4 +1,4 @@
-"""How a worker starts, wherever it runs; what the engine must know of it; the rows that it is fed with."""
+"""The start of a worker, in process and on Ray, and the row budget of a batch."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from remask.workers.worker import Worker
 
 
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a worker tells the engine when it is ready."""
+    """What a worker reports to the engine when it is ready."""
 
     config: ModelConfig
-    row_limit: int | None  # rows of a forward that its memory has room for; None: no bound
-    attention_backend: str | None  # the one in use; None: the model has no attention
+    row_limit: int | None  # maximum rows of a forward that fit its memory; None: no limit
+    attention_backend: str | None  # the backend in use; None: the model has no attention
     overlaps: bool  # whether launching a burst returns before it has run
 
 
 def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tuple[Worker, WorkerFacts]:
-    """Loads the model, warms up its kernels and measures what its memory has room for.
+    """Loads the model, warms up its kernels and measures its row limit.
 
     Args:
-        setup: what is asked for.
-        weights: the model's, where they do not come from files.
+        setup: configuration of the worker.
+        weights: weights of the model; None: they are read from files.
 
     Raises:
-        InvalidRequest: the device is not here, or the checkpoint is at fault.
+        InvalidRequest: the device does not exist, or the checkpoint is invalid.
         RuntimeError: the device cannot run the model's kernels.
     """
     if weights is not None:
@@ -75,15 +75,17 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
 
 
 def measure_knee(worker: Worker, setup: WorkerSetup) -> int:
-    """Rows of a forward from which on more only take longer. It keeps the machine busy for some seconds, so
-    one worker measures for all while the others wait."""
+    """The knee: the number of rows above which the time of a forward is proportional to its rows.
+
+    The measurement occupies the machine for some seconds, so one worker measures for all while the others are
+    idle."""
     model = worker.model
     if not isinstance(model, TransformerDenoiser):
         return model.pack_rows
-    graphs = None if setup.batch_invariant else graphs_for(model)  # which are freed with the measurement
+    graphs = None if setup.batch_invariant else graphs_for(model)  # freed after the measurement
     return knee(model, graphs)
 
 
 def row_budget(num_rows: int, limits: Iterable[int | None]) -> int:
-    """Rows of a batch: `num_rows`, as far as the memory of every worker has room for them."""
+    """Maximum rows of a batch: `num_rows`, or the smallest row limit of a worker."""
     return min([num_rows, *(limit for limit in limits if limit is not None)])

@@ -1,8 +1,8 @@
-"""A first run of every kernel, so that no request waits for one.
+"""Compiles and loads every kernel before the first request.
 
-Triton compiles a variant of a kernel when it is first launched, which takes seconds, and a GPU loads it then.
-Variants depend on the model and on the statistics that the head is asked for, never on numbers of rows. So
-one small burst for each choice of statistics runs all that requests can lead to.
+Triton compiles a kernel's variant at its first launch, which takes seconds. Variants depend on the model and
+on the statistics that the head computes, not on the number of rows. One small burst for each set of
+statistics therefore launches every variant that requests can need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from remask.workers.models.denoiser import TransformerDenoiser
 logger = logging.getLogger(__name__)
 
 CANVAS_LEN = 2
-# Policies that read no statistic beyond the proposal's probability, the margin, the entropy, and both.
+# Policies that read the proposal's probability, and beside it: nothing, the margin, the entropy, and both.
 UNMASK = ("threshold:0.9", "schedule:score=margin", "entropy_bound:1.0", "entropy_bound:order=margin")
 
 
@@ -28,8 +28,8 @@ def warm_up(model: TransformerDenoiser, run: Callable[[StepBatch], StepResult]) 
     """Compiles and loads the kernels of a model; logs the seconds that it took.
 
     Args:
-        model: as it will run.
-        run: runs a burst on the model as a worker does, to the end.
+        model: the model as the worker runs it.
+        run: runs a burst on the model as a worker does, and returns when it has finished.
 
     Raises:
         RuntimeError: a kernel does not run on this device.
@@ -39,13 +39,13 @@ def warm_up(model: TransformerDenoiser, run: Callable[[StepBatch], StepResult]) 
         canvas = _canvas(model.config, unmask)
         batch = StepBatch(burst_id=number, num_steps=1, specs=[canvas.spec], states=[canvas.state])
         result = run(batch)
-        if result.failure not in (None, "memory"):  # what memory has room for is measured next
+        if result.failure not in (None, "memory"):  # `row_limit` measures memory next
             raise RuntimeError(f"the kernels do not run on {model.device}: {result.error}")
     logger.info("compiled and loaded the kernels in %.1f seconds", time.perf_counter() - started)
 
 
 def _canvas(config: ModelConfig, unmask: str) -> Canvas:
-    """A canvas of one block with a shadow row for each slot, and tokens that are drawn."""
+    """A canvas of one block, with a shadow row for each slot and sampled tokens."""
     canvas_len = min(CANVAS_LEN, config.max_len)
     params = SamplingParams(
         max_tokens=canvas_len, block_length=canvas_len, unmask=unmask, remask="wino", temperature=1.0
