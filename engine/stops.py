@@ -1,9 +1,8 @@
-"""Stop strings: where in the tokens of a canvas a text ends.
+"""Stop strings: the position in a canvas at which a text ends.
 
-A bidirectional model commits in any order, so a text is looked at when a block of it is finished. A stop
-string ends it at the token that completes the string, as if the text had been looked at after each token.
-Blocks that were looked at before are not decoded again, but for as much of their end as a stop string may
-begin in.
+A bidirectional model commits tokens in any order, so a text is searched when one of its blocks is finished.
+It ends at the token that completes a stop string, as if it had been searched after each token. Earlier blocks
+are not decoded again, except for the tokens at their end in which a stop string can begin.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ UNREADABLE = "\ufffd"
 
 
 class StopStrings:
-    """Looks for stop strings in finished blocks.
+    """Searches finished blocks for stop strings.
 
     Args:
-        strings: not empty; the first in this order where several are completed by the same token.
+        strings: the stop strings, not empty. If one token completes several, the first in this order counts.
         decode: text of token ids.
-        silent_ids: ids of which `decode` shows nothing.
+        silent_ids: ids that `decode` omits.
     """
 
     def __init__(
@@ -37,11 +36,11 @@ class StopStrings:
         self._silent_ids = np.array(sorted(silent_ids), dtype=np.int64)
 
     def __call__(self, canvas: Canvas, state: CanvasState) -> TextStop | None:
-        """The stop in the blocks that a burst has finished, if there is one before a stop id.
+        """The stop string in the blocks that a burst has finished, unless a stop id comes before it.
 
         Args:
-            canvas: as it was before the burst; the blocks that it had finished hold no stop.
-            state: what the burst made of it.
+            canvas: the canvas before the burst; its finished blocks contain no stop.
+            state: its state after the burst.
         """
         spec = canvas.spec
         start, end = (number * spec.block_length for number in (canvas.state.block, state.block))
@@ -59,14 +58,14 @@ class StopStrings:
 def find_stop(
     ids: list[int], strings: Sequence[str], decode: Callable[[list[int]], str], *, start: int = 0
 ) -> TextStop | None:
-    """The first stop string that the tokens complete; None where they complete none.
+    """The first stop string that the tokens complete; None if they complete none.
 
     Args:
         ids: tokens of a text.
-        strings: what to look for.
-        decode: text of token ids; that of a piece is that of the whole text but for `EDGE_LEN` characters at
-            the beginning.
-        start: number of leading tokens known to complete none.
+        strings: the stop strings.
+        decode: text of token ids. The text of a part equals that of the whole except for up to `EDGE_LEN`
+            characters at its beginning.
+        start: number of leading tokens that are known to complete no stop string.
     """
     first, num_known = _safe_offset(ids[:start], max(map(len, strings)), decode)
 
@@ -82,8 +81,9 @@ def find_stop(
 
 
 def _safe_offset(ids: list[int], longest: int, decode: Callable[[list[int]], str]) -> tuple[int, int]:
-    """Where to decode from, in tokens, and how many characters to skip there, so that every stop string that
-    begins before the end of `ids` and ends behind it is found, and none besides."""
+    """Token to decode from, and number of characters to skip there: a search then finds every stop string
+    that
+    begins before the end of `ids` and ends after it, and no other."""
     num_wanted = longest + 2 * EDGE_LEN
     num_back = num_wanted
     while num_back < len(ids):

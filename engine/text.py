@@ -1,7 +1,7 @@
-"""The tokenizer, and text and token ids around special tokens: encoding, chat templates, stop strings.
+"""The tokenizer: encoding of prompts, chat templates and stop strings.
 
-The mask token is never a prompt's: a text that spells it means its characters. Special tokens are never a
-completion's: what looks for one in a text must look for its id.
+A prompt never contains the mask token: its text in a prompt is encoded as plain characters. The text of a
+completion never contains special tokens, so a stop string that is one becomes a stop id.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_REASON_LEN = 200  # characters of what a chat template says
 
 
 def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a directory (`tokenizer.json`), never looked up online; None where there is none.
+    """The tokenizer in a directory (`tokenizer.json`), never looked up online; None if there is none.
 
     Raises:
         InvalidRequest: it cannot be read, or is missing and required.
@@ -37,8 +37,8 @@ def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase |
 class PromptEncoder:
     """Encodes prompts, from any thread.
 
-    The mask's ids as ordinary characters are found once: splitting special tokens is a setting of the
-    tokenizer that all threads would see.
+    The ids of the mask token's text as plain characters are computed once, because splitting special tokens
+    is a setting of the tokenizer that all threads share.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_id: int) -> None:
@@ -48,7 +48,7 @@ class PromptEncoder:
         tokenizer.encode("", add_special_tokens=False)  # which takes the setting back
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of a prompt, none of them the mask's: its token in the text is encoded as ordinary characters.
+        """Ids of a prompt. The mask token's text is encoded as plain characters.
 
         Raises:
             InvalidRequest: the text is not valid Unicode, or the tokenizer has no other ids for the mask's
@@ -70,15 +70,15 @@ class PromptEncoder:
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, conversation: Sequence[dict[str, Any]], *, name: str
 ) -> str:
-    """A conversation through the tokenizer's chat template, ready for the assistant's turn.
+    """Applies the tokenizer's chat template to a conversation, with the prompt for the assistant's turn.
 
     Args:
-        tokenizer: with a chat template; templates are code of the checkpoint and may fail in any way.
+        tokenizer: has a chat template, which is code of the checkpoint and may raise any error.
         conversation: messages with text content.
-        name: what an error calls the conversation.
+        name: name of the conversation in errors.
 
     Raises:
-        InvalidRequest: the template fails, or says that it does not take the conversation.
+        InvalidRequest: the template fails or rejects the conversation.
     """
     try:
         return str(
@@ -92,14 +92,14 @@ def render_chat(
 
 
 def content_text(name: str, content: object) -> str:
-    """The text of a message: text as it is, or OpenAI's parts, each a line.
+    """The text of a message: text, or OpenAI's content parts joined by line breaks.
 
     Args:
-        name: what errors call the message's content.
+        name: name of the content in errors.
         content: text, or a list of `{"type": "text", "text": ...}`.
 
     Raises:
-        InvalidRequest: something else than text.
+        InvalidRequest: the content is not text.
     """
     if isinstance(content, list):
         return "\n".join(_part_text(f"{name}[{place}]", part) for place, part in enumerate(content))
@@ -109,7 +109,7 @@ def content_text(name: str, content: object) -> str:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of the tokens that decoding leaves out, by their text."""
+    """Ids of the special tokens, which decoding omits, by their text."""
     added = tokenizer.added_tokens_decoder.items()
     return {token.content: token_id for token_id, token in added if token.special and token.content}
 
@@ -117,15 +117,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def split_stops(
     strings: Sequence[str], special: dict[str, int], *, mask_id: int
 ) -> tuple[list[str], list[int]]:
-    """Stop strings that a text may hold, and the ids of those that are a special token.
+    """Separates stop strings into those of plain text and the ids of those that are a special token.
 
     Args:
-        strings: what shall end a text.
+        strings: the stop strings.
         special: see `special_tokens`.
-        mask_id: what no text ends with.
+        mask_id: id of the mask token, which no text contains.
 
     Raises:
-        InvalidRequest: a string that can never appear: the mask token, or a special token amid other text.
+        InvalidRequest: a string that no text can contain: the mask token, or a special token amid other text.
     """
     texts = [string for string in strings if string not in special]
     ids = [special[string] for string in strings if string in special]

@@ -1,6 +1,6 @@
-"""Batch files: many requests from a file, their results into another, through any interruption.
+"""Batch files: runs the requests of a file and writes their results; an interrupted run can be resumed.
 
-`source` reads the input, `lines` turns a line into a checked request, `check` does so for the whole file
-before any work, `journal` is the output while it grows, `identity` says which run an output belongs to,
-`parquet` is the one file that knows pyarrow, and `run` puts them together.
+`source` reads the input. `lines` parses a line into a checked request. `check` checks the whole file before
+any request runs. `journal` writes the partial output. `identity` names the run that an output belongs to.
+`parquet` is the only file that imports pyarrow. `run` combines them.
 """

@@ -1,7 +1,7 @@
-"""The first pass: every line is read and checked wholly before any of them runs.
+"""The first pass: checks every line before any request runs.
 
-What stays of a line is a 16-byte digest of its custom_id, so a million lines take 16 MB; the digests find
-duplicates and tell, after an interruption, whether a result belongs to its place.
+Of each line it keeps a 16-byte digest of the custom_id, so a million lines take 16 MB. The digests find
+duplicates. After an interruption they show whether a result belongs to its index.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from remask.batch.lines import LineReader
 from remask.batch.source import Source
 from remask.scheduler.errors import InvalidRequest, RemaskError, shown
 
-MAX_SHOWN = 20  # faults told in an error
+MAX_SHOWN = 20  # faults listed in an error
 DIGEST_BYTES = 16
 
-Report = Callable[[str, int, int | None], None]  # what is done to the lines, how many have been, of how many
+Report = Callable[[str, int, int | None], None]  # current phase, lines done, total (None: unknown)
 
 
 class InvalidBatch(RemaskError, ValueError):
-    """Lines of the input are at fault; nothing was run.
+    """Lines of the input are invalid. Nothing was run.
 
     Attributes:
-        faults: number of the line and what is wrong with it, for the first 20.
-        num_faults: how many there are.
+        faults: line number and problem of the first MAX_SHOWN invalid lines.
+        num_faults: number of invalid lines.
     """
 
     def __init__(self, path: Path, unit: str, faults: list[tuple[int, str]], num_faults: int) -> None:
@@ -40,7 +40,7 @@ class InvalidBatch(RemaskError, ValueError):
 
 
 class CustomIds:
-    """The custom_ids of a file by their place, as digests."""
+    """Digests of the custom_ids of a file, by index."""
 
     def __init__(self) -> None:
         self._digests = bytearray()
@@ -52,14 +52,14 @@ class CustomIds:
         self._digests += _digest(custom_id)
 
     def matches(self, index: int, custom_id: str) -> bool:
-        """Whether the line at this place has this custom_id."""
+        """Whether the line at this index has this custom_id."""
         start = index * DIGEST_BYTES
         return 0 <= index < len(self) and self._digests[start : start + DIGEST_BYTES] == _digest(custom_id)
 
     def duplicates(self) -> list[tuple[int, int]]:
-        """Places (first, later) with the same custom_id, in the order of the later ones."""
+        """Pairs of indices (first, later) with the same custom_id, ordered by the later one."""
         halves = np.frombuffer(self._digests, "<u8").reshape(-1, 2)
-        order = np.lexsort((halves[:, 0], halves[:, 1]))  # stable: equal ones stay in the order of the file
+        order = np.lexsort((halves[:, 0], halves[:, 1]))  # stable: equal digests stay in file order
         ordered = halves[order]
         same = (ordered[1:] == ordered[:-1]).all(axis=1)
         first = np.arange(len(order))
@@ -70,13 +70,13 @@ class CustomIds:
 
 
 def check_lines(source: Source, reader: LineReader, *, record_invalid: bool, report: Report) -> CustomIds:
-    """Reads the whole input.
+    """Checks the whole input.
 
     Args:
-        record_invalid: lines at fault will be told in the output; duplicates are refused all the same.
+        record_invalid: accept invalid lines, which become results. Duplicate custom_ids are refused anyway.
 
     Raises:
-        InvalidBatch: lines are at fault.
+        InvalidBatch: lines are invalid.
         InvalidRequest: there are no lines, or the file cannot be read.
     """
     ids = CustomIds()
@@ -103,7 +103,7 @@ def check_lines(source: Source, reader: LineReader, *, record_invalid: bool, rep
 def _tell_duplicates(
     source: Source, reader: LineReader, duplicates: list[tuple[int, int]]
 ) -> list[tuple[int, str]]:
-    """Faults of duplicates; reads the file once more, for the numbers of their lines."""
+    """Faults of duplicates. Reads the file again for their line numbers."""
     if not duplicates:
         return []
     wanted = {place for pair in duplicates for place in pair}

@@ -1,7 +1,7 @@
-"""Which run a result belongs to: a name made of the input, the model and the parameters.
+"""The identity of a run, made of the input, the model and the parameters.
 
-Every result carries it in its id, `batch_req_<run>_<index>`, where the index counts the requests of the input
-from 0. So an output file says by itself whose it is and what it holds; no second file can be lost or swapped.
+Every result has it in its id, `batch_req_<run>_<index>`. The index counts the requests of the input from 0.
+An output file therefore identifies its run and its results without a second file.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from remask.embedded import model_directory
 
 PREFIX = "batch_req_"
 _ID = re.compile(rf"{PREFIX}([0-9a-f]{{8}})([0-9a-f]{{8}})([0-9a-f]{{8}})_(0|[1-9][0-9]*)\Z")
-SAMPLE_BYTES = 2**16  # read at the start, the middle and the end of a large file of the model
+SAMPLE_BYTES = 2**16  # read at the start, middle and end of a large file of the checkpoint
 
 
 class RunName(NamedTuple):
-    """Eight hex digits each for the three things that decide what a run writes."""
+    """Eight hex digits for each of the three inputs that determine the results of a run."""
 
     input: str
     model: str
     parameters: str
 
     def id(self, index: int) -> str:
-        """The id of a result."""
+        """Id of a result."""
         return f"{PREFIX}{''.join(self)}_{index}"
 
     def difference(self, other: RunName) -> str:
-        """What another run differs in, for a person."""
+        """Description of what another run differs in."""
         told = {"input": "another input", "model": "another model", "parameters": "other parameters"}
         fields = zip(self._fields, self, other, strict=True)
         return " and ".join(told[name] for name, mine, its in fields if mine != its)
 
 
 def parse_id(text: str) -> tuple[RunName, int] | None:
-    """Run and index of a result's id; None: it is no such id."""
+    """Run and index in the id of a result; None if it has another form."""
     found = _ID.match(text)
     return (RunName(*found.groups()[:3]), int(found[4])) if found else None
 
 
 def parameters_digest(parameters: Mapping[str, Any]) -> str:
-    """Digest of what the command line says about every line."""
+    """Digest of the parameters that apply to every line."""
     return _short(msgspec.json.encode(dict(parameters), order="sorted"))
 
 
 def model_digest(model: str | Path) -> str:
-    """Digest of a checkpoint directory, wherever it lies: names, sizes, and samples of the files.
+    """Digest of the names, the sizes and samples of the files of a checkpoint directory, not of its path.
 
-    Some 200 kilobytes a file are read, however large it is; training changes every weight, so samples tell
-    one checkpoint from the next.
+    It reads about 200 kilobytes of each file. Training changes every weight, so samples distinguish
+    checkpoints.
     """
     digest = hashlib.blake2b(digest_size=16)
     with model_directory(model) as directory:

@@ -1,11 +1,11 @@
-"""The output while it grows, so that no interruption loses or repeats a result.
+"""The partial output of a run: an interruption loses and repeats no result.
 
-Results are appended to `<output>.partial`, one write a line, and synchronized to the disk every second or
-so. When all are there, the file takes its name with `link`, which never replaces anything. Whatever happens,
-the partial file is therefore a row of whole lines and at most one torn end: a killed process tears the last
-write, a full disk is rolled back to the last whole line, and after a power loss what was not synchronized yet
-may be missing or zeros. `recover` keeps the whole lines, cuts off the rest, and the run goes on with what is
-missing. A lock on the file keeps a second process out.
+Results are appended to `<output>.partial`, one write for each line, and synchronized to the disk about once a
+second. The complete file gets its final name with `link`, which never replaces a file. The partial file
+always consists of whole lines and at most one torn line at the end: a killed process tears the last write, a
+full disk is rolled back to the last whole line, and after a power loss data that was not synchronized may be
+missing or zeros. `recover` keeps the whole lines and truncates the rest, and the run continues with the
+missing requests. A lock on the file excludes a second process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from remask.scheduler.errors import InvalidRequest, RemaskError, shown
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0
-MAX_SYNC_SHARE = 0.01  # of the time; a slow disk is synchronized less often
+MAX_SYNC_SHARE = 0.01  # of the run time; a slow disk is synchronized less often
 LAST_DONE = 400  # the largest HTTP status of a line that is done
 NO_OUTPUT = "is no output of a batch; choose another name"
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -39,7 +39,7 @@ NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK)
 
 
 class BatchStopped(RemaskError):
-    """The run could not go on; what is done is safe, and `--resume` continues."""
+    """The run stopped. Its results are on the disk, and `--resume` continues it."""
 
 
 class _Response(msgspec.Struct, frozen=True):
@@ -53,7 +53,7 @@ class _Head(msgspec.Struct):
 
     @property
     def is_done(self) -> bool:
-        """Answered or refused; a line that failed is run again."""
+        """Whether the line was answered or refused. A line that failed runs again."""
         return self.response.status_code <= LAST_DONE
 
 
@@ -61,11 +61,11 @@ class Journal:
     """The partial output of one run, locked while it is open; a context manager.
 
     Args:
-        output: the file that the run makes.
-        resume: go on with what is there. Else anything there is refused.
+        output: path of the complete output.
+        resume: continue an existing partial output. If False, an existing one is an error.
 
     Attributes:
-        finished: the output exists already (only with `resume`).
+        finished: whether the output is already complete (only with `resume`).
 
     Raises:
         InvalidRequest: the output or a partial one exists, another process writes it, or the directory cannot
@@ -77,7 +77,7 @@ class Journal:
             raise InvalidRequest("--output-file", str(output), "is a directory; give the name of a file")
         self.output, self.partial = output, output.with_name(output.name + ".partial")
         self._converting = output.with_name(output.name + ".converting")
-        self._holds_failed = False  # lines that failed stand beside the results of their second run
+        self._holds_failed = False  # whether the file has failed results beside those of a second run
         self._file = _open_locked(self.partial)
         try:
             self.finished = os.path.lexists(output)
@@ -102,7 +102,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Unlocks; an empty partial file goes away. Idempotent."""
+        """Unlocks the file and removes it if it is empty. Idempotent."""
         if self._file >= 0:
             if os.fstat(self._file).st_size == 0 and _is_same(self.partial, self._file):
                 self.partial.unlink()
@@ -110,10 +110,10 @@ class Journal:
             self._file = -1
 
     def recover(self, run: RunName, ids: CustomIds) -> NDArray[np.bool_]:
-        """Which results are there; a torn end is cut off.
+        """Returns the results in the file and truncates a torn end.
 
         Raises:
-            InvalidRequest: the file belongs to another run, or holds what no run writes.
+            InvalidRequest: the file belongs to another run, or has content that no run writes.
         """
         done = np.zeros(len(ids), np.bool_)
         end = 0
@@ -138,7 +138,7 @@ class Journal:
         return done
 
     def check_finished(self, run: RunName, num_lines: int) -> None:
-        """Raises InvalidRequest unless the output holds all results of this run; removes left-over files."""
+        """Raises InvalidRequest unless the output has all results of this run. Removes left-over files."""
         done = np.zeros(num_lines, np.bool_)
         for id, custom_id in _finished_ids(self.output):
             self._mark(done, run, _Head(id, custom_id), None, repeats=is_parquet(self.output))
@@ -150,14 +150,14 @@ class Journal:
             self.partial.unlink()
 
     def append(self, line: bytes) -> None:
-        """Adds a result, whole or not at all.
+        """Appends a result atomically.
 
         Raises:
             BatchStopped: the disk is full or has failed.
         """
         try:
             written = os.pwrite(self._file, line, self._end)
-            while written < len(line):  # a disk that is nearly full takes a part
+            while written < len(line):  # a nearly full disk writes a part
                 written += os.pwrite(self._file, line[written:], self._end + written)
             self._end += len(line)
             pause = max(SYNC_SECONDS, self._sync_seconds / MAX_SYNC_SHARE)
@@ -169,14 +169,14 @@ class Journal:
             raise BatchStopped(f"{self.partial}: {error.strerror}") from error
 
     def sync(self) -> None:
-        """Brings everything to the disk."""
+        """Synchronizes the file to the disk."""
         started = time.monotonic()
         os.fsync(self._file)
         self._synced = time.monotonic()
         self._sync_seconds = self._synced - started
 
     def finish(self, convert: Callable[[Iterable[bytes], Path], None] | None) -> None:
-        """Gives the complete output its name, as it is or converted.
+        """Gives the complete output its final name, converted if it is Parquet.
 
         Raises:
             BatchStopped: the disk is full or has failed, or a file of that name has appeared meanwhile.
@@ -243,7 +243,7 @@ def _open_locked(path: Path) -> int:
             logger.warning("%s: this file system has no locks; do not run two processes on it", path)
         if _is_same(path, file):
             return file
-        os.close(file)  # its last owner finished and renamed it between our opening and our lock
+        os.close(file)  # another process finished and renamed it before we locked it
 
 
 def _is_same(path: Path, file: int) -> bool:
@@ -254,7 +254,7 @@ def _is_same(path: Path, file: int) -> bool:
 
 
 def _read_head(line: bytes) -> _Head | None:
-    """Id and custom_id of a whole line; None: it is torn."""
+    """Id and custom_id of a line; None if it is torn."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -274,7 +274,7 @@ def _copy(lines: Iterable[bytes], target: Path) -> None:
 
 
 def _may_be_torn(line: bytes, run: RunName) -> bool:
-    """Whether the first line of a file may be what is left of this run's first line."""
+    """Whether the first line of a file can be a torn first line of this run."""
     head = b'{"id":"' + run.id(0)[:-1].encode()
     start = line[: len(head)].rstrip(b"\0")
     return head.startswith(start)
@@ -303,7 +303,7 @@ def _rename_without_replacing(source: Path, target: Path) -> None:
             raise
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        os.rename(source, target)  # a file system without links
+        os.rename(source, target)  # the file system has no links
     else:
         os.unlink(source)
 
@@ -320,5 +320,5 @@ def _sync_directory(path: Path) -> None:
     try:
         _sync_file(path)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):  # cannot be done here
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES):  # not supported here
             raise

@@ -1,8 +1,8 @@
-"""From a line of a batch file to a checked request, or to what is wrong with it.
+"""Parses a line of a batch file into a checked request or a fault.
 
-Two kinds of lines may stand in one file. A line of OpenAI's batch format has `custom_id`, `method`, `url` and
-`body`. A plain line is the body itself: `prompt` (or `prompt_token_ids`) or `messages`, beside the parameters
-and an optional `custom_id`; without one it is named after its place.
+A file may mix two kinds of lines. A line in OpenAI's batch format has `custom_id`, `method`, `url` and
+`body`. A plain line is the body: `prompt` (or `prompt_token_ids`) or `messages`, parameters, and an optional
+`custom_id`, which defaults to the unit and number of the line (`line-3`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ ENVELOPE = ("custom_id", "method", "url", "body")
 
 
 class Line(NamedTuple):
-    """A line that was read: a request, or a fault."""
+    """A parsed line: a request or a fault."""
 
     number: int
     custom_id: str
     kind: Literal["chat", "completion"]
-    checked: CheckedPrompt | None  # None: at fault
+    checked: CheckedPrompt | None  # None: the line is invalid
     fault: InvalidRequest | None
 
 
@@ -33,11 +33,11 @@ class LineReader:
     """Reads the lines of one file for one model.
 
     Args:
-        intake: the model's.
-        unit: what a line is called ("line" or "row"), also in the names of lines without a custom_id.
-        model_names: what the model may be called in a body.
-        defaults: parameters of lines that do not give them.
-        chat: put plain text prompts through the chat template, as a user's message.
+        intake: intake of the model.
+        unit: "line" or "row", in errors and in default custom_ids.
+        model_names: names of the model that a body may use.
+        defaults: default parameters of a line.
+        chat: apply the chat template to plain text prompts, as a user message.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LineReader:
         self._model_names, self._defaults = model_names, defaults
 
     def read(self, number: int, content: Content) -> Line:
-        """The line of that number; what is wrong with it stands in `fault`."""
+        """Parses the line with this number. If it is invalid, `fault` says why."""
         custom_id, kind = f"{self._unit}-{number}", "completion"
         try:
             fields = decode(content)
@@ -71,7 +71,7 @@ class LineReader:
             return Line(number, custom_id, kind, None, error)
 
     def _plain_kind(self, body: dict[str, Any]) -> Literal["chat", "completion"]:
-        """Which kind of request a plain line is; gives `prompt_token_ids` and `--chat` their usual form."""
+        """Kind of request of a plain line. Normalizes `prompt_token_ids` and `--chat`."""
         forms = ("prompt", "prompt_token_ids", "messages")
         given = [name for name in forms if body.get(name) is not None]
         if len(given) != 1:

@@ -1,8 +1,8 @@
-"""Parquet in and out, by record batches; the only file that touches pyarrow, and only when it is needed.
+"""Reads and writes Parquet by record batches. Imports pyarrow when it is first needed.
 
-A row of the input is a plain line: columns are its fields, and null means "not given", also inside structs,
-where Parquet has every field that any row has. The output has a row
-a sample. It is made from the finished journal: a Parquet file cannot be continued after an interruption.
+A row of the input is a plain line with the columns as fields. Null means "not given", also inside structs,
+where Parquet has every field of every row. The output has a row for each sample. It is converted from the
+complete journal, because an interrupted Parquet file cannot be continued.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def require_pyarrow(option: str, path: Path) -> None:
-    """Raises InvalidRequest where pyarrow is not installed."""
+    """Raises InvalidRequest if pyarrow is not installed."""
     if find_spec("pyarrow") is None:
         raise InvalidRequest(option, str(path), "needs pyarrow; run `pip install pyarrow`")
 
@@ -81,7 +81,7 @@ def read_ids(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_rows(records: Iterable[bytes], target: Path) -> None:
-    """Writes the lines of a journal as Parquet, a row a sample (of a refused request one without text)."""
+    """Writes the lines of a journal as Parquet, a row for each sample (one row without text for an error)."""
     import pyarrow
     import pyarrow.parquet
 

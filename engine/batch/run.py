@@ -1,7 +1,7 @@
-"""One run of a batch file: check everything, find out what is done, do the rest, name the result.
+"""One run of a batch file: checks all lines, finds the results that exist, runs the rest, names the output.
 
-Memory does not grow with the file beyond 17 bytes a line: at most `max_live` requests are in the engine, and
-each result leaves for the disk when it is finished.
+Memory grows by 17 bytes for each line: at most `max_live` requests are in the engine, and each result is
+written when it is finished.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ if TYPE_CHECKING:
     from remask.llm import LLM
 
 OK, REFUSED = 200, 400  # HTTP
-DECISIVE = ("dtype", "quantization", "batch_invariant", "seed")  # engine options that decide results
+DECISIVE = ("dtype", "quantization", "batch_invariant", "seed")  # engine options that determine results
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run is asked to do beside its files. The first three decide the results and name the run."""
+    """Options of a run beside its files. The first three determine the results and identify the run."""
 
-    engine: EngineOptions  # `seed`: with its place in the file the seed of a line without one
-    defaults: Mapping[str, Any] = {}  # parameters of lines that do not give them
+    engine: EngineOptions  # `seed` and the index of a line give the default seed of the line
+    defaults: Mapping[str, Any] = {}  # default parameters of a line
     chat: bool = False  # text prompts go through the chat template
-    model_names: Sequence[str] = ()  # what else lines may call the model; the first stands in results
+    model_names: Sequence[str] = ()  # further names of the model; results have the first
     resume: bool = False
-    record_invalid: bool = False  # lines at fault become results instead of refusing the file
-    max_live: int = 2048  # requests in the engine
+    record_invalid: bool = False  # invalid lines become results instead of an error
+    max_live: int = 2048  # maximum requests in the engine
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run did.
+    """Counts of a run.
 
     Attributes:
         num_lines: requests of the input.
-        num_done_before: results that were there already.
-        num_refused: of this run's results, those of lines at fault.
+        num_done_before: results of earlier runs.
+        num_refused: results of this run that belong to invalid lines.
         num_failed: lines that failed in this run. They are not done, and the output is not complete.
-        num_tokens, num_forwards, seconds: of this run, without checking.
+        num_tokens, num_forwards, seconds: tokens, forwards and seconds of this run, without the check.
     """
 
     num_lines: int
@@ -71,7 +71,7 @@ class _Response(msgspec.Struct, frozen=True):
 
 
 class _Result(msgspec.Struct, frozen=True):
-    id: str  # first, so that the start of a file names its run
+    id: str  # first field, so that the start of a file identifies its run
     custom_id: str
     response: _Response
     error: None = None
@@ -84,19 +84,19 @@ def run_batch(
     options: BatchOptions,
     report: Report = lambda *_: None,
 ) -> Summary:
-    """Runs the requests of a file, or those that an interrupted run left.
+    """Runs the requests of a file, or those that an interrupted run has not done.
 
     Args:
         source: the input file.
-        output: the file to make; it gets this name when it is complete and is `<output>.partial` until then.
-        make_llm: loads the model; called when the files have been found to be in order.
-        options: see there.
-        report: told about progress, after every line.
+        output: path of the complete output; until then it is `<output>.partial`.
+        make_llm: loads the model; called after the paths have been checked.
+        options: options of the run.
+        report: called with the progress after every line.
 
     Raises:
-        InvalidRequest: a file or an option is at fault; nothing was run.
-        InvalidBatch: lines are at fault; nothing was run.
-        BatchStopped: the disk is full or has failed. What is done is safe.
+        InvalidRequest: a file or an option is invalid. Nothing was run.
+        InvalidBatch: lines are invalid. Nothing was run.
+        BatchStopped: the disk is full or has failed. Results so far are on the disk.
     """
     lines = Source(source)
     if is_parquet(output):
@@ -122,7 +122,7 @@ def run_batch(
 
 
 class _Run:
-    """The second pass, and what it needs to remember of each request in the engine."""
+    """The second pass: submits requests and writes results."""
 
     def __init__(
         self, source: Source, journal: Journal, run: RunName, llm: LLM, options: BatchOptions, report: Report
@@ -142,7 +142,7 @@ class _Run:
             chat=options.chat,
         )
         self._encoder = msgspec.json.Encoder()
-        self._live: dict[str, tuple[int, Line]] = {}  # request id -> place and line
+        self._live: dict[str, tuple[int, Line]] = {}  # request id -> index and line
         self._num_refused = self._num_failed = self._num_tokens = self._num_forwards = 0
 
     def work(self) -> Summary:
@@ -176,7 +176,7 @@ class _Run:
         )
 
     def _requests(self, done: Any) -> Iterator[Request]:
-        """The requests that are not done; those at fault become results at once."""
+        """The requests that are not done. Invalid ones become results at once."""
         for index, (number, content) in enumerate(self._source):
             if done[index]:
                 continue

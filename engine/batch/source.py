@@ -1,7 +1,7 @@
-"""The input of a batch: JSON lines, text or Parquet, read one line at a time, as often as needed.
+"""The input of a batch: JSON lines, text or Parquet, read one line at a time.
 
-A line is read twice, to be checked and to be run, and a resumed run reads the file again; so it must be a
-file that stays as it is. Every line is handed out only while size, time and inode are those it had at first.
+A run reads the file twice, to check and to run its lines, and a resumed run reads it again. The file must not
+change: a line is yielded only while size, time and inode are those of the first access.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import msgspec
 from remask.batch.parquet import read_rows, require_pyarrow
 from remask.scheduler.errors import InvalidRequest
 
-MAX_LINE_BYTES = 64 * 2**20  # a longer one is no request, but a file of another kind
+MAX_LINE_BYTES = 64 * 2**20  # a longer line means that the file has another format
 BOM = b"\xef\xbb\xbf"
 
 
 class Text(NamedTuple):
-    """A line that is a prompt as it stands."""
+    """A line of a text file, which is a prompt."""
 
     line: bytes
 
@@ -32,10 +32,11 @@ Content = bytes | Text | dict[str, Any]  # of a line: JSON, text, or a Parquet r
 
 
 class Source:
-    """An input file. `.txt` holds a prompt a line, `.parquet` a request a row, any other name JSON lines.
+    """An input file. `.txt` has a prompt a line, `.parquet` a request a row, any other suffix means JSON
+    lines.
 
     Raises:
-        InvalidRequest: no such file, no regular file, or Parquet without pyarrow.
+        InvalidRequest: the file does not exist, is not regular, or is Parquet and pyarrow is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +64,7 @@ class Source:
         """Number (from 1) and content of every line that is not blank.
 
         Raises:
-            InvalidRequest: the file was changed, or has a line that is too long to be one.
+            InvalidRequest: the file was changed, or has a line longer than MAX_LINE_BYTES.
         """
         lines: Iterator[tuple[int, Content]] = (
             read_rows(self.path) if self._is_parquet else self._read_lines()  # type: ignore[assignment]
@@ -102,7 +103,7 @@ def decode(content: Content) -> dict[str, Any]:
     """The fields of a line; text is a prompt.
 
     Raises:
-        InvalidRequest: it is not UTF-8, or not a JSON object.
+        InvalidRequest: the line is not UTF-8, or not a JSON object.
     """
     if isinstance(content, Text):
         try:

@@ -1,7 +1,7 @@
-"""Flags of the commands, generated from the structs that say what an engine and a request can be told.
+"""Flags of the commands, generated from the structs of engine options and sampling parameters.
 
-A field becomes a flag of its name, with the first sentence of its documentation as help. Only what is given
-is passed on: defaults and checks are the structs'.
+A field becomes a flag with its name, and the first sentence of its documentation is the help. Only given
+flags are passed on: the structs have the defaults and the checks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def with_flags(
 ) -> Callable[[Command], Command]:
     """A decorator that gives a command a flag for each option of the engine and each sampling parameter.
 
-    The command gets the given ones as the arguments `engine` and `sampling`, dicts by the fields' names.
+    The command receives the given flags as the arguments `engine` and `sampling`, dicts by field name.
 
     Args:
-        defaults: options of the engine that this command sets if they are not given.
+        defaults: defaults of this command for options of the engine.
         engine_except: options of the engine without a flag.
         sampling_except: parameters without a flag; None: the command has no sampling parameters.
     """
@@ -111,13 +111,13 @@ def _flags(
 def _names(name: str, kind: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
     names = [flag, SHORT[name]] if name in SHORT else [flag]
-    if get_origin(kind) is list and flag.endswith("s"):  # each time it is given it takes one
+    if get_origin(kind) is list and flag.endswith("s"):  # repeatable; one value each time
         names.append(flag.removesuffix("s"))
     return names
 
 
 def flag_type(kind: Any) -> Any:
-    """What a flag for a field of this type takes; text where the command line has no such type."""
+    """Type of the flag for a field of this type; text if the command line has no such type."""
     kind = plain_type(kind)
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     kinds = [plain_type(member) for member in members if member is not NoneType]
@@ -134,7 +134,7 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
 
 
 def _taken(given: dict[str, Any], flags: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Takes out what was given of some flags."""
+    """Removes the values of some flags and returns those that were given."""
     taken = {name: given.pop(name) for name in flags}
     return {name: _value(name, value) for name, value in taken.items() if value is not None}
 

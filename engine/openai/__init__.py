@@ -1,1 +1,1 @@
-"""OpenAI's request bodies and response objects, as far as a masked diffusion model can honour them."""
+"""OpenAI's request bodies and response objects, as far as a masked diffusion model supports them."""

@@ -1,8 +1,8 @@
-"""From the body of a chat or text completion to a prompt and parameters.
+"""Parses the body of a chat or text completion into a prompt and parameters.
 
-Nothing a client sends is ignored silently. A field is a parameter of `SamplingParams` (checked at intake), a
-field of OpenAI's that this file honours, one whose value asks for nothing (`stream: false`, a `user` label),
-or it is refused by name. `null` is what OpenAI's clients write for "not given" and means that everywhere.
+No field is ignored silently. A field is a parameter of `SamplingParams` (checked at intake), a supported
+field of OpenAI's, or one whose value has no effect (`stream: false`, a `user` label). Any other is refused by
+name. `null` means "not given", as OpenAI's clients write it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from remask.text import content_text
 
 CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
 ROLES = ("system", "developer", "user", "assistant")
-LABELS = ("user", "safety_identifier", "prompt_cache_key")  # they ask for nothing, whatever they say
+LABELS = ("user", "safety_identifier", "prompt_cache_key")  # accepted with any value, without effect
 
-# The values of OpenAI's fields that ask for nothing; null always does.
+# Values of OpenAI's fields that have no effect; null never has one.
 ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     "stream": (False,),
     "stream_options": (),
@@ -56,10 +56,10 @@ COMPLETION_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
 
 
 class Asked(NamedTuple):
-    """What a body asks for: a prompt or a conversation, and the fields of `SamplingParams`."""
+    """A parsed body: a prompt or a conversation, and fields of `SamplingParams`."""
 
     kind: Literal["chat", "completion"]
-    content: Any  # messages of a chat, the prompt of a completion; the intake checks it further
+    content: Any  # messages or prompt; the intake checks them
     params: dict[str, Any]
 
 
@@ -70,17 +70,17 @@ def read_body(
     model_names: Collection[str],
     defaults: Mapping[str, Any],
 ) -> Asked:
-    """Reads a request's body.
+    """Parses the body of a request.
 
     Args:
-        kind: which endpoint it is for.
+        kind: the endpoint.
         body: the decoded JSON.
-        model_names: what the served model may be called.
-        defaults: parameters of bodies that do not give them; what a body's preset sets wins over them.
+        model_names: names of the served model.
+        defaults: default parameters. A preset in the body overrides them.
 
     Raises:
-        InvalidRequest: naming the field that is unknown, not supported or missing. Values of parameters are
-            left to the intake.
+        InvalidRequest: a field is unknown, not supported or missing. The intake checks the values of
+            parameters.
     """
     if not isinstance(body, dict):
         raise InvalidRequest("body", body, "must be a JSON object")

@@ -1,7 +1,7 @@
-"""From a finished request to OpenAI's response objects.
+"""OpenAI's response objects of finished requests.
 
-Beside OpenAI's fields every choice has its own `completion_tokens`, `nfe`, `tokens_per_forward`, and the
-`seed` to repeat it with. Usage counts visible tokens, without the end-of-sequence token.
+Beside OpenAI's fields every choice has `completion_tokens`, `nfe`, `tokens_per_forward` and `seed`, which
+repeats it. Usage counts visible tokens, without the end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from remask.scheduler.errors import InvalidRequest
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of a response; those of all choices together."""
+    """Tokens of a response, summed over its choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -23,14 +23,14 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The assistant's turn; no content where the model has no tokenizer."""
+    """The assistant's message; content is null if the model has no tokenizer."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
 
 
 class _Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """What every sample tells."""
+    """Fields of both kinds of choices."""
 
     index: int
     logprobs: None = None
@@ -52,7 +52,7 @@ class TextChoice(_Choice, frozen=True, kw_only=True):
     """One sample of a text completion."""
 
     text: str | None
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET  # only where there is no text
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET  # only if the model has no tokenizer
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
