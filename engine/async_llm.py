@@ -78,7 +78,7 @@ class AsyncLLM:
         loop, items = asyncio.get_running_loop(), asyncio.Queue[Progress | RemaskError]()
 
         def send(item: Progress | RemaskError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
         ordinal = intake.reserve()  # before anything is awaited, so that seeds follow the order of the calls

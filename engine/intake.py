@@ -82,7 +82,7 @@ class Intake:
         """Requests for one prompt or a list of them, all valid.
 
         Raises:
-            InvalidRequest: naming the index of the first prompt at fault and its parameter.
+            InvalidRequest: names the index of the first invalid prompt and its parameter.
         """
         every = self._as_list(prompts)
         check_num_prompts(self._options, len(every))
@@ -119,7 +119,7 @@ class Intake:
             priority: overrides that of `params`.
 
         Raises:
-            InvalidRequest: naming the parameter at fault.
+            InvalidRequest: names the invalid parameter.
         """
         text, ids = self._read_prompt(prompt)
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
@@ -274,7 +274,7 @@ class Intake:
             )
 
     def _with_own_ids(self, params: ResolvedParams) -> ResolvedParams:
-        """Checks the ids of the sampling parameters and adds the model's own where they are asked for."""
+        """Checks the ids of the sampling parameters and adds the model's stop ids if they apply."""
         sampling, vocab_size = params.sampling, self.config.vocab_size
         biased = np.frombuffer(sampling.logit_bias, BIAS)["id"]
         allowed, banned = id_array(sampling.allowed_ids), id_array(sampling.banned_ids)

@@ -148,7 +148,7 @@ class EngineThread:
                         listener(progress)
         except RemaskError as failure:
             error = failure
-        except BaseException as failure:  # callers that wait must be told
+        except BaseException as failure:  # waiting callers must raise it
             logger.exception("the engine has failed")
             error = EngineDead(f"the engine has failed: {failure!r}; make a new one")
             error.__cause__ = failure
@@ -164,8 +164,8 @@ class EngineThread:
             self._listeners.clear()
 
     def _take_messages(self) -> bool:
-        """Does what callers have asked for; waits for it if there is nothing else to do. False: the engine is
-        to close."""
+        """Runs the callers' messages; waits for one if no request is live. Returns False if the engine is to
+        close."""
         waits = not self._engine.has_unfinished()
         while not self._closing:
             try:

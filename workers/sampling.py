@@ -1,7 +1,7 @@
 """Sampling parameters of a burst as tensors, and what they do to logits: edits, guidance, filters.
 
-Each row of logits is changed by its own canvas's numbers alone. A burst in which nobody uses a parameter has
-no table for it and does no work for it.
+Each row of logits is changed only by its own canvas's parameters. A burst in which no canvas uses a parameter
+has no table for it and does no work for it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from remask.workers.step import Plans, denoise, plan_packs
 
 logger = logging.getLogger(__name__)
 
-RESERVE_STEPS = 16  # between two looks at how many tokens the slots have lost
+RESERVE_STEPS = 16  # between two reads of the number of remasks
 
 
 class NotRun(NamedTuple):
@@ -229,7 +229,7 @@ class Worker:
     def _steps(self, unpacked: Unpacked, num_steps: int) -> StepQueue:
         """The steps of a burst."""
         state, plans, shape, _ = unpacked
-        if not self._model.static_shapes:  # the host looks at the canvases between steps
+        if not self._model.static_shapes:  # the host reads the canvases between steps
             return StepQueue(lambda: advance(state, num_steps, self._model, self._pack_rows), 1, state.paused)
 
         def step() -> int:
@@ -302,7 +302,8 @@ def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:
 def advance(state: BurstState, num_steps: int, model: Denoiser, pack_rows: int) -> int:
     """Takes up to `num_steps` denoising steps in place; returns the rows forwarded.
 
-    It ends early where a canvas pauses for a look at its text, so that this one does not wait for the others.
+    It ends early if a canvas pauses for a search of its text, so that the canvas does not wait for the
+    others.
     """
     num_rows, num_paused = 0, int(state.paused.sum())
     plans = plan_packs(state, model, pack_rows)

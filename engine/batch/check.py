@@ -32,11 +32,11 @@ class InvalidBatch(RemaskError, ValueError):
 
     def __init__(self, path: Path, unit: str, faults: list[tuple[int, str]], num_faults: int) -> None:
         self.faults, self.num_faults = faults, num_faults
-        told = [f"{path}: {unit} {number:,}: {problem}" for number, problem in faults]
+        messages = [f"{path}: {unit} {number:,}: {problem}" for number, problem in faults]
         if num_faults > len(faults):
-            told.append(f"and {num_faults - len(faults):,} more")
-        told.append(f"{num_faults:,} at fault; nothing was run")
-        super().__init__("\n".join(told))
+            messages.append(f"and {num_faults - len(faults):,} more")
+        messages.append(f"{num_faults:,} invalid; nothing was run")
+        super().__init__("\n".join(messages))
 
 
 class CustomIds:

@@ -34,9 +34,9 @@ class RunName(NamedTuple):
 
     def difference(self, other: RunName) -> str:
         """Description of what another run differs in."""
-        told = {"input": "another input", "model": "another model", "parameters": "other parameters"}
+        names = {"input": "another input", "model": "another model", "parameters": "other parameters"}
         fields = zip(self._fields, self, other, strict=True)
-        return " and ".join(told[name] for name, mine, its in fields if mine != its)
+        return " and ".join(names[name] for name, mine, its in fields if mine != its)
 
 
 def parse_id(text: str) -> tuple[RunName, int] | None:

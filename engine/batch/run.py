@@ -182,7 +182,7 @@ class _Run:
                 continue
             line = self._reader.read(number, content)
             if line.checked is None:
-                assert line.fault is not None, "a line is a request or at fault"
+                assert line.fault is not None, "a line has a request or a fault"
                 self._num_refused += 1
                 self._write(index, line, REFUSED, error_body(line.fault))
                 continue

@@ -104,7 +104,7 @@ def serve_load(
     served_model: Annotated[str | None, typer.Option(help="What a server calls its model.")] = None,
     workload: Workload = "tiny",
     num_prompts: Annotated[int, typer.Option(help="Requests of the workload.")] = 64,
-    max_concurrency: Annotated[int | None, typer.Option(help="Keep so many requests under way.")] = None,
+    max_concurrency: Annotated[int | None, typer.Option(help="Maximum number of requests in flight.")] = None,
     request_rate: Annotated[float, typer.Option(help="Arrivals a second; inf: all at once.")] = math.inf,
     burstiness: Annotated[
         float, typer.Option(help="1: Poisson arrivals; less: in bursts; inf: evenly spaced.")

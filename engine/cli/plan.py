@@ -21,11 +21,12 @@ def plan(
     workload: Annotated[str | None, typer.Option(help="Mean lengths of mixed or fixed.")] = None,
     prompt_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     canvas_len: Annotated[int, typer.Option(help="Tokens of a canvas.")] = 256,
-    block_len: Annotated[int, typer.Option(help="Slots a block.")] = 32,
-    tokens_per_forward: Annotated[float, typer.Option(help="That the policy commits.")] = 3.0,
+    block_len: Annotated[int, typer.Option(help="Block length in slots.")] = 32,
+    tokens_per_forward: Annotated[float, typer.Option(help="Commits of the policy in a forward.")] = 3.0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     check: Annotated[
-        list[int] | None, typer.Option(help="With --gpu this: time real steps of so many canvases beside.")
+        list[int] | None,
+        typer.Option(help="Also time real steps with this many canvases (needs --gpu this; repeatable)."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,

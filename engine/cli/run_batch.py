@@ -29,7 +29,7 @@ def run_batch(
         bool, typer.Option("--resume", help="Go on with an interrupted run, or start, or do nothing if done.")
     ] = False,
     invalid_lines: Annotated[
-        str, typer.Option(help="refuse: a line at fault refuses the file; record: it becomes a result.")
+        str, typer.Option(help="refuse: an invalid line refuses the file; record: it becomes a result.")
     ] = "refuse",
     served_model_name: Annotated[
         list[str] | None, typer.Option(help="What else lines may call the model; may be repeated.")

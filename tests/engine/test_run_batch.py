@@ -149,7 +149,7 @@ def test_a_line_at_fault_refuses_the_file(run: Run, tmp_path: Path, line: Any, p
     with pytest.raises(InvalidBatch) as caught:
         run(source, tmp_path / "out.jsonl")
     assert f"in.jsonl: line 3: {problem}" in str(caught.value)
-    assert "1 at fault; nothing was run" in str(caught.value)
+    assert "1 invalid; nothing was run" in str(caught.value)
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
@@ -169,7 +169,7 @@ def test_twenty_faults_are_told_and_all_are_counted(run: Run, tmp_path: Path) ->
     with pytest.raises(InvalidBatch) as caught:
         run(source, tmp_path / "out.jsonl")
     assert (len(caught.value.faults), caught.value.num_faults) == (20, 25)
-    assert str(caught.value).splitlines()[-2:] == ["and 5 more", "25 at fault; nothing was run"]
+    assert str(caught.value).splitlines()[-2:] == ["and 5 more", "25 invalid; nothing was run"]
 
 
 @pytest.mark.usefixtures("no_work")

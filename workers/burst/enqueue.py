@@ -2,7 +2,7 @@
 
 The host could enqueue a whole burst at once, but then it could not stop when all canvases have paused: the
 device would take the remaining steps for nothing. So the host stays at most `AHEAD_STEPS` ahead, which is
-enough for the device never to wait, and looks at a flag that each step leaves behind.
+enough for the device never to wait, and reads a flag that each step sets.
 """
 
 from __future__ import annotations

@@ -105,11 +105,10 @@ class StepGraphs:
     """The graphs of a worker.
 
     Args:
-        device: where they run.
-        capture: how a step is captured.
-        budget_bytes: memory that they may hold. The buffers that were not used for longest give way. Working
-            memory is shared and freed only with all graphs: if it is too large, so are the bursts that are
-            captured.
+        device: the GPU.
+        capture: captures a step.
+        budget_bytes: maximum bytes of buffers; the least recently used are freed first. Working memory is
+            shared and freed only with all graphs. If it exceeds the budget, smaller bursts are captured.
     """
 
     def __init__(self, device: torch.device, capture: Capture, budget_bytes: int = GRAPH_BYTES) -> None:

@@ -108,7 +108,7 @@ def group_policies(
         if policy is not None:
             by_kind.setdefault(kind_of(policy), []).append(canvas)
     groups = []
-    # In a fixed order, so that bursts with the same kinds share a CUDA graph whoever comes first.
+    # In a fixed order, so that bursts with the same kinds share a CUDA graph in any order of arrival.
     for kind, members in sorted(by_kind.items(), key=lambda item: (tag(item[0].policy), item[0].words)):
         num_more = max(0, padding.group_size - len(members))
         canvases = members + members[:1] * num_more
@@ -126,7 +126,7 @@ def group_policies(
                 kernel=kernel_of(kind.policy),
                 members=tuple(members),
                 canvases=torch.from_numpy(np.array(members + [len(policies) - 1] * num_more)),
-                # (A graph serves groups of equal sizes, whoever is in them.)
+                # (A graph serves groups of equal sizes with any members.)
                 is_whole=padding == NO_PADDING and len(members) == len(policies),
                 fields=fields,
                 block_fields=block_fields,

@@ -1,9 +1,8 @@
-"""Everything that a burst needs on the device, in one copy.
+"""Copies a burst to the device, and its results back, in one copy each.
 
-A burst's canvases, parameters and plan are some sixty small tensors, made on the host. Copied one by one they
-would take longer than a short step; in one pinned buffer they are a single copy that nobody waits for. Trees
-of equal shapes can use the same memory on the device again. What a burst leaves behind comes back likewise,
-while the next one runs.
+A burst's canvases, parameters and plan are about sixty small tensors on the host. Separate copies would take
+longer than a short step; one pinned buffer needs a single asynchronous copy. Trees of equal shapes can reuse
+memory on the device. The results of a burst are copied to the host while the next burst runs.
 """
 
 from __future__ import annotations

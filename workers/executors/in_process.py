@@ -15,8 +15,7 @@ from remask.workers.worker import Launched, NotRun, Worker
 class InProcessExecutor(Executor):
     """One worker in the caller's process; never starts Ray.
 
-    A burst runs when a result is asked for. On a GPU the next one is then launched too, before the host waits
-    for the first.
+    `next_event` runs a burst. On a GPU it also launches the next one, before the host waits for the first.
     """
 
     def __init__(self, setup: WorkerSetup) -> None:

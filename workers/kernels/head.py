@@ -68,7 +68,7 @@ def fused_statistics(
         temperature_N: fp32 [N]: of the proposal; 0: the most probable token.
         keys_N: int64 [N]: keys of the token stream; any numbers where all temperatures are 0.
         mask_id: M.
-        needs: which of "margin" and "entropy" somebody reads.
+        needs: statistics to compute beside the others: "margin", "entropy", both or none.
         out: where the live rows' statistics are written; the others are left as they are.
     """
     (num_rows, depth), vocab_size = normed_ND.shape, head_VD.shape[0]

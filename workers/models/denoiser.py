@@ -159,7 +159,7 @@ def denoiser_of(
 
     Args:
         model: its weights are replaced where they are quantized.
-        dtype: that was asked for; where it is "auto" a CPU may compute in another one than the weights'.
+        dtype: the option. With "auto" a CPU may compute in another dtype than that of the weights.
         attention_backend: see `pick_attention`.
         quantization: None, or "fp8" (`remask.workers.models.fp8`).
 

@@ -149,7 +149,7 @@ def destinations(model: Transformer, names: dict[str, str]) -> dict[str, Tensor]
 
 
 def load_checkpoint(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Transformer:
-    """The model in a local checkpoint directory, on the device and in the dtype asked for.
+    """The model in a local checkpoint directory, on a device and in a dtype.
 
     Args:
         directory: `config.json` and `model.safetensors`, or shards with `model.safetensors.index.json`.

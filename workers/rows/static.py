@@ -43,7 +43,7 @@ class StaticPlan:
         copies: the slot that each copy verifies.
         shadows: slots of shadow rows; their shifts lead to rows of the main sequence.
         tiles, sees_block, spans: see `DeviceShadows`.
-        guidance: which hidden states belong together; None where nobody is guided.
+        guidance: which hidden states belong together; None if no canvas is guided.
         special: int64: which of the N slots are of canvases that `needs_logits`; None: none.
         max_special: how many of them can be live at a time. The host does not know how many are, so whole
             logits are made of as many slots, the live ones first. A slot is masked or committed: where its

@@ -213,11 +213,10 @@ def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _needed_shadows(plan: TightPlan, valid: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of `plan.shadow_slots` get a shadow row, and which of these rows the head must look at, bool
-    [S]."""
+    """Which of `plan.shadow_slots` get a shadow row, and which of these rows the head reads, bool [S]."""
     in_block = valid[plan.shadow_slots]
     is_read = in_block & ~masked[plan.shadow_slots]
-    # Rows that nobody reads are there to be seen by the others.
+    # Rows that the head does not read serve as keys of the others.
     sees_block = torch.tensor(plan.sees_block, dtype=torch.bool, device=valid.device)
     whole = (_counts(is_read, plan.cu_shadow_slots) > 0) & sees_block
     return (in_block & whole.repeat_interleave(plan.cu_shadow_slots.diff())) | is_read, is_read

@@ -21,13 +21,13 @@ class BlockView(NamedTuple):
         log_verified: fp32 [R, B]: leave-one-out log-probability of the committed token, from the shadow rows;
             0 elsewhere.
         log_margin, neg_entropy: fp32 [R, B]: log of top-1 minus top-2 probability, and -entropy; -inf and 0
-            where nobody needs them.
+            if no policy reads them.
         log_visible: fp32 [R, B]: log-probability of the committed token at its own row where a policy asks;
             else 0.
         log_top: fp32 [R, B]: the row's largest log-probability of a token that is not M, for masked slots,
             and for committed ones where a policy asks; else -inf.
-        order, accept, remask_draw: fp32 [R, B] in (0, 1): random numbers of these streams; 0 where
-            nobody reads them.
+        order, accept, remask_draw: fp32 [R, B] in (0, 1): random numbers of these streams; 0 if no policy
+            reads them.
         block_forwards: int64 [R]: steps taken in this block before this one.
     """
 
