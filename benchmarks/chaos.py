@@ -94,7 +94,7 @@ class Runs(threading.Thread):
                 self.count += 1
                 self.missing += abs(len(self.expected) - len(found))
                 self.changed += sum(a != b for a, b in zip(self.expected, found, strict=False))
-        except BaseException as error:  # told by `measure`
+        except BaseException as error:  # `measure` reports it
             self.error = error
 
 

@@ -15,7 +15,7 @@ import torch
 from remask.benchmarks.gpu.timing import gemm_flops_per_second
 from remask.workers.startup.device import device_name
 
-UNSTEADY = 0.1  # change of the matrix rate that is told
+UNSTEADY = 0.1  # change of the matrix rate that is reported
 SQUARE = 1024  # of the product that it is measured with
 PACKAGES = ("remask", "torch", "triton", "transformers", "ray", "numpy")
 
@@ -71,7 +71,7 @@ def unfinished(done: int, asked: int, what: str) -> list[str]:
 
 
 class Steadiness:
-    """Whether the machine stayed as fast as it was: the rate of a matrix product, looked at now and then."""
+    """Whether the speed of the machine changed: samples of the rate of a matrix product."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []

@@ -101,7 +101,7 @@ class Load:
     tokens_per_forward: float
 
     def check(self) -> None:
-        """Raises InvalidRequest where one cannot be."""
+        """Raises InvalidRequest if an option is invalid."""
         for name in ("prompt_len", "canvas_len", "block_len"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(name, getattr(self, name), "must be at least 1")
@@ -228,7 +228,7 @@ def report(model: str, gpu: str, load: Load, dtype: str, check_batches: Sequence
         check_batches: batch sizes at which real steps are timed beside the plan; for "this".
 
     Raises:
-        InvalidRequest: an argument or the model is at fault.
+        InvalidRequest: an argument or the model is invalid.
     """
     load.check()
     directory, load_format = find_model(model)

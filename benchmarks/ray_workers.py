@@ -40,7 +40,7 @@ NUM_CANVASES, ROUND_TRIPS = 64, 50
 
 
 def make_llm(num_workers: int = 0) -> LLM:
-    """An engine in this process, or on so many workers on Ray."""
+    """An engine in this process, or on this number of workers on Ray."""
     directory, load_format = find_model(MODEL)
     on_ray: dict[str, Any] = {"distributed_executor_backend": "ray", "data_parallel_size": num_workers}
     return LLM(directory, dtype=DTYPE, load_format=load_format, **(on_ray if num_workers else {}))

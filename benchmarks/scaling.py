@@ -78,13 +78,13 @@ class InstantExecutor(Executor):
 
 
 def measure(num_workers: int, seconds: float) -> dict[str, Any]:
-    """What one engine does a second with so many workers."""
+    """Rates of one engine with `num_workers` workers."""
     executor, requests = InstantExecutor(num_workers), Requests()
     options = EngineOptions(model="tiny", max_num_seqs=CANVASES_A_WORKER, burst=NUM_STEPS)
     engine = Engine(options, executor)
     for _ in range(num_workers * CANVASES_A_WORKER):
         engine.add_request(requests.make(64, 64))
-    for _ in range(4 * num_workers):  # everybody has what it goes on with
+    for _ in range(4 * num_workers):  # every worker has kept canvases
         engine.step()
     executor.num_bursts = executor.num_canvases = 0
     executor.encoding_ms.clear()

@@ -32,7 +32,7 @@ NUM_SLOTS = 64
 
 
 def loaded(num_live: int, max_num_seqs: int) -> Scheduler:
-    """A scheduler with so many live canvases."""
+    """A scheduler with this number of live canvases."""
     scheduler, requests = (
         Scheduler(max_num_rows=1 << 40, max_num_seqs=max_num_seqs, burst=1, probe=PROBE),
         Requests(),
@@ -43,7 +43,7 @@ def loaded(num_live: int, max_num_seqs: int) -> Scheduler:
 
 
 def applied(batch: StepBatch) -> StepResult:
-    """The result of a step that goes on with every canvas."""
+    """The result of a step that continues every canvas."""
     states = [
         msgspec.structs.replace(state, num_forwards=state.num_forwards + 1)
         for state in batch.states
@@ -68,7 +68,7 @@ def seconds_a_step(scheduler: Scheduler, num_steps: int) -> float:
 
 
 def seconds_a_request(num_live: int) -> float:
-    """Mean seconds in the scheduler to take a request and to let it go again, with so many live."""
+    """Mean seconds of the scheduler to add and to drop a request, with this number of live requests."""
     scheduler, requests = loaded(num_live, NUM_SCHEDULED), Requests()
     requests.count, requests.num_canvases = num_live, num_live
     new = [requests.make(128, NUM_SLOTS) for _ in range(256)]

@@ -20,7 +20,7 @@ PROBE = new_probe(MASK)
 
 
 class SimulatedWorker:
-    """Commits one token a step; goes on with what it has kept of its last burst, as a real worker does."""
+    """Commits one token a step and keeps the canvases of its last burst, as a real worker does."""
 
     def __init__(self) -> None:
         self.batches: list[StepBatch] = []

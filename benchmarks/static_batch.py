@@ -26,7 +26,7 @@ PAD_ID = 0
 
 
 class PaddedAttention(AttentionBackend):
-    """SDPA over [batch, length] with one mask; the varlen description is not looked at."""
+    """SDPA over [batch, length] with one mask; it ignores the variable-length layout."""
 
     name = "padded"
 

@@ -105,7 +105,7 @@ def find_model(name: str) -> tuple[Path, Literal["auto", "dummy"]]:
 
 
 def check_arguments(num_requests: int, repetitions: int, dtypes: Sequence[str]) -> None:
-    """Raises InvalidRequest where a number or dtype cannot be."""
+    """Raises InvalidRequest if a number or the dtype is invalid."""
     for name, value in (("num_requests", num_requests), ("repetitions", repetitions)):
         if value < 1:
             raise InvalidRequest(name, value, "must be at least 1")

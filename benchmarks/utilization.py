@@ -7,7 +7,7 @@ query and key, the two products of attention. Candidates are the masked slots of
 shadow rows of committed slots. Norms, rotations, softmax, policies, packing and Python count as nothing: they
 are what utilization loses.
 
-Packs of static shapes, which GPUs get, are not counted: they have room for rows that nobody asks for, and
+Packs with static shapes, which GPUs use, are not counted: they have rows that no step reads, and
 graphs replay them out of the hook's sight. What their steps need is measured by `benchmarks/gpu`.
 
 The rate is measured in the same repetition by running nothing but the linear layers of some of these packs,
@@ -74,13 +74,13 @@ class Work:
 
     def figures(self, duration: float, rate: float) -> dict[str, float]:
         """Rows of a forward, and the share of a matrix rate that the run turned into what its steps need in
-        `duration` seconds; empty where nothing was counted."""
+        `duration` seconds; empty if nothing was counted."""
         if not self.packs:
             return {}
         return {**self.rows(), "gemm_utilization": round(self.flops / (duration * rate), 3)}
 
     def rows(self) -> dict[str, float]:
-        """Rows of a forward; empty where nothing was counted."""
+        """Rows of a forward; empty if nothing was counted."""
         if not self.packs:
             return {}
         return {"rows_per_forward": round(sum(rows for rows, _ in self.packs) / len(self.packs), 1)}

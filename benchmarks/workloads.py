@@ -175,7 +175,7 @@ def workload(name: str, tokenizer: Tokenizer, config: ModelConfig, count: int) -
     """The first `count` requests of a workload.
 
     Raises:
-        InvalidRequest: no such workload, or none for this model; or its file is at fault.
+        InvalidRequest: no such workload, or none for this model; or its file is invalid.
     """
     kind, _, argument = name.partition(":")
     if kind == "sharegpt":

@@ -107,7 +107,7 @@ def _end(logits_NV: Tensor, fall_NV: Tensor, filters: Filters, static_shapes: bo
 
 
 def _weight(fall: Tensor, filters: Filters) -> Tensor:
-    """What each token weighs relative to the most probable one, fp64; 0 where it is out of reach."""
+    """Weight of each token relative to the most probable one, fp64; 0 beyond `filters.reach`."""
     return fall.double().neg_().exp_().masked_fill_(~(fall <= filters.reach), 0.0)
 
 

@@ -127,7 +127,7 @@ class SamplingTables(HoldsTensors):
 
         Args:
             logits_NV: edited logits.
-            impossible_NV: tokens that filters leave out, bool [N, V]; None where no ranking is filtered.
+            impossible_NV: tokens that filters leave out, bool [N, V]; None if no ranking is filtered.
             owners_N: the rows' canvases.
         """
         as_drawn = self.ranks_as_drawn[owners_N].unsqueeze(1)
@@ -139,7 +139,7 @@ class SamplingTables(HoldsTensors):
             ban(logits_NV, self.unranked[owners_N])
 
     def _heat(self) -> Tensor:
-        """The temperature that tokens' probabilities are taken at: 1 where the most probable is proposed."""
+        """The temperature that tokens' probabilities are taken at: 1 if the most probable is proposed."""
         return torch.where(self.temperature > 0, self.temperature, 1.0)
 
 

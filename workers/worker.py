@@ -48,7 +48,7 @@ class Unpacked(NamedTuple):
     """The canvases of a burst where the model is.
 
     Attributes:
-        plans: empty where shapes are not fixed.
+        plans: empty if shapes are not fixed.
         shape: that of the memory which they stand in, where a graph can use it.
         origin: the canvases as the host knew them when the tensors were made.
     """

@@ -1,4 +1,4 @@
-"""Where a step's time goes on a GPU: its kernels by time, from torch's profiler."""
+"""Profile of a step on a GPU: its kernels by time, from torch's profiler."""
 
 from __future__ import annotations
 

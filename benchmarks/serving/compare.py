@@ -41,7 +41,7 @@ RIVALS = ("generate", "continuous")
 QUALITY_SEED = 2**31 + 7
 RATE_PACKS = [(512, 256)] * 8
 REPETITIONS = 9
-STEADY_REQUESTS = (36, 2)  # at least so many in a loop, and so many for each that is under way
+STEADY_REQUESTS = (36, 2)  # minimum in a loop: in all, and for each request in flight
 
 ON_A_CPU = (
     "On a CPU overheads decide about models as small as the embedded ones (calls, Python, caches), not the "
@@ -81,7 +81,7 @@ class CompareOptions:
     num_problems: int = 256
 
     def check(self) -> None:
-        """Raises InvalidRequest where one cannot be."""
+        """Raises InvalidRequest if an option is invalid."""
         EngineOptions.parse(model=self.model, **self.engine)
         for policy in self.policies:
             if policy not in POLICIES:
@@ -107,11 +107,11 @@ def measure(
 
     Args:
         options: what is compared.
-        progress: told before every part.
+        progress: called before every part.
         keep: gets the report after every repetition, so that an interrupted run loses one.
 
     Raises:
-        InvalidRequest: an option, a model or the workload is at fault.
+        InvalidRequest: an option, a model or the workload is invalid.
         Unavailable: a rival is not installed, its server does not answer, or somebody answers nothing.
     """
     options.check()

@@ -22,7 +22,7 @@ def is_server(name: str) -> bool:
 
 
 def check_rival(parameter: str, name: str, others: Sequence[str] = ()) -> None:
-    """Raises InvalidRequest where nobody is called so."""
+    """Raises InvalidRequest if there is no rival with this name."""
     if name not in (*others, *RIVALS) and not is_server(name):
         fix = f"must be {', '.join((*others, *RIVALS))} or a server's http(s) URL"
         raise InvalidRequest(parameter, name, fix)
@@ -50,7 +50,7 @@ def open_rival(
         memory_share: of a GPU's memory, for those that take it all.
 
     Raises:
-        InvalidRequest: the checkpoint is at fault.
+        InvalidRequest: the checkpoint is invalid.
         Unavailable: it is not installed, or the server does not answer.
     """
     directory, torch_dtype = baseline or TWIN_DIRECTORY, getattr(torch, dtype)

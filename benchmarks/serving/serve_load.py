@@ -3,7 +3,7 @@
     remask bench serve-load --request-rate 8 --output load.json
     remask bench serve-load --target http://localhost:8000 --max-concurrency 16
 
-With `--request-rate` requests arrive on their own, with `--max-concurrency` alone so many are kept under way.
+With `--request-rate` requests arrive by a schedule. With `--max-concurrency` alone that many are in flight.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class LoadOptions:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises InvalidRequest where one cannot be."""
+        """Raises InvalidRequest if an option is invalid."""
         check_rival("target", self.target, ["remask"])
         EngineOptions.parse(model=self.model, **self.engine)
         if (self.peer is None) != (self.peer_python is None):
@@ -92,11 +92,11 @@ def measure(
 
     Args:
         options: the load.
-        told: called for every request that has come back.
+        told: called after every answer.
         keep: gets the report of those that have, where an interrupt comes before the others.
 
     Raises:
-        InvalidRequest: an option, the model or the workload is at fault.
+        InvalidRequest: an option, the model or the workload is invalid.
         Unavailable: the target is not installed, or the server does not answer.
     """
     options.check()

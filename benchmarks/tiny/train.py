@@ -148,7 +148,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--objective", choices=OBJECTIVES, default="masked", help="tiny, or its twin")
     parser.add_argument("--batch", type=int, default=192, help="sequences a step")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--init", type=Path, help="checkpoint of tiny to go on from")
+    parser.add_argument("--init", type=Path, help="checkpoint of tiny to continue")
     parser.add_argument("--steps-done", type=int, default=0, help="steps that the checkpoint has had")
     parser.add_argument("--state", type=Path, required=True, help="training state, written every 200 steps")
     parser.add_argument("--log", type=Path, required=True, help="JSON lines, appended")

@@ -257,7 +257,7 @@ def measured(
 
 
 def check_output(path: Path) -> None:
-    """Raises InvalidRequest where a file cannot be written, before anything is measured for it."""
+    """Raises InvalidRequest if a file cannot be written, before anything is measured for it."""
     nearest = next(place for place in (path, *path.parents) if place.exists())
     if path.is_dir() or not (nearest == path or nearest.is_dir()) or not os.access(nearest, os.W_OK):
         raise InvalidRequest("output", str(path), "cannot be written; name a file in a folder of yours")

@@ -117,7 +117,7 @@ class StepGraphs:
         self._max_rows, self._working_bytes = MAX_ROWS, 0
 
     def place(self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState]) -> Placed | None:
-        """Canvases on the device, filled up; None where no graph would serve them."""
+        """Padded canvases on the device; None if no graph can serve them."""
         padding = padding_for(specs, [state.sequence_len for state in states], self._max_rows)
         if padding is None:
             return None

@@ -128,7 +128,7 @@ def fused_statistics(
 
 @triton.jit
 def _finite(x):
-    """Something to subtract: 0 where nothing has any weight."""
+    """A number to subtract; 0 if no id has any weight."""
     return tl.where(x == float("-inf"), 0.0, x)
 
 

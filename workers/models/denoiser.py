@@ -140,7 +140,7 @@ def load_denoiser(
         directory: see `load_checkpoint` and `dummy_model`.
         dtype: "auto" (the checkpoint's; float32 on a CPU that cannot multiply it), "float32", "bfloat16" or
             "float16".
-        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
         load_format: "auto" reads the checkpoint's weights, "dummy" makes random ones.
         attention_backend, quantization: see `denoiser_of`.
 

@@ -80,7 +80,7 @@ class HeadQuery:
         guidance: None: no canvas is guided, and the hidden states are those of the N slots.
         removed: int64 [N, K]: ids that may not be proposed, padded with -1; None: there are none.
         live: bool [N]: slots whose statistics are read, with static shapes; None: all.
-        special: int64: where shapes are fixed, the slots that are answered from whole logits: all live slots
+        special: int64: with static shapes, the slots that are answered from whole logits: all live slots
             of canvases that `needs_logits`, and some that are not live; None: none.
     """
 

@@ -35,7 +35,7 @@ class StaticPlan:
     Attributes:
         token_index, positions: int64 [T_main]: where in the burst's flat tokens each main row's token stands,
             and its position.
-        is_hidden: bool [T_main]: fixed tokens of second copies; None where there are none.
+        is_hidden: bool [T_main]: fixed tokens of second copies; None if there are none.
         cu_queries, cu_keys: boundaries of the sequences among candidates and main rows.
         rows, candidates: the layouts without shadow rows: of all rows as queries, and of the candidates.
         num_main_slots: slots of first copies.

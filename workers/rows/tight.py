@@ -30,7 +30,7 @@ class TightPlan:
         num_canvases: sequences that are first copies.
         token_index: int64 [T_main]: where in the burst's flat tokens each main row's token stands.
         positions: int64 [T_main]: position ids.
-        is_hidden: bool [T_main]: fixed tokens of second copies; None where there are none.
+        is_hidden: bool [T_main]: fixed tokens of second copies; None if there are none.
         cu_seqlens: boundaries of the sequences among the main rows.
         slots: int64 [M]: the slots that may be candidates, `block_length` of them for each sequence.
         is_guided: bool [M]: those of first copies that have a second.

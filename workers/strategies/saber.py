@@ -22,7 +22,7 @@ def saber(view: BlockView, commit: Tensor, params: Params, memory: Memory) -> De
     ever = memory["ever"] > 0
     num_ever = ever.sum(1)
     total = exact_sum(torch.where(ever, prob(memory["log_confidence"]), 0.0))
-    # c > total / num_ever, but so that equal numbers are no larger than their mean; 1 where there are none.
+    # c > total / num_ever, but so that equal numbers are no larger than their mean; 1 if there are none.
     total = torch.where(num_ever > 0, total, 1.0).unsqueeze(1)
     share = whole_units(prob(view.log_confidence)) * num_ever.clamp(min=1).unsqueeze(1)
     above = view.masked & (share > total)

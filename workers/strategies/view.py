@@ -22,10 +22,10 @@ class BlockView(NamedTuple):
             0 elsewhere.
         log_margin, neg_entropy: fp32 [R, B]: log of top-1 minus top-2 probability, and -entropy; -inf and 0
             if no policy reads them.
-        log_visible: fp32 [R, B]: log-probability of the committed token at its own row where a policy asks;
+        log_visible: fp32 [R, B]: log-probability of the committed token at its own row if a policy reads it;
             else 0.
         log_top: fp32 [R, B]: the row's largest log-probability of a token that is not M, for masked slots,
-            and for committed ones where a policy asks; else -inf.
+            and for committed ones if a policy reads it; else -inf.
         order, accept, remask_draw: fp32 [R, B] in (0, 1): random numbers of these streams; 0 if no policy
             reads them.
         block_forwards: int64 [R]: steps taken in this block before this one.
@@ -104,7 +104,7 @@ class Decision(NamedTuple):
 
 
 class RemaskKernel(Protocol):
-    """A step's decision; `commit` is what the unmask policy commits, nothing where there is none."""
+    """A step's decision; `commit` is what the unmask policy commits, nothing if there is none."""
 
     def __call__(self, view: BlockView, commit: Tensor, params: Params, memory: Memory) -> Decision: ...
 
@@ -120,7 +120,7 @@ def ranks(score: Tensor, among: Tensor) -> Tensor:
 
 
 def best(score: Tensor, among: Tensor, count: Tensor) -> Tensor:
-    """The `count` [R] slots of `among` with the largest score, bool [R, B]; all where there are fewer."""
+    """The `count` [R] slots of `among` with the largest score, bool [R, B]; all if there are fewer."""
     return among & (ranks(score, among) < count.unsqueeze(1))
 
 
