@@ -91,14 +91,17 @@ def test_a_bad_request_is_refused_and_harms_no_other() -> None:
 def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def dies(self: InProcessExecutor, timeout: float | None) -> Left | None:
-        if not self._queue:
-            return None
-        self._queue.clear()
-        return Left(0, died=True)
-
     async def test(engine: AsyncLLM) -> None:
-        monkeypatch.setattr(InProcessExecutor, "next_event", dies)
+        executor = engine.engine._engine.executor  # not the class: idle engines of other tests step, too
+        assert isinstance(executor, InProcessExecutor)
+
+        def dies(_: float | None) -> Left | None:
+            if not executor._queue:
+                return None
+            executor._queue.clear()
+            return Left(0, died=True)
+
+        monkeypatch.setattr(executor, "next_event", dies)
         monkeypatch.setattr("remask.scheduler.blame.MAX_LONE_DEATHS", 1)
         with pytest.raises(WorkerDied, match="1 workers in a row died"):
             await only(engine, PROMPTS[0], ASK)
@@ -106,7 +109,7 @@ def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
         def fails(*_: object) -> None:
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(InProcessExecutor, "next_event", fails)
+        monkeypatch.setattr(executor, "next_event", fails)
         with pytest.raises(EngineDead, match="out of memory"):
             await only(engine, PROMPTS[0], ASK)
         with pytest.raises(EngineDead):
