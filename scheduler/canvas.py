@@ -193,6 +193,7 @@ class Canvas:
         order: its sort key in the queue.
         last_burst: the last burst in flight with this canvas; None if it is ready or has ended.
         aborted: the request was aborted or has failed.
+        queued: it is in the queue of ready canvases.
         suspected: it waits to run apart from all others, because a burst with it failed.
         lone_deaths: consecutive deaths of workers that ran it alone.
         survived: number of bursts that had come back, of any worker, at the last of these deaths.
@@ -203,7 +204,7 @@ class Canvas:
 
     __slots__ = (
         "aborted", "events", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order",
-        "ordinal", "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
+        "ordinal", "queued", "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
     )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
@@ -212,7 +213,7 @@ class Canvas:
         self.num_rows = spec.num_rows(state.sequence_len)
         self.order: tuple[float, int] = (0.0, ordinal)
         self.last_burst: int | None = None
-        self.aborted = self.suspected = False
+        self.aborted = self.queued = self.suspected = False
         self.lone_deaths = self.lone_memory_failures = self.survived = 0
         self.short_on: frozenset[int] = frozenset()
         self.text_stop: TextStop | None = None

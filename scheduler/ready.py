@@ -26,6 +26,7 @@ class ReadyQueue:
 
     def push(self, canvas: Canvas) -> None:
         """Adds a canvas."""
+        canvas.queued = True
         heapq.heappush(self._heap, (canvas.order, canvas))
 
     def note_aborted(self, num_canvases: int) -> None:
@@ -48,4 +49,6 @@ class ReadyQueue:
 
     def pop(self) -> Canvas:
         """Removes and returns the canvas that `first` has returned."""
-        return heapq.heappop(self._heap)[1]
+        canvas = heapq.heappop(self._heap)[1]
+        canvas.queued = False
+        return canvas

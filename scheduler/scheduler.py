@@ -114,14 +114,13 @@ class Scheduler:
         """
         request_ids = set(request_ids)
         self._blame.forget(request_ids)
-        num_ready = 0
+        num_queued = 0
         for request_id in request_ids:
             request = self._requests.pop(request_id, None)
             for canvas in request.canvases if request is not None else ():
                 canvas.aborted = True
-                is_ready = canvas.last_burst is None and not canvas.suspected
-                num_ready += is_ready and not canvas.state.finished
-        self._ready.note_aborted(num_ready)
+                num_queued += canvas.queued
+        self._ready.note_aborted(num_queued)
 
     def next_batch(self, worker: int = 0, *, num_idle: int = 0) -> StepBatch | None:
         """The next burst for a worker; None if there is no work for it.

@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from remask.benchmarks.simulation import PROBE, Requests, SimulatedWorker
 from remask.scheduler.blame import MAX_ACCUSED, MAX_LONE_DEATHS, MAX_PROBE_DEATHS
+from remask.scheduler.canvas import NOT_NUMBERS
 from remask.scheduler.errors import EngineDead, RequestFailed, Unavailable, WorkerDied
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.request import Request
@@ -278,6 +280,23 @@ class Raising(SimulatedWorker):
             self.num_raised += 1
             return answer("error", f"ValueError: burst {batch.burst_id}")
         return super().run(batch)
+
+
+def test_requests_that_end_with_a_fault_do_not_count_as_queued_ones() -> None:
+    """A fault ends a canvas that has left its burst and is not in the queue."""
+    scheduler = Scheduler(max_num_rows=999, max_num_seqs=4, burst=1, probe=PROBE)
+    requests, worker = Requests(), SimulatedWorker()
+    for _ in range(12):
+        scheduler.add(requests.make(10, 10))
+    batch = scheduler.next_batch(0)
+    assert batch is not None
+    result = worker.run(batch)
+    states = [replace(state, fault=NOT_NUMBERS) for state in result.states]
+    assert len(scheduler.update(replace(result, states=states))) == 4
+    shares = []
+    while (batch := scheduler.next_batch(len(shares), num_idle=1)) is not None:
+        shares.append(len(batch.specs))
+    assert shares == [4, 2, 1, 1], "half of those that wait, for each of two workers"
 
 
 def run_to_the_end(scheduler: Scheduler, worker: SimulatedWorker, depth: int = 2) -> list[Request]:
