@@ -32,7 +32,7 @@ from remask.workers.step import Plans, denoise, plan_packs
 
 logger = logging.getLogger(__name__)
 
-RESERVE_STEPS = 16  # between two reads of the number of remasks
+RESERVE_STEPS = 16  # between two reads of the number of removed tokens
 
 
 class NotRun(NamedTuple):
@@ -48,7 +48,7 @@ class Unpacked(NamedTuple):
     """The canvases of a burst where the model is.
 
     Attributes:
-        plans: empty if shapes are not fixed.
+        plans: empty without static shapes.
         shape: that of the memory which they stand in, where a graph can use it.
         origin: the canvases as the host knew them when the tensors were made.
     """
