@@ -92,7 +92,7 @@ def wait(*args, **options):  # Ray ends a process if a call begins during a shut
 waiter.start()
 time.sleep(1)
 ray.wait = wait
-waits.wait()
+assert waits.wait(60)
 time.sleep(0.5)
 ray.shutdown()
 waiter.join()

@@ -153,11 +153,7 @@ def test_a_lone_request_is_blamed_if_a_probe_lives() -> None:
 
 
 def test_a_burst_that_comes_back_clears_its_canvases() -> None:
-    scheduler, requests, worker = (
-        Scheduler(max_num_rows=100, max_num_seqs=8, burst=1, probe=PROBE),
-        Requests(),
-        SimulatedWorker(),
-    )
+    scheduler, requests, worker = scheduler_of(), Requests(), SimulatedWorker()
     request = requests.make(5, 9)
     scheduler.add(request)
     for _ in range(8):  # it dies before every burst but always gets on
@@ -210,11 +206,7 @@ def test_a_worker_that_runs_a_suspect_has_nothing_else() -> None:
 
 @pytest.mark.parametrize("aborted_when", ["suspected", "in flight"])
 def test_a_suspected_request_can_be_aborted(aborted_when: str) -> None:
-    scheduler, requests, worker = (
-        Scheduler(max_num_rows=99, max_num_seqs=9, burst=1, probe=PROBE),
-        Requests(),
-        SimulatedWorker(),
-    )
+    scheduler, requests, worker = scheduler_of(), Requests(), SimulatedWorker()
     made = [requests.make(5, 5) for _ in range(3)]
     for request in made:
         scheduler.add(request)
@@ -233,11 +225,7 @@ def test_a_suspected_request_can_be_aborted(aborted_when: str) -> None:
 
 
 def test_others_that_are_idle_get_their_share() -> None:
-    scheduler, requests, worker = (
-        Scheduler(max_num_rows=999, max_num_seqs=99, burst=1, probe=PROBE),
-        Requests(),
-        SimulatedWorker(),
-    )
+    scheduler, requests, worker = scheduler_of(), Requests(), SimulatedWorker()
     for _ in range(9):
         scheduler.add(requests.make(5, 50))
     first = scheduler.next_batch(0, num_idle=1)
