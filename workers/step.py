@@ -19,9 +19,9 @@ from remask.workers.decide import Outcome, decide
 from remask.workers.head import Statistics
 from remask.workers.keyed_random import Purpose, stream_keys, uniform_at
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.rows.pack import ActiveBlocks, Plan, StepInputs, group_canvases
-from remask.workers.rows.static import plan_static
-from remask.workers.rows.tight import plan_tight
+from remask.workers.rows.compact import compacted
+from remask.workers.rows.pack import ActiveBlocks, HeadQuery, PackedRows, StepInputs, group_canvases
+from remask.workers.rows.plan import Plan, plan_pack
 from remask.workers.strategies.view import BlockView, prob
 
 Plans: TypeAlias = Sequence[Plan]
@@ -29,13 +29,18 @@ Plans: TypeAlias = Sequence[Plan]
 
 def plan_packs(state: BurstState, model: Denoiser, pack_rows: int) -> Plans:
     """Divides the running canvases into packs of at most `pack_rows` rows; a larger canvas is a pack of its
-    own. Static plans are on the host, as the state still is."""
+    own. The plans are on the host, as the state still is."""
     live = (~state.paused).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
-    plan = plan_static if model.static_shapes else plan_tight
     groups = group_canvases(num_rows, live, pack_rows)
-    return [plan(group, state.specs, state.cu_tokens) for group in groups]
+    return [plan_pack(group, state.specs, state.cu_tokens) for group in groups]
+
+
+def pack(plan: Plan, step: StepInputs, model: Denoiser) -> tuple[PackedRows, HeadQuery]:
+    """The rows of one forward and the questions about its candidates: the live rows alone, unless the model
+    needs static shapes."""
+    return (plan if model.static_shapes else compacted(plan, step.blocks)).pack(step)
 
 
 def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
@@ -49,7 +54,7 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     num_rows = 0
     step = StepInputs(state.tokens, blocks, model.mask_id, state.sampling, keys, state.needs, state.removed)
     for plan in plans:
-        rows, query = plan.pack(step)
+        rows, query = pack(plan, step, model)
         found = model.statistics(rows, query)
         num_rows += len(rows.ids_T)
         own, verifying = slice(rows.num_main_slots), slice(rows.num_main_slots, None)
@@ -73,7 +78,7 @@ def _block_view(
     log_confidence = torch.where(
         state.sampling.rank_by_top.unsqueeze(1), main.log_top.view(shape), main.log_proposal.view(shape)
     )
-    committed = blocks.valid & ~blocks.masked
+    committed = blocks.committed
     unread = torch.zeros(shape, device=state.device)
     order, accept, remask_draw = (
         uniform_at(_keys(state, purpose, slots)) if purpose.name.lower() in state.random_streams else unread

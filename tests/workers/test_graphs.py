@@ -71,7 +71,7 @@ class Tape(TorchDispatchMode):
 
 
 class Recorder:
-    """Captures on tapes, which hold as many bytes each as it is told."""
+    """Captures on tapes, of a given number of bytes each."""
 
     def __init__(self, num_bytes: int = 1) -> None:
         self.tapes: list[Tape] = []
@@ -285,10 +285,12 @@ def test_every_row_of_a_filled_pack_belongs_to_a_sequence(model: TransformerDeno
     )
     assert placed is not None
     (plan,) = placed.plans
-    for layout in (plan.rows, plan.candidates):
-        assert layout.cu_keys.tolist()[-1] == len(plan.token_index) == len(plan.positions)
-    assert plan.candidates.cu_queries.tolist()[-1] == len(plan.main.slots)
-    assert (plan.cu_queries[-1], plan.cu_keys[-1]) == (len(plan.main.slots), len(plan.token_index))
+    for layout in (plan.layout, plan.candidate_layout):
+        assert layout.device is not None
+        assert layout.device.cu_keys.tolist()[-1] == len(plan.token_index) == len(plan.positions)
+        assert layout.device.cu_queries.tolist() == list(layout.cu_queries)
+    assert plan.candidate_layout.cu_queries[-1] == len(plan.main.slots)
+    assert plan.layout.cu_keys[-1] == len(plan.token_index)
 
 
 def test_blocks_of_other_widths_have_other_graphs(model: TransformerDenoiser) -> None:

@@ -18,7 +18,7 @@ from remask.workers.burst.state import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.markov import MarkovDenoiser, write_markov
 from remask.workers.rows.pack import StepInputs
-from remask.workers.step import plan_packs
+from remask.workers.step import pack, plan_packs
 
 INITIAL = [0.5, 0.2, 0.3]
 TRANSITION = [[0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.3, 0.6, 0.1]]
@@ -125,7 +125,7 @@ def test_what_verifies_is_the_exact_leave_one_out(remask: str) -> None:
         needs=frozenset(),
         removed=None,
     )
-    rows, query = plan.pack(step)
+    rows, query = pack(plan, step, model)
     found = model.statistics(rows, query).log_given.exp()[rows.num_main_slots :]
     for value, place in zip(found.tolist(), (1, 3, 4), strict=True):
         hidden = [MASK if i == place else token for i, token in enumerate(ids)]

@@ -1,4 +1,4 @@
-"""Static packing computes what tight packing does, without a look at the device."""
+"""Static packing computes what compact packing does, without a look at the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from remask.workers.burst.state import BurstState
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.loading import read_config
 from remask.workers.models.transformer import Transformer
-from remask.workers.step import denoise, plan_packs
+from remask.workers.step import denoise, pack, plan_packs
 from remask.workers.tensors import mapped, tensors_of
 from remask.workers.worker import Worker
 
@@ -125,7 +125,7 @@ requests = st.builds(
 
 
 @pytest.mark.parametrize("fields", POLICIES, ids=lambda fields: "-".join(map(str, fields.values())))
-def test_every_policy_writes_in_static_shapes_what_it_writes_in_tight_packs(
+def test_every_policy_writes_in_static_shapes_what_it_writes_in_compact_packs(
     golden_model: TransformerDenoiser, fixed_model: TransformerDenoiser, fields: dict[str, Any]
 ) -> None:
     own = [canvas(fields, 21, 8, 4), canvas({"unmask": "threshold:0.5"}, 10, 4, 9), canvas(fields, 9, 5, 2)]
@@ -149,7 +149,7 @@ def answers(model: TransformerDenoiser, own: list[Canvas], states: list[CanvasSt
     """All statistics of each slot that is asked about, by whether its main row answers and by its number."""
     state = BurstState([c.spec for c in own], states)
     (plan,) = plan_packs(state, model, model.pack_rows)
-    rows, query = plan.pack(step_inputs(state, model.mask_id, frozenset({"margin", "entropy"})))
+    rows, query = pack(plan, step_inputs(state, model.mask_id, frozenset({"margin", "entropy"})), model)
     found = model.statistics(rows, query)
     asked = query.live.tolist() if query.live is not None else [True] * len(rows.slots_N)
     return {

@@ -24,7 +24,7 @@ from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.burst.state import BurstState
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.rows.pack import HeadQuery, PackedRows
-from remask.workers.step import plan_packs
+from remask.workers.step import pack, plan_packs
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 
@@ -34,7 +34,7 @@ def packed(
 ) -> tuple[PackedRows, HeadQuery]:
     state = BurstState([c.spec for c in canvases], states)
     (plan,) = plan_packs(state, model, model.pack_rows)
-    return plan.pack(step_inputs(state, model.mask_id))
+    return pack(plan, step_inputs(state, model.mask_id), model)
 
 
 @torch.inference_mode()

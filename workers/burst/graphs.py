@@ -24,7 +24,7 @@ from remask.workers.burst.state import BurstState
 from remask.workers.burst.stop_ids import num_stops
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
 from remask.workers.rows.padding import Padding
-from remask.workers.rows.static import StaticPlan, plan_static
+from remask.workers.rows.plan import Plan, plan_pack
 from remask.workers.tensors import tensors_of
 
 logger = logging.getLogger(__name__)
@@ -94,10 +94,10 @@ class Shape:
 
 
 class Placed(NamedTuple):
-    """A burst on the device; `shape` is that of the memory that it stands in, if a graph can use it."""
+    """A burst on the device. `shape` is None if the burst is not in the memory of a graph."""
 
     state: BurstState
-    plans: list[StaticPlan]
+    plans: list[Plan]
     shape: Shape | None
 
 
@@ -125,7 +125,7 @@ class StepGraphs:
         state = BurstState(
             [*specs, *[FILLING_SPEC] * num_more], [*states, *[FILLING_STATE] * num_more], padding
         )
-        tree = state, [plan_static(range(padding.group_size), state.specs, state.cu_tokens, padding)]
+        tree = state, [plan_pack(range(padding.group_size), state.specs, state.cu_tokens, padding)]
         tensors = tensors_of(tree)
         key = (signature(tensors), _constants(*tree))
         shape = self._shapes.get(key)
@@ -147,7 +147,7 @@ class StepGraphs:
         self._working_bytes = 0
 
     def step(self, shape: Shape, step: Callable[[], int]) -> int:
-        """Takes a step of a burst that stands in a shape's memory; returns the rows forwarded."""
+        """Takes a step of a burst in the memory of a shape; returns the rows forwarded."""
         if shape.graph is not None:
             shape.graph.replay()
             return shape.num_rows
@@ -250,9 +250,10 @@ def _power(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _constants(state: BurstState, plans: list[StaticPlan]) -> Hashable:
+def _constants(state: BurstState, plans: list[Plan]) -> Hashable:
     """What a graph holds of a burst beside the shapes of its tensors."""
     (plan,) = plans
+    layouts = plan.layout.device, plan.candidate_layout.device
     return (
         tuple(group.kind for group in (*state.unmask, *state.remask)),
         state.needs,
@@ -260,5 +261,5 @@ def _constants(state: BurstState, plans: list[StaticPlan]) -> Hashable:
         state.sampling.any_hot,
         state.max_block_len,
         plan.num_main_slots,
-        *((layout.max_queries, layout.max_keys) for layout in (plan.rows, plan.candidates)),
+        *((device.max_queries, device.max_keys) for device in layouts if device is not None),
     )

@@ -6,21 +6,18 @@ The shadow rows of canvases whose remask policy verifies come last. The *candida
 policy reads: masked slots (and committed ones, if a policy reads them), the same slots of second copies, the
 slots of copies, then shadow rows.
 
-A *plan* holds the part of a pack that is constant while its canvases share it; `Plan.pack` adds the rest for
-a step. `tight` plans hold only the rows that a step needs; `static` plans have static shapes.
+A *plan* (`remask.workers.rows.plan`) holds the part of a pack that is constant while its canvases share it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from remask.scheduler.canvas import TOKEN, CanvasSpec
 from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.sampling import SamplingTables
 
@@ -35,7 +32,7 @@ class PackedRows:
         candidates_H: int64 [H]: rows whose final hidden state is needed: those of main slots, of their second
             copies, then shadow rows.
         candidate_layout: visibility with the candidates as queries.
-        slots_N: int64 [N]: slots of the candidates, numbered as in `TightPlan`, without second copies.
+        slots_N: int64 [N]: slots of the candidates, numbered as in `Plan`, without second copies.
         num_main_slots: number of these slots whose candidate is a main row; the others are shadow rows.
     """
 
@@ -146,6 +143,11 @@ class ActiveBlocks:
     masked: Tensor
     read: Tensor
 
+    @property
+    def committed(self) -> Tensor:
+        """Valid slots that hold a token."""
+        return self.valid & ~self.masked
+
 
 @dataclass(frozen=True)
 class StepInputs:
@@ -196,14 +198,6 @@ class StepInputs:
         )
 
 
-class Plan(Protocol):
-    """The canvases of one pack."""
-
-    def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
-        """The rows of one forward, and the questions about the candidates among them."""
-        ...
-
-
 def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) -> list[list[int]]:
     """Cuts live canvases into consecutive groups of at most `max_rows` rows; a larger canvas stands alone."""
     groups: list[list[int]] = []
@@ -215,21 +209,3 @@ def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) 
         groups[-1].append(canvas)
         used += num_rows[canvas]
     return groups
-
-
-def hidden_tokens(
-    specs: Sequence[CanvasSpec], sequences: Sequence[int], lens: Sequence[int], second: range
-) -> Tensor:
-    """Which main rows hold a fixed token of a second copy, bool [T_main].
-
-    Args:
-        specs: of all canvases of the burst.
-        sequences: the canvas of each sequence of the pack.
-        lens: their rows.
-        second: which of them are second copies.
-    """
-    flags = [np.zeros(length, dtype=bool) for length in lens]
-    for place in second:
-        flags[place][:] = True
-        flags[place][np.frombuffer(specs[sequences[place]].slots, TOKEN)] = False
-    return torch.from_numpy(np.concatenate(flags))

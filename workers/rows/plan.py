@@ -1,10 +1,11 @@
-"""Static packing: rows in static shapes, for devices that the host must not wait for.
+"""The packer: which rows a step of some canvases may need, and which of them are live.
 
-The places of masks are known only on the device, so a pack holds every row that a step may need: a candidate
-row for every slot of the active blocks, a shadow row for every slot of blocks that verify, and a copy of the
-sequence for every slot of those that need exact leave-one-out probabilities. Which of them are live is data,
-as is the place of the active blocks. A plan is made on the host from constants of the canvases; `pack` runs
-on the device without a sync.
+A plan is made on the host from constants of the canvases, and holds every row that a step may need: a
+candidate row for every slot of the active blocks, a shadow row for every slot of blocks that verify, and a
+copy of the sequence for every slot of those that need exact leave-one-out probabilities. Which of them are
+live is data, as is the place of the active blocks. `Plan.pack` runs on the device without a sync, and its
+shapes are the same in every step. A CPU, where reading the places of masks costs nothing, packs the live rows
+alone (`remask.workers.rows.compact`).
 
 A plan may be larger than its canvases need (`Padding`): plans of equal sizes can use the same memory, and the
 graph that was captured on it.
@@ -14,99 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from remask.scheduler.canvas import CanvasSpec
+from remask.scheduler.canvas import TOKEN, CanvasSpec
 from remask.workers.attention.varlen import SHADOW_TILE, DeviceLayout, DeviceShadows, VarlenLayout
-from remask.workers.rows.pack import Guidance, HeadQuery, PackedRows, StepInputs, hidden_tokens
+from remask.workers.rows.pack import ActiveBlocks, Guidance, HeadQuery, PackedRows, StepInputs
 from remask.workers.rows.padding import NO_PADDING, Padding
-
-
-@dataclass(frozen=True)
-class StaticPlan:
-    """The canvases of one pack. Slots are numbered as in the burst's flattened [R, B].
-
-    The sequences are those of all canvases, second copies of the guided ones, then the copies that the exact
-    answer needs.
-
-    Attributes:
-        token_index, positions: int64 [T_main]: where in the burst's flat tokens each main row's token stands,
-            and its position.
-        is_hidden: bool [T_main]: fixed tokens of second copies; None if there are none.
-        cu_queries, cu_keys: boundaries of the sequences among candidates and main rows.
-        rows, candidates: the layouts without shadow rows: of all rows as queries, and of the candidates.
-        num_main_slots: slots of first copies.
-        main: slots of first and second copies.
-        copies: the slot that each copy verifies.
-        shadows: slots of shadow rows; their shifts lead to rows of the main sequence.
-        tiles, sees_block, spans: see `DeviceShadows`.
-        guidance: which hidden states belong together; None if no canvas is guided.
-        special: int64: which of the N slots are of canvases that `needs_logits`; None: none.
-        max_special: how many of them can be live at a time. The host does not know how many are, so whole
-            logits are made of as many slots, the live ones first. A slot is masked or committed: where its
-            main row is read if it is masked and another row verifies it if it is committed, one of the two is
-            live.
-        slots_N: int64 [N]: the slots that are answered for.
-    """
-
-    token_index: Tensor
-    positions: Tensor
-    is_hidden: Tensor | None
-    cu_queries: tuple[int, ...]
-    cu_keys: tuple[int, ...]
-    rows: DeviceLayout
-    candidates: DeviceLayout
-    num_main_slots: int
-    main: Slots
-    copies: Slots
-    shadows: Slots
-    tiles: Tensor
-    sees_block: Tensor
-    spans: tuple[tuple[int, int, int, int, int], ...]
-    guidance: Guidance | None
-    special: Tensor | None
-    max_special: int
-    slots_N: Tensor
-
-    def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
-        """See `Plan`; its shapes are the same in every step."""
-        blocks = step.blocks
-        valid, masked, read, places = (
-            part.flatten() for part in (blocks.valid, blocks.masked, blocks.read, blocks.rows)
-        )
-        ids = step.tokens[self.token_index]
-        if self.is_hidden is not None:
-            ids = ids.masked_fill(self.is_hidden, step.mask_id)
-        copied = self.copies.places(valid, places) + self.copies.shifts
-        ids = ids.scatter(0, copied, step.mask_id)
-        verified = self.shadows.places(valid, places)
-        positions = verified - self.shadows.starts
-        shadow_rows = torch.arange(len(positions), device=ids.device) + len(ids)
-        shadows = None
-        if len(positions):
-            holes, is_key = (verified + self.shadows.shifts).int(), valid[self.shadows.slots]
-            shadows = DeviceShadows(self.tiles, holes, is_key, self.sees_block, self.spans)
-        rows = PackedRows(
-            ids_T=torch.cat([ids, torch.full_like(positions, step.mask_id)]),
-            positions_T=torch.cat([self.positions, positions]),
-            layout=VarlenLayout(self.cu_keys, self.cu_keys, (), replace(self.rows, shadows=shadows)),
-            candidates_H=torch.cat([self.main.places(valid, places) + self.main.shifts, copied, shadow_rows]),
-            candidate_layout=VarlenLayout(
-                self.cu_queries, self.cu_keys, (), replace(self.candidates, shadows=shadows)
-            ),
-            slots_N=self.slots_N,
-            num_main_slots=self.num_main_slots,
-        )
-        committed = valid & ~masked
-        is_main = torch.arange(len(self.slots_N), device=ids.device) < self.num_main_slots
-        live = torch.where(is_main, read[self.slots_N], committed[self.slots_N])
-        special = self.special
-        if special is not None:
-            special = special[(~live[special]).to(torch.int8).argsort(stable=True)[: self.max_special]]
-        return rows, step.ask(self.slots_N, self.num_main_slots, self.guidance, live=live, special=special)
 
 
 @dataclass(frozen=True)
@@ -127,13 +45,127 @@ class Slots:
         """Where the slots' tokens stand; what is no slot has the first place of its sequence."""
         return torch.where(valid[self.slots], places[self.slots], self.starts)
 
+    def select(self, flags: Tensor) -> Slots:
+        """The flagged slots."""
+        return Slots(self.slots[flags], self.shifts[flags], self.starts[flags])
 
-def plan_static(
+
+@dataclass(frozen=True)
+class Spare:
+    """What a plan knows of rows that may not be live. A compact plan has none.
+
+    Attributes:
+        tiles, sees_block, spans: see `DeviceShadows`.
+        special: int64: which of the N slots are of canvases that `needs_logits`; None: none.
+        max_special: how many of them can be live at a time. The host does not know how many are, so whole
+            logits are made of as many slots, the live ones first. A slot is masked or committed: where its
+            main row is read if it is masked and another row verifies it if it is committed, one of the two is
+            live.
+    """
+
+    tiles: Tensor
+    sees_block: Tensor
+    spans: tuple[tuple[int, int, int, int, int], ...]
+    special: Tensor | None
+    max_special: int
+
+    @cached_property
+    def cu_shadows(self) -> Tensor:
+        """Boundaries of the verifying sequences among the shadow rows, int64, on the host."""
+        return torch.tensor([0, *(end for *_, end in self.spans)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The canvases of one pack. Slots are numbered as in the burst's flattened [R, B].
+
+    The sequences are those of all canvases, second copies of the guided ones, then the copies that the exact
+    answer needs.
+
+    Attributes:
+        token_index, positions: int64 [T_main]: where in the burst's flat tokens each main row's token stands,
+            and its position.
+        is_hidden: bool [T_main]: fixed tokens of second copies; None if there are none.
+        layout, candidate_layout: visibility with all rows, and with the candidates, as queries. With spare
+            rows the device decides which shadow rows there are, and they are missing here.
+        num_main_slots: slots of first copies.
+        main: slots of first and second copies.
+        copies: the slot that each copy verifies.
+        shadows: slots of shadow rows; their shifts lead to rows of the main sequence.
+        read_shadows: int64: the shadow rows that are candidates; None: all.
+        guidance: which hidden states belong together; None if no canvas is guided.
+        slots_N: int64 [N]: the slots that are answered for: of first copies, of copies and of shadow rows.
+        spare: None: all rows are live.
+    """
+
+    token_index: Tensor
+    positions: Tensor
+    is_hidden: Tensor | None
+    layout: VarlenLayout
+    candidate_layout: VarlenLayout
+    num_main_slots: int
+    main: Slots
+    copies: Slots
+    shadows: Slots
+    read_shadows: Tensor | None
+    guidance: Guidance | None
+    slots_N: Tensor
+    spare: Spare | None
+
+    @cached_property
+    def cu_main(self) -> Tensor:
+        """Boundaries of the sequences in `main`, int64, on the host."""
+        bounds = self.candidate_layout.cu_queries
+        return torch.tensor(bounds[: len(bounds) - len(self.copies.slots)])
+
+    def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
+        """The rows of one forward, and the questions about the candidates among them."""
+        valid, places = step.blocks.valid.flatten(), step.blocks.rows.flatten()
+        ids = step.tokens[self.token_index]
+        if self.is_hidden is not None:
+            ids = ids.masked_fill(self.is_hidden, step.mask_id)
+        copied = self.copies.places(valid, places) + self.copies.shifts
+        if len(copied):
+            ids = ids.scatter(0, copied, step.mask_id)
+        verified = self.shadows.places(valid, places)
+        positions = verified - self.shadows.starts
+        read = self.read_shadows
+        shadow_rows = torch.arange(len(positions), device=ids.device) if read is None else read
+        layout, candidate_layout = self.layout, self.candidate_layout
+        live = special = None
+        if self.spare is not None:
+            holes, is_key = (verified + self.shadows.shifts).int(), valid[self.shadows.slots]
+            layout, candidate_layout = (
+                _with_shadows(own, self.spare, holes, is_key) for own in (layout, candidate_layout)
+            )
+            live = self._live(step.blocks)
+            special = _special(self.spare, live)
+        rows = PackedRows(
+            ids_T=torch.cat([ids, torch.full_like(positions, step.mask_id)]),
+            positions_T=torch.cat([self.positions, positions]),
+            layout=layout,
+            candidates_H=torch.cat(
+                [self.main.places(valid, places) + self.main.shifts, copied, shadow_rows + len(ids)]
+            ),
+            candidate_layout=candidate_layout,
+            slots_N=self.slots_N,
+            num_main_slots=self.num_main_slots,
+        )
+        return rows, step.ask(self.slots_N, self.num_main_slots, self.guidance, live=live, special=special)
+
+    def _live(self, blocks: ActiveBlocks) -> Tensor:
+        """Which of the slots are answered for, bool [N]."""
+        read, committed = blocks.read.flatten(), blocks.committed.flatten()
+        is_main = torch.arange(len(self.slots_N), device=read.device) < self.num_main_slots
+        return torch.where(is_main, read[self.slots_N], committed[self.slots_N])
+
+
+def plan_pack(
     canvases: Sequence[int],
     specs: Sequence[CanvasSpec],
     cu_tokens: Sequence[int],
     padding: Padding = NO_PADDING,
-) -> StaticPlan:
+) -> Plan:
     """The plan for some canvases of a burst, on the host.
 
     Args:
@@ -201,32 +233,73 @@ def plan_static(
         max(int(lens.max()), padding.max_keys),
         max(int(block_lens.max()), padding.max_queries),
     )
-    return StaticPlan(
+    keys = tuple(cu_keys.tolist())
+    return Plan(
         token_index=torch.from_numpy(token_index),
         positions=torch.from_numpy(positions),
-        is_hidden=hidden_tokens(specs, sequences.tolist(), lens.tolist(), range(len(canvases), num_blocks))
+        is_hidden=_hidden_tokens(specs, sequences.tolist(), lens.tolist(), range(len(canvases), num_blocks))
         if guided
         else None,
-        cu_queries=tuple(cu_queries.tolist()),
-        cu_keys=tuple(cu_keys.tolist()),
-        rows=DeviceLayout(cu_keys_T, cu_keys_T, max_keys, max_keys, None),
-        candidates=DeviceLayout(cu_queries_T, cu_keys_T, max_queries, max_keys, None),
+        layout=VarlenLayout(keys, keys, (), DeviceLayout(cu_keys_T, cu_keys_T, max_keys, max_keys, None)),
+        candidate_layout=VarlenLayout(
+            tuple(cu_queries.tolist()),
+            keys,
+            (),
+            DeviceLayout(cu_queries_T, cu_keys_T, max_queries, max_keys, None),
+        ),
         num_main_slots=num_first,
         main=main,
         copies=copies,
         shadows=shadows,
-        tiles=_tiles(
-            spans, num_tiles=padding.shadow_rows // SHADOW_TILE + len(canvases) if padding.shadow_rows else 0
-        ),
-        sees_block=torch.from_numpy(sees_block),
-        spans=spans,
+        read_shadows=None,
         guidance=_guidance(specs, canvases, block_lens.tolist(), len(main.slots), len(slots_N))
         if guided
         else None,
-        special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
-        max_special=sum(map(_max_live, (specs[c] for c in special))),
         slots_N=slots_N,
+        spare=Spare(
+            tiles=_tiles(
+                spans,
+                num_tiles=padding.shadow_rows // SHADOW_TILE + len(canvases) if padding.shadow_rows else 0,
+            ),
+            sees_block=torch.from_numpy(sees_block),
+            spans=spans,
+            special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
+            max_special=sum(map(_max_live, (specs[c] for c in special))),
+        ),
     )
+
+
+def _with_shadows(layout: VarlenLayout, spare: Spare, holes: Tensor, is_key: Tensor) -> VarlenLayout:
+    """A layout with the shadow rows of a step."""
+    if layout.device is None or not len(holes):
+        return layout
+    shadows = DeviceShadows(spare.tiles, holes, is_key, spare.sees_block, spare.spans)
+    return replace(layout, device=replace(layout.device, shadows=shadows))
+
+
+def _special(spare: Spare, live: Tensor) -> Tensor | None:
+    """The slots that are answered from whole logits: the live ones, and some that are not."""
+    if spare.special is None:
+        return None
+    return spare.special[(~live[spare.special]).to(torch.int8).argsort(stable=True)[: spare.max_special]]
+
+
+def _hidden_tokens(
+    specs: Sequence[CanvasSpec], sequences: Sequence[int], lens: Sequence[int], second: range
+) -> Tensor:
+    """Which main rows hold a fixed token of a second copy, bool [T_main].
+
+    Args:
+        specs: of all canvases of the burst.
+        sequences: the canvas of each sequence of the pack.
+        lens: their rows.
+        second: which of them are second copies.
+    """
+    flags = [np.zeros(length, dtype=bool) for length in lens]
+    for place in second:
+        flags[place][:] = True
+        flags[place][np.frombuffer(specs[sequences[place]].slots, TOKEN)] = False
+    return torch.from_numpy(np.concatenate(flags))
 
 
 def _max_live(spec: CanvasSpec) -> int:
