@@ -9,7 +9,7 @@ block is committed, because no other row sees them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -25,30 +25,27 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
     """The plan of one step, without spare rows, for a plan on the host and the active blocks of the step."""
     spare = plan.spare
     assert spare is not None, "the plan is compact already"
-    valid, read, committed = (part.flatten() for part in (blocks.valid, blocks.read, blocks.committed))
-    is_candidate = read[plan.main.slots]
-    is_copied = committed[plan.copies.slots]
-    is_read = committed[plan.shadows.slots]
-    num_read = _counts(is_read, spare.cu_shadows)
-    is_shadow = is_read | (valid[plan.shadows.slots] & _serves_others(spare, num_read))
-    is_answered = torch.cat([is_candidate[: plan.num_main_slots], is_copied, is_read])
+    read, committed = blocks.read.flatten(), blocks.committed.flatten()
+    is_candidate, is_copied = read[plan.main.slots], committed[plan.copies.slots]
     num_candidates = _counts(is_candidate, plan.cu_main).tolist()
-    plan = _with_copies(plan, is_copied, len(num_candidates))
-    num_candidates += [1] * len(plan.copies.slots)
-    shadows = plan.shadows.select(is_shadow)
-    holes = blocks.rows.flatten()[shadows.slots] + shadows.shifts
-    num_shadows = _counts(is_shadow, spare.cu_shadows)
-    every, verifying = _segments(spare, holes, is_shadow, is_read, num_shadows.tolist(), num_read.tolist())
-    cu_keys = plan.layout.cu_keys
+    if len(is_copied):
+        plan = _with_copies(plan, is_copied, len(num_candidates))
+        num_candidates += [1] * len(plan.copies.slots)
+    is_read = committed[plan.shadows.slots]
+    every: tuple[ShadowSegment, ...] = ()
+    verifying: tuple[ShadowSegment, ...] = ()
+    if len(is_read):
+        plan, every, verifying = _with_shadows(plan, spare, blocks, is_read)
+    kept = [is_candidate, is_copied, is_read]
+    is_answered = torch.cat([is_candidate[: plan.num_main_slots], is_copied, is_read])
+    cu_keys, cu_queries = plan.layout.cu_keys, _bounds(num_candidates)
     return replace(
         plan,
         layout=VarlenLayout(cu_keys, cu_keys, every),
-        candidate_layout=VarlenLayout(_bounds(num_candidates), cu_keys, verifying),
+        candidate_layout=VarlenLayout(cu_queries, cu_keys, verifying),
         num_main_slots=int(is_candidate[: plan.num_main_slots].sum()),
         main=plan.main.select(is_candidate),
-        shadows=shadows,
-        read_shadows=is_read[is_shadow].nonzero().squeeze(1),
-        guidance=_guidance(plan.guidance, torch.cat([is_candidate, is_copied, is_read]), is_answered)
+        guidance=_guidance(plan.guidance, torch.cat(kept), is_answered)
         if plan.guidance is not None
         else None,
         slots_N=plan.slots_N[is_answered],
@@ -65,15 +62,8 @@ def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
     return torch.nn.functional.pad(flags.cumsum(0), (1, 0))[bounds].diff()
 
 
-def _serves_others(spare: Spare, num_read: Tensor) -> Tensor:
-    """Which shadow rows are keys of rows that the head reads, bool [S]."""
-    return spare.sees_block & (num_read > 0).repeat_interleave(spare.cu_shadows.diff())
-
-
 def _with_copies(plan: Plan, is_copied: Tensor, num_blocks: int) -> Plan:
     """The plan with some of its copies; they follow `num_blocks` sequences of other kinds."""
-    if is_copied.all():  # there may be none
-        return plan
     bounds = plan.layout.cu_keys
     lens = torch.tensor(bounds).diff()
     is_kept = torch.cat([torch.ones(num_blocks, dtype=torch.bool), is_copied])
@@ -92,26 +82,32 @@ def _with_copies(plan: Plan, is_copied: Tensor, num_blocks: int) -> Plan:
     )
 
 
-def _segments(
-    spare: Spare,
-    holes: Tensor,
-    is_shadow: Tensor,
-    is_read: Tensor,
-    num_shadows: Sequence[int],
-    num_read: Sequence[int],
-) -> tuple[tuple[ShadowSegment, ...], tuple[ShadowSegment, ...]]:
-    """The segments of all shadow rows as queries, and of those only that are read.
+def _with_shadows(
+    plan: Plan, spare: Spare, blocks: ActiveBlocks, is_read: Tensor
+) -> tuple[Plan, tuple[ShadowSegment, ...], tuple[ShadowSegment, ...]]:
+    """The plan with the shadow rows of a step.
 
     Args:
-        spare: the spare rows of the plan.
-        holes: int64: for each shadow row that there is, the main row that it does not see.
-        is_shadow, is_read: bool [S]: which shadow rows there are, and which of them the head reads.
-        num_shadows, num_read: their number for each verifying sequence.
+        plan: with all shadow rows.
+        spare: its spare rows.
+        blocks: the active blocks.
+        is_read: bool [S]: the shadow rows that the head reads.
+
+    Returns:
+        The plan, and the segments of all shadow rows as queries and of those that are read.
     """
-    sees_block, is_read = spare.sees_block[is_shadow], is_read[is_shadow]
+    bounds = spare.cu_shadows
+    num_read = _counts(is_read, bounds)
+    # Rows that the head does not read are keys of the others.
+    is_key = spare.sees_block & (num_read > 0).repeat_interleave(bounds.diff())
+    is_shadow = is_read | (blocks.valid.flatten()[plan.shadows.slots] & is_key)
+    shadows, sees_block = plan.shadows.select(is_shadow), spare.sees_block[is_shadow]
+    holes = blocks.rows.flatten()[shadows.slots] + shadows.shifts
+    cu_keys, cu_read = (_bounds(counts.tolist()) for counts in (_counts(is_shadow, bounds), num_read))
+    is_read = is_read[is_shadow]
     every, read = [], []
     for (sequence, first, last, *_), keys, queries in zip(
-        spare.spans, pairwise(_bounds(num_shadows)), pairwise(_bounds(num_read)), strict=True
+        spare.spans, pairwise(cu_keys), pairwise(cu_read), strict=True
     ):
         own = slice(*keys)
         if keys[0] == keys[1]:
@@ -119,7 +115,8 @@ def _segments(
         mask = shadow_mask(holes[own] - first, last - first, sees_block[own])
         every.append(ShadowSegment(sequence, keys, keys, mask))
         read.append(ShadowSegment(sequence, queries, keys, mask[is_read[own]]))
-    return tuple(every), tuple(read)
+    plan = replace(plan, shadows=shadows, read_shadows=is_read.nonzero().squeeze(1))
+    return plan, tuple(every), tuple(read)
 
 
 def _guidance(guidance: Guidance, is_kept: Tensor, is_answered: Tensor) -> Guidance:

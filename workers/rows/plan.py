@@ -35,19 +35,23 @@ class Slots:
         slots: int64.
         shifts: int64: row of a sequence's token in the pack minus the token's place in the flat tokens.
         starts: int64: place of a sequence's first token.
+        are_valid: whether all of them are slots in this step; else the step tells which.
     """
 
     slots: Tensor
     shifts: Tensor
     starts: Tensor
+    are_valid: bool = False
 
     def places(self, valid: Tensor, places: Tensor) -> Tensor:
-        """Where the slots' tokens stand; what is no slot has the first place of its sequence."""
+        """Places of the slots' tokens. A slot that is not valid has the first place of its sequence."""
+        if self.are_valid:
+            return places[self.slots]
         return torch.where(valid[self.slots], places[self.slots], self.starts)
 
     def select(self, flags: Tensor) -> Slots:
-        """The flagged slots."""
-        return Slots(self.slots[flags], self.shifts[flags], self.starts[flags])
+        """The flagged slots, which are valid."""
+        return Slots(self.slots[flags], self.shifts[flags], self.starts[flags], are_valid=True)
 
 
 @dataclass(frozen=True)
@@ -121,32 +125,36 @@ class Plan:
     def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
         """The rows of one forward, and the questions about the candidates among them."""
         valid, places = step.blocks.valid.flatten(), step.blocks.rows.flatten()
-        ids = step.tokens[self.token_index]
+        ids, positions = step.tokens[self.token_index], self.positions
         if self.is_hidden is not None:
             ids = ids.masked_fill(self.is_hidden, step.mask_id)
-        copied = self.copies.places(valid, places) + self.copies.shifts
-        if len(copied):
-            ids = ids.scatter(0, copied, step.mask_id)
-        verified = self.shadows.places(valid, places)
-        positions = verified - self.shadows.starts
-        read = self.read_shadows
-        shadow_rows = torch.arange(len(positions), device=ids.device) if read is None else read
+        candidates = [self.main.places(valid, places) + self.main.shifts]
+        if len(self.copies.slots):
+            candidates.append(self.copies.places(valid, places) + self.copies.shifts)
+            ids = ids.scatter(0, candidates[-1], step.mask_id)
         layout, candidate_layout = self.layout, self.candidate_layout
+        if len(self.shadows.slots):
+            verified = self.shadows.places(valid, places)
+            if self.spare is not None:
+                holes, is_key = (verified + self.shadows.shifts).int(), valid[self.shadows.slots]
+                layout, candidate_layout = (
+                    _with_shadows(own, self.spare, holes, is_key) for own in (layout, candidate_layout)
+                )
+            read = self.read_shadows
+            candidates.append(
+                (torch.arange(len(verified), device=ids.device) if read is None else read) + len(ids)
+            )
+            ids = torch.cat([ids, torch.full_like(verified, step.mask_id)])
+            positions = torch.cat([positions, verified - self.shadows.starts])
         live = special = None
         if self.spare is not None:
-            holes, is_key = (verified + self.shadows.shifts).int(), valid[self.shadows.slots]
-            layout, candidate_layout = (
-                _with_shadows(own, self.spare, holes, is_key) for own in (layout, candidate_layout)
-            )
             live = self._live(step.blocks)
             special = _special(self.spare, live)
         rows = PackedRows(
-            ids_T=torch.cat([ids, torch.full_like(positions, step.mask_id)]),
-            positions_T=torch.cat([self.positions, positions]),
+            ids_T=ids,
+            positions_T=positions,
             layout=layout,
-            candidates_H=torch.cat(
-                [self.main.places(valid, places) + self.main.shifts, copied, shadow_rows + len(ids)]
-            ),
+            candidates_H=torch.cat(candidates),
             candidate_layout=candidate_layout,
             slots_N=self.slots_N,
             num_main_slots=self.num_main_slots,
@@ -199,7 +207,8 @@ def plan_pack(
         own[0] = sequences[places] * width + numbers
         own[1] = cu_keys[places] - starts[places]
         own[2] = starts[places]
-        return Slots(*torch.from_numpy(table).unbind())
+        slots, shifts, sequence_starts = torch.from_numpy(table).unbind()
+        return Slots(slots, shifts, sequence_starts)
 
     main = slots_of(*_counted(block_lens), padding.slots)
     copy_numbers = [i for c in canvases for i in range(specs[c].num_copies)]
@@ -271,8 +280,7 @@ def plan_pack(
 
 def _with_shadows(layout: VarlenLayout, spare: Spare, holes: Tensor, is_key: Tensor) -> VarlenLayout:
     """A layout with the shadow rows of a step."""
-    if layout.device is None or not len(holes):
-        return layout
+    assert layout.device is not None, "the device decides which shadow rows there are"
     shadows = DeviceShadows(spare.tiles, holes, is_key, spare.sees_block, spare.spans)
     return replace(layout, device=replace(layout.device, shadows=shadows))
 
