@@ -20,7 +20,8 @@ _SMALLEST_AMAX = 1e-12  # gives rows of zeros a scale
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Normalises in fp32, casts back, then multiplies."""
     x32 = x_TD.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype) * weight_D
+    normed_TD = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x_TD.dtype)
+    return normed_TD.mul_(weight_D)
 
 
 def rotate_halves(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
