@@ -24,6 +24,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         confidence: For a commit, its confidence. For a remasking, the score that triggered it: the token's
             leave-one-out probability (`wino`, `oracle_loo`), its probability at its own row (`low_prob`,
             `saber`), or the confidence at its commit.
+        is_top: Whether a commit is that of the most probable token. False for a remasking.
         canvas_len: Slots of the canvas. Slots behind an end of text may be empty.
     """
 
@@ -33,6 +34,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     token: list[int]
     is_commit: list[bool]
     confidence: list[float]
+    is_top: list[bool]
     canvas_len: int
 
 
@@ -50,6 +52,9 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
         stop_reason: Stop string, or id of `stop_token_ids`, that ended the text. None for the model's own
             end-of-sequence tokens and if the canvas ended the text.
         nfe: Number of model forwards of the sample.
+        num_query_rows: Rows of these forwards: prompt and canvas, twice with guidance. `wino` adds a row for
+            each slot of the block, `oracle_loo` the whole sequence for each committed slot of the block. A
+            forward may compute fewer.
         tokens_per_forward: Visible tokens divided by `nfe`. An id that ended the text does not count; tokens
             of a stop string do.
         confidences: Confidence of each token of `token_ids` at its commit.
@@ -67,6 +72,7 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "error"]
     stop_reason: int | str | None
     nfe: int
+    num_query_rows: int
     tokens_per_forward: float
     confidences: list[float]
     commit_steps: list[int]
@@ -162,6 +168,7 @@ def _completion(
         finish_reason="stop" if stopped else "length" if state.finished else "error",
         stop_reason=stop_reason,
         nfe=state.num_forwards,
+        num_query_rows=state.num_query_rows,
         tokens_per_forward=num_visible / max(1, state.num_forwards),
         confidences=np.frombuffer(state.confidences, REAL)[:num_returned].tolist(),
         commit_steps=np.frombuffer(state.commit_steps, TOKEN)[:num_returned].tolist(),
@@ -182,5 +189,6 @@ def trace_of(spec: CanvasSpec, records: bytes) -> Trace:
         token=events["token"].tolist(),
         is_commit=(events["is_commit"] > 0).tolist(),
         confidence=events["confidence"].tolist(),
+        is_top=(events["is_top"] > 0).tolist(),
         canvas_len=spec.canvas_len,
     )

@@ -24,9 +24,17 @@ from remask.scheduler.sampling import Sampling, id_array, id_bytes
 NOT_NUMBERS, NO_COMMIT, RAISES, NO_MEMORY = 1, 2, 3, 4
 
 REAL = np.dtype("<f4")
-# A commit or a remasking of one slot in one step; `token` is the committed or the removed token.
+# A commit or a remasking of one slot in one step; `token` is the committed or the removed token. `is_top`: a
+# commit of the most probable token.
 EVENT = np.dtype(
-    [("step", "<i4"), ("slot", "<i4"), ("token", "<i4"), ("confidence", "<f4"), ("is_commit", "<i4")]
+    [
+        ("step", "<i4"),
+        ("slot", "<i4"),
+        ("token", "<i4"),
+        ("confidence", "<f4"),
+        ("is_commit", "<i2"),
+        ("is_top", "<i2"),
+    ]
 )
 
 
@@ -131,9 +139,16 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Whether its rows need whole logits, not only the largest ones and sums of the softmax."""
         return self.sampling.edits or self.sampling.filters or self.sampling.reranks or self.bans_removed
 
+    def forward_rows(self, sequence_len: int) -> tuple[int, int, int]:
+        """The rows of a forward: a constant, rows for each slot of the active block, and rows for each of
+        its committed slots."""
+        shadow_rows, copy_rows = self.num_shadow_rows > 0, sequence_len if self.num_copies else 0
+        return sequence_len * (1 + self.is_guided), int(shadow_rows), copy_rows
+
     def num_rows(self, sequence_len: int) -> int:
         """Maximum number of rows of a forward."""
-        return sequence_len * (1 + self.is_guided + self.num_copies) + self.num_shadow_rows
+        constant, per_slot, per_commit = self.forward_rows(sequence_len)
+        return constant + (per_slot + per_commit) * self.block_length
 
     @cached_property
     def unmask_params(self) -> dict[str, list[float]]:
@@ -163,6 +178,7 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block: int = 0  # index of the active block
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
+    num_query_rows: int = 0  # rows of its forwards, whatever a backend leaves out
     finished: bool = False
     fault: int = 0  # the fault that ended it, one of those above; 0: none
     error: str = ""  # class and message of the exception of its policy's kernel

@@ -128,6 +128,7 @@ def _update(
     running = ~state.paused
     state.num_forwards += running
     state.block_forwards += running
+    state.num_query_rows += running * state.rows_of_forward(blocks)
     commit, remask, holds, _ = outcome
     takes_top = outcome.takes_top.unsqueeze(1)
     proposal = torch.where(takes_top, main.top_token.view(slots.shape), main.proposal.view(slots.shape))
@@ -136,7 +137,8 @@ def _update(
     )
     confidence = prob(torch.where(takes_top, view.log_top, view.log_confidence)).float()
     if len(state.events.canvases):
-        _record(state, slots, blocks, view, outcome, proposal, confidence)
+        top_token = main.top_token.view(slots.shape)
+        _record(state, slots, blocks, view, outcome, proposal, confidence, top_token)
     tokens = torch.where(remask, mask_id, torch.where(commit, proposal, blocks.tokens))
     state.tokens[blocks.rows] = tokens
     when = state.num_forwards.unsqueeze(1).expand_as(slots)
@@ -171,6 +173,7 @@ def _record(
     outcome: Outcome,
     proposal: Tensor,
     confidence: Tensor,
+    top_token: Tensor,
 ) -> None:
     """Records the events of traced canvases. The confidence of a remasking is the token's leave-one-out
     probability, or that at its own row, if the policy reads them; else the confidence at its commit."""
@@ -190,6 +193,7 @@ def _record(
         remask=outcome.remask,
         token=torch.where(outcome.remask, blocks.tokens, proposal),
         confidence=torch.where(outcome.remask, doubt, confidence),
+        is_top=proposal == top_token,
     )
 
 

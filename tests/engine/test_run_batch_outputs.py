@@ -1,4 +1,4 @@
-"""Outputs that are already there: what `--resume` goes on with, what is refused, and nothing is replaced."""
+"""Outputs that are already there: which `--resume` continues and which are refused; none is replaced."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(
         sync(journal)
 
     monkeypatch.setattr(Journal, "sync", appear)
-    with pytest.raises(BatchStopped, match="File exists: 3 of 3 results are safe"):
+    with pytest.raises(BatchStopped, match="File exists: 3 of 3 results are saved"):
         run(source, output)
     assert output.read_text() == "precious"
 
@@ -171,7 +171,8 @@ def test_parquet_tells_the_tokens_that_were_counted(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     sample = CompletionOutput(
         index=0, text="7 8", token_ids=[7, 8, 1], finish_reason="stop", stop_reason=None,
-        nfe=1000, tokens_per_forward=0.001, confidences=[1.0] * 3, commit_steps=[1] * 3, seed=0,
+        nfe=1000, num_query_rows=5000, tokens_per_forward=0.001,
+        confidences=[1.0] * 3, commit_steps=[1] * 3, seed=0,
     )  # fmt: skip
     more = msgspec.structs.replace(sample, index=1, token_ids=[7], finish_reason="length", nfe=0)
     times = RequestMetrics(arrival_time=0.0, finish_time=1.0, latency=1.0)

@@ -20,6 +20,7 @@ TRACE = Trace(
     token=[7, 9, 7, 7, 8],
     is_commit=[True, True, False, True, True],
     confidence=[0.5, 0.9, 0.1, 0.6, 0.8],
+    is_top=[True, True, False, True, False],
     canvas_len=4,
 )
 
@@ -57,14 +58,15 @@ def test_a_replay_fills_and_empties_the_slots_step_by_step() -> None:
 def test_the_command_shows_every_step_and_ends_with_the_text(traced: Path) -> None:
     result = CliRunner().invoke(app, ["trace", str(traced), "--request", "1", "--sample", "1"])
     assert result.exit_code == 0, result.output
-    told = json.loads(traced.read_text().splitlines()[1])["outputs"][1]
+    completion = json.loads(traced.read_text().splitlines()[1])["outputs"][1]
     assert [line for line in result.output.splitlines() if line.startswith("step ")][-1].startswith(
-        f"step {told['nfe']}: "
+        f"step {completion['nfe']}: "
     )
-    events = told["trace"]
+    events = completion["trace"]
     num_remasks = events["is_commit"].count(False)
     assert num_remasks > 0, "the case is meant to remask"
-    summary = f"{told['nfe']} forwards, {events['is_commit'].count(True)} commits, {num_remasks} remaskings"
+    num_commits = events["is_commit"].count(True)
+    summary = f"{completion['nfe']} forwards, {num_commits} commits, {num_remasks} remaskings"
     assert summary in " ".join(result.output.split())
 
 

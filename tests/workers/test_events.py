@@ -1,4 +1,4 @@
-"""Traces, log-probabilities and removed tokens: what a canvas went through, told exactly."""
+"""Traces, log-probabilities and removed tokens: the exact history of a canvas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from remask import (
     CappedThreshold,
     Dream,
     LowProb,
+    OracleLoo,
     RandomRemask,
     Rcr,
     Remdm,
@@ -45,7 +46,7 @@ def canvas(seed: int = 5, **fields: Any) -> Canvas:
     return new_canvas("r", 0, PROMPT, params, seed=seed, sample=0, mask_id=0, stop_ids=[])
 
 
-class Told(NamedTuple):
+class Finished(NamedTuple):
     """Finished canvases, the EVENT records of each, and the bytes of each result on the wire."""
 
     states: list[CanvasState]
@@ -53,7 +54,7 @@ class Told(NamedTuple):
     wire_lens: list[int]
 
 
-def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> Told:
+def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> Finished:
     """Every burst from bytes that went over the wire, so that nothing is left on the worker."""
     states: list[CanvasState | int] = [c.state for c in canvases]
     events, wire_lens = [b""] * len(canvases), []
@@ -66,18 +67,31 @@ def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -
         result = msgspec.msgpack.decode(wire, type=StepResult)
         events = [own + result.events.get(place, b"") for place, own in enumerate(events)]
         if all(state.finished for state in result.states):
-            return Told(result.states, events, wire_lens)
+            return Finished(result.states, events, wire_lens)
         states = list(result.states)
+
+
+def one_step(model: TransformerDenoiser, own: Canvas, state: CanvasState) -> StepResult:
+    return Worker(model).run(StepBatch(burst_id=0, num_steps=1, specs=[own.spec], states=[state]))
+
+
+def logits_of(model: TransformerDenoiser, state: CanvasState) -> torch.Tensor:
+    """Logits of all rows of a prompt with its canvas, without packing."""
+    ids = torch.from_numpy(state.token_array().astype(np.int64))
+    every, bounds = torch.arange(len(ids)), (0, len(ids))
+    layout = VarlenLayout(bounds, bounds, ())
+    rows = PackedRows(ids, every, layout, every, layout, every, len(ids))
+    return model.model.logits(model.model(rows, model.attention))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_the_events_are_all_that_happened(golden_model: TransformerDenoiser, policy: dict) -> None:
     own, silent = canvas(trace=True, **policy), canvas(**policy)
-    told = finish(golden_model, [own, silent], 3)
-    state, untraced = told.states
-    assert told.events[1] == b""
+    found = finish(golden_model, [own, silent], 3)
+    state, untraced = found.states
+    assert found.events[1] == b""
     assert untraced.tokens == state.tokens
-    events = np.frombuffer(told.events[0], EVENT)
+    events = np.frombuffer(found.events[0], EVENT)
     assert (np.diff(events["step"] * 24 + events["slot"]) > 0).all(), "by step, then by slot"
     tokens, commit_steps, confidences = np.zeros(24, TOKEN), np.zeros(24, TOKEN), np.zeros(24, REAL)
     for event in events:
@@ -95,7 +109,7 @@ def test_the_events_are_all_that_happened(golden_model: TransformerDenoiser, pol
     assert confidences.tobytes() == state.confidences
     has_remasks = not events["is_commit"].all()
     assert has_remasks == (policy.get("remask") is not None), "the cases are meant to remask"
-    assert finish(golden_model, [own, silent], 1000).events == told.events
+    assert finish(golden_model, [own, silent], 1000).events == found.events
 
 
 def test_a_result_carries_the_events_of_its_own_burst_only(golden_model: TransformerDenoiser) -> None:
@@ -146,20 +160,14 @@ def test_log_probabilities_are_those_of_the_untempered_softmax_at_the_commit(
 ) -> None:
     own = canvas(**policy)
     state = own.state
-    every, bounds = torch.arange(28), (0, 28)
-    layout = VarlenLayout(bounds, bounds, ())
     while not state.finished:
-        ids = torch.from_numpy(state.token_array().astype(np.int64))
-        rows = PackedRows(ids, every, layout, every, layout, every, 28)
-        logits = golden_model.model.logits(golden_model.model(rows, golden_model.attention))
-        expected = logits.double().log_softmax(-1)[4:]
-        batch = StepBatch(burst_id=0, num_steps=1, specs=[own.spec], states=[state])
-        (state,) = Worker(golden_model).run(batch).states
+        expected = logits_of(golden_model, state).double().log_softmax(-1)[4:]
+        (state,) = one_step(golden_model, own, state).states
         now = np.frombuffer(state.commit_steps, TOKEN) == state.num_forwards
-        told, tokens = np.frombuffer(state.logprobs, REAL), state.token_array()[4:]
+        found, tokens = np.frombuffer(state.logprobs, REAL), state.token_array()[4:]
         for slot in now.nonzero()[0]:
-            assert told[slot] == pytest.approx(float(expected[slot, tokens[slot]]), rel=1e-4, abs=1e-5)
-        assert (told[tokens == 0] == 0).all()
+            assert found[slot] == pytest.approx(float(expected[slot, tokens[slot]]), rel=1e-4, abs=1e-5)
+        assert (found[tokens == 0] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -179,11 +187,11 @@ def test_a_banned_token_does_not_come_back_to_its_position_in_the_block(
     banning = msgspec.structs.replace(remask, ban_old=True)
     fields = {"unmask": unmask, "trace": True, "block_length": 12, "temperature": 0.7}
     canvases = [canvas(seed, remask=policy, **fields) for seed in range(3) for policy in (remask, banning)]
-    told = finish(golden_model, [*canvases, canvas(unmask="schedule:3")], num_steps)
-    *states, other = told.states
+    found = finish(golden_model, [*canvases, canvas(unmask="schedule:3")], num_steps)
+    *states, other = found.states
     freely, banned = states[::2], states[1::2]
-    assert sum(map(num_returns, told.events[:-1:2])) > 0, "the cases are meant to show the difference"
-    assert sum(map(num_returns, told.events[1::2])) == 0
+    assert sum(map(num_returns, found.events[:-1:2])) > 0, "the cases are meant to show the difference"
+    assert sum(map(num_returns, found.events[1::2])) == 0
     again = finish(golden_model, canvases[1::2], 3).states
     assert [state.tokens for state in again] == [state.tokens for state in banned]
     assert {state.removed for state in (other, *freely)} == {b""}
@@ -211,3 +219,51 @@ def test_a_slot_that_has_lost_every_token_it_may_hold_takes_them_again(
     assert np.bincount(events["slot"][events["is_commit"] == 0]).max() > 2, (
         "the case is meant to exhaust them"
     )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_trace_tells_which_commits_are_of_the_most_probable_token(
+    golden_model: TransformerDenoiser, temperature: float
+) -> None:
+    own = canvas(unmask="schedule:6", temperature=temperature, trace=True)
+    state, found = own.state, []
+    while not state.finished:
+        logits = logits_of(golden_model, state)
+        logits[:, golden_model.mask_id] = -torch.inf
+        top = logits.argmax(-1)[4:]
+        result = one_step(golden_model, own, state)
+        (state,) = result.states
+        for event in np.frombuffer(result.events[0], EVENT):
+            found.append(bool(event["is_top"]))
+            assert found[-1] == (event["token"] == int(top[event["slot"]]))
+    assert all(found) == (temperature == 0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "per_slot", "per_commit"),
+    [
+        ({"unmask": Threshold(0.4)}, 0, 0),
+        ({"unmask": Threshold(0.4), "cfg_scale": 1.0}, 0, 0),
+        ({"unmask": CappedThreshold(0.05), "remask": Wino(0.7)}, 1, 0),
+        ({"unmask": CappedThreshold(0.05), "remask": OracleLoo(0.7)}, 0, 28),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_query_rows_are_those_of_every_forward(
+    golden_model: TransformerDenoiser, policy: dict, per_slot: int, per_commit: int, num_steps: int
+) -> None:
+    """The last block is shorter than the others."""
+    own = canvas(block_length=10, **policy)
+    other = canvas(1, unmask="schedule:6")
+    expected, state = 0, own.state
+    while not state.finished:
+        first = 4 + 10 * state.block
+        block = state.token_array()[first : first + 10]
+        num_committed = int((block != golden_model.mask_id).sum())
+        expected += 28 * (1 + own.spec.is_guided) + per_slot * len(block) + per_commit * num_committed
+        (state,) = one_step(golden_model, own, state).states
+        assert state.num_query_rows == expected
+    whole, _ = finish(golden_model, [own, other], num_steps).states
+    assert whole.num_query_rows == expected

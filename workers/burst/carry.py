@@ -1,8 +1,8 @@
 """Moves canvases from a burst's tensors to those of the next burst, on the device.
 
-When canvases join or leave, the next burst stands in other tensors. The host knows all their sizes in
-advance, but what the canvases hold only when the burst before is over. So the next burst is made with
-outdated contents and gets the current ones here, without a wait of the host for the device.
+When canvases join or leave, the next burst has new tensors. The host knows their sizes in advance, but it
+knows the contents of the canvases only when the previous burst has ended. So the next burst is built with
+outdated contents, and the current ones are copied on the device, without a sync.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from remask.workers.burst.state import BurstState
 from remask.workers.strategies.view import Memory
 
 TABLES = ("confidences", "logprobs", "commit_steps")  # [R, slots]
-COUNTERS = ("block", "num_forwards", "block_forwards", "finished", "fault")  # [R]
+COUNTERS = ("block", "num_forwards", "block_forwards", "num_query_rows", "finished", "fault")  # [R]
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What n canvases hold, on the device.
+    """The contents of n canvases, on the device.
 
     Attributes:
-        tokens: int64: their sequences one behind the other.
+        tokens: int64: their sequences, concatenated.
         tables: [n, slots] each.
         counters: [n] each.
-        memory: for each kind of policy that has memory which of the n canvases have it, and the memory.
+        memory: for each kind of policy that has memory, the numbers of its canvases among the n, and the
+            memory.
     """
 
     tokens: Tensor
@@ -41,11 +42,11 @@ class Carried:
 
 
 def take(state: BurstState, canvases: Sequence[int]) -> Carried:
-    """What some canvases of a burst hold when its enqueued steps are over.
+    """The contents of some canvases of a burst after all enqueued steps.
 
     Args:
         state: of the burst.
-        canvases: their places in it.
+        canvases: their indices in it.
     """
     places = _places_in_groups(state, canvases)
     lists = {kind: list(own.values()) for kind, own in places.items()}
@@ -70,12 +71,12 @@ def take(state: BurstState, canvases: Sequence[int]) -> Carried:
 
 
 def put(carried: Carried, state: BurstState, canvases: Sequence[int]) -> None:
-    """Writes what canvases hold into the tensors of another burst.
+    """Writes the contents of canvases into the tensors of another burst.
 
     Args:
         carried: from `take`.
-        state: of the other burst, which has been made with the same canvases.
-        canvases: their places in it.
+        state: of the other burst, which holds the same canvases.
+        canvases: their indices in it.
     """
     places = _places_in_groups(state, canvases)
     lists = [[places[kind][n] for n in members] for kind, (members, _) in carried.memory.items()]
@@ -101,8 +102,8 @@ def put(carried: Carried, state: BurstState, canvases: Sequence[int]) -> None:
 
 
 def _places_in_groups(state: BurstState, canvases: Sequence[int]) -> dict[PolicyKind, dict[int, int]]:
-    """For each kind of policy with memory the places of canvases in its group, by their number in `canvases`;
-    only of canvases that have it."""
+    """For each kind of policy with memory, the places of its canvases in the group, by their number in
+    `canvases`."""
     number = {canvas: n for n, canvas in enumerate(canvases)}
     found = {}
     for group in state.remask:
@@ -113,7 +114,7 @@ def _places_in_groups(state: BurstState, canvases: Sequence[int]) -> dict[Policy
 
 
 def _rows(state: BurstState, canvases: Sequence[int]) -> Tensor:
-    """Where the canvases' tokens stand in a burst's flat tokens, int64."""
+    """Indices of the canvases' tokens in a burst's flat tokens, int64."""
     cu_tokens = state.cu_tokens
     return torch.from_numpy(np.concatenate([np.arange(cu_tokens[c], cu_tokens[c + 1]) for c in canvases]))
 

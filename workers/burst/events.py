@@ -1,4 +1,4 @@
-"""What happened to the slots of traced canvases: kept as tensors for a burst, packed when it ends."""
+"""The commits and remaskings of traced canvases: tensors during a burst, packed into bytes when it ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class EventLog(HoldsTensors):
     """The commits and remaskings of a burst's traced canvases.
 
     Attributes:
-        canvases: int64: which canvases of the burst are traced.
+        canvases: int64: indices of the traced canvases of the burst.
     """
 
     def __init__(self, specs: Sequence[CanvasSpec]) -> None:
@@ -33,6 +33,7 @@ class EventLog(HoldsTensors):
         remask: Tensor,
         token: Tensor,
         confidence: Tensor,
+        is_top: Tensor,
     ) -> None:
         """One step of all canvases of the burst.
 
@@ -41,14 +42,15 @@ class EventLog(HoldsTensors):
             slots: int64 [R, B].
             commit, remask: bool [R, B].
             token: int64 [R, B]: committed, or removed.
-            confidence: fp32 [R, B]: of the commit, or what a token was remasked for.
+            confidence: fp32 [R, B]: of the commit, or the probability for which a token was remasked.
+            is_top: bool [R, B]: whether the proposal is the most probable token.
         """
         when = step.unsqueeze(1).expand_as(slots)
-        fields = (when, slots, token, confidence, commit, remask)
+        fields = (when, slots, token, confidence, commit, remask, is_top & commit)
         self._steps.append(tuple(field[self.canvases] for field in fields))
 
     def taken(self) -> list[Tensor]:
-        """The fields of all steps so far, [traced, steps, ...] each, which are forgotten; empty: none."""
+        """Removes and returns the fields of all steps so far, [traced, steps, ...] each; empty: none."""
         steps, self._steps = self._steps, []
         return [torch.stack(parts, 1) for parts in zip(*steps, strict=True)]
 
@@ -58,7 +60,7 @@ class EventLog(HoldsTensors):
         if taken:
             fields = [part.numpy() for part in taken]
             for place, canvas in enumerate(self._traced):
-                step, slot, token, confidence, commit, remask = (field[place] for field in fields)
+                step, slot, token, confidence, commit, remask, is_top = (field[place] for field in fields)
                 happened = commit | remask
                 events = np.empty(int(happened.sum()), dtype=EVENT)
                 for name, values in (
@@ -67,6 +69,7 @@ class EventLog(HoldsTensors):
                     ("token", token),
                     ("confidence", confidence),
                     ("is_commit", commit),
+                    ("is_top", is_top),
                 ):
                     events[name] = values[happened]
                 packed[canvas] = events.tobytes()

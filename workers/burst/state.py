@@ -30,7 +30,7 @@ class BurstState(HoldsTensors):
         tokens: int64 [sum of L + 1]: all sequences concatenated, then an entry that padding writes to.
         slot_rows: int64 [R, G + 1]: index of each slot in `tokens`.
         confidences, logprobs, commit_steps: [R, G + 1].
-        block, num_forwards, block_forwards: int64 [R].
+        block, num_forwards, block_forwards, num_query_rows: int64 [R].
         finished: bool [R].
         paused: bool [R]: takes no more steps in this burst: finished, at fault, or at the end of a block
             whose text the engine searches for stop strings.
@@ -68,6 +68,9 @@ class BurstState(HoldsTensors):
         self.block = column([state.block for state in states])
         self.num_forwards = column([state.num_forwards for state in states])
         self.block_forwards = column([state.num_block_forwards for state in states])
+        self.num_query_rows = column([state.num_query_rows for state in states])
+        rows = [spec.forward_rows(state.sequence_len) for spec, state in zip(specs, states, strict=True)]
+        self.num_main_rows, self.rows_per_slot, self.rows_per_commit = map(column, zip(*rows, strict=True))
         self.finished = column([state.finished for state in states], np.bool_)
         self.pauses = column([spec.pause_at_blocks for spec in specs], np.bool_)
         self.fault = column([state.fault for state in states])
@@ -131,6 +134,11 @@ class BurstState(HoldsTensors):
         masked = valid & (tokens == mask_id)
         return ActiveBlocks(rows, valid, tokens, masked, masked | (valid & self.reads_committed.unsqueeze(1)))
 
+    def rows_of_forward(self, blocks: ActiveBlocks) -> Tensor:
+        """Rows of each canvas in the forward of this step, int64 [R]."""
+        num_slots, num_committed = blocks.valid.sum(1), blocks.committed.sum(1)
+        return self.num_main_rows + self.rows_per_slot * num_slots + self.rows_per_commit * num_committed
+
     def results(self) -> Results:
         """The results of the burst. The events are removed from the log."""
         return Results(
@@ -139,7 +147,14 @@ class BurstState(HoldsTensors):
             logprobs=self.logprobs,
             commit_steps=self.commit_steps,
             counters=torch.stack(
-                [self.block, self.num_forwards, self.block_forwards, self.finished.long(), self.fault]
+                [
+                    self.block,
+                    self.num_forwards,
+                    self.block_forwards,
+                    self.num_query_rows,
+                    self.finished.long(),
+                    self.fault,
+                ]
             ),
             memory=self.memory,
             removed=self.removed,

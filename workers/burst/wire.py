@@ -23,15 +23,15 @@ class Results:
     confidences: Tensor
     logprobs: Tensor
     commit_steps: Tensor
-    counters: Tensor  # int64 [5, R]: block, num_forwards, block_forwards, finished, fault
+    counters: Tensor  # int64 [6, R]: block, num_forwards, block_forwards, num_query_rows, finished, fault
     memory: list[Memory]
     removed: Tensor | None
     events: list[Tensor]
 
 
 def slot_table(values: np.ndarray, is_slot: np.ndarray, dtype: DTypeLike, fill: float = 0) -> Tensor:
-    """A table of `dtype` with the values of all canvases, one behind the other, where `is_slot` [R, G + 1] is
-    set, and `fill` elsewhere."""
+    """A table of `dtype`: the concatenated values of all canvases where `is_slot` [R, G + 1] is set, `fill`
+    elsewhere."""
     table = np.full(is_slot.shape, fill, dtype)
     table[is_slot] = values
     return torch.from_numpy(table)
@@ -86,14 +86,14 @@ def pack_states(
     results: Results,
     errors: Mapping[int, str],
 ) -> list[CanvasState]:
-    """The canvases of a burst as they go back to the scheduler.
+    """The canvases of a burst for the scheduler.
 
     Args:
         specs: of all canvases.
         cu_tokens: boundaries of their sequences.
-        groups: those of the remask policies.
+        groups: of the remask policies.
         results: of the burst, on the host.
-        errors: exceptions of kernels, by the canvas's number.
+        errors: exceptions of kernels, by index of the canvas.
     """
     tokens = results.tokens.numpy().astype(TOKEN)
     confidences, logprobs = results.confidences.numpy(), results.logprobs.numpy()
@@ -103,7 +103,7 @@ def pack_states(
     states = []
     for i, spec in enumerate(specs):
         length = spec.canvas_len
-        block, num_forwards, block_forwards, finished, fault = (line[i] for line in counters)
+        block, num_forwards, block_forwards, num_query_rows, finished, fault = (line[i] for line in counters)
         states.append(
             CanvasState(
                 tokens=tokens[cu_tokens[i] : cu_tokens[i + 1]].tobytes(),
@@ -115,6 +115,7 @@ def pack_states(
                 block=block,
                 num_forwards=num_forwards,
                 num_block_forwards=block_forwards,
+                num_query_rows=num_query_rows,
                 finished=bool(finished),
                 fault=fault,
                 error=errors.get(i, "") if fault else "",
