@@ -53,6 +53,10 @@ class Puzzle(Task):
     @abstractmethod
     def is_correct(self, prompt: str, answer: str) -> bool: ...
 
+    @abstractmethod
+    def valid_answers(self, prompt: str) -> list[str]:
+        """All right answers."""
+
     def score(self, prompt: str, answer: str) -> float:
         return float(self.is_correct(prompt, answer))
 
@@ -159,6 +163,45 @@ class Sudoku(Puzzle):
         units = np.concatenate([grid, grid.T, boxes.transpose(0, 2, 1, 3).reshape(n, n)])
         return bool((np.sort(units, axis=1) == np.arange(1, n + 1)).all())
 
+    def valid_answers(self, prompt: str) -> list[str]:
+        cells = [0 if cell == BLANK else int(cell) for cell in prompt.removesuffix(ANSWER_MARK)]
+        found: list[str] = []
+
+        def fill() -> None:
+            """Fills the empty cell with the fewest candidates in all ways, and the others after it."""
+            empty = [cell for cell, digit in enumerate(cells) if not digit]
+            if not empty:
+                found.append("".join(map(str, cells)))
+                return
+            options = {cell: self._candidates(cells, cell) for cell in empty}
+            cell = min(empty, key=lambda own: len(options[own]))
+            for digit in options[cell]:
+                cells[cell] = digit
+                fill()
+            cells[cell] = 0
+
+        fill()
+        return found
+
+    def _candidates(self, cells: list[int], cell: int) -> list[int]:
+        """The digits that an empty cell may hold beside those of its row, column and box."""
+        used = {cells[other] for other in self._neighbours[cell]}
+        return [digit for digit in range(1, self.size + 1) if digit not in used]
+
+    @cached_property
+    def _neighbours(self) -> list[list[int]]:
+        """For each cell, the others of its row, column and box."""
+        n = self.size
+
+        def units(cell: int) -> tuple[tuple[int, int], ...]:
+            row, col = divmod(cell, n)
+            return (0, row), (1, col), (2, row // self.box_height * n + col // self.box_width)
+
+        return [
+            [other for other in range(n * n) if other != cell and set(units(cell)) & set(units(other))]
+            for cell in range(n * n)
+        ]
+
 
 def _shuffled_lines(rng: np.random.Generator, count: int, n: int, group: int) -> np.ndarray:
     """Permutations [count, n] of rows or columns that keep groups of `group` adjacent lines together."""
@@ -198,8 +241,11 @@ class Addition(Puzzle):
         return prompts, [f"{a + b:0{self.answer_len}}" for a, b in numbers]
 
     def is_correct(self, prompt: str, answer: str) -> bool:
+        return [answer] == self.valid_answers(prompt)
+
+    def valid_answers(self, prompt: str) -> list[str]:
         a, b = prompt.removesuffix(ANSWER_MARK).split("+")
-        return answer == f"{int(a) + int(b):0{self.answer_len}}"
+        return [f"{int(a) + int(b):0{self.answer_len}}"]
 
 
 SUDOKU_4X4 = Sudoku(size=4, box_height=2, box_width=2, pool_len=200)

@@ -10,6 +10,7 @@ from remask.cli.bench import bench
 from remask.cli.generate import generate
 from remask.cli.plan import plan
 from remask.cli.run_batch import run_batch
+from remask.cli.study import study
 from remask.cli.trace import trace
 from remask.scheduler.errors import RemaskError
 
@@ -21,6 +22,7 @@ app.command()(run_batch)
 app.command()(plan)
 app.command()(trace)
 app.add_typer(bench, name="bench")
+app.add_typer(study, name="study")
 
 
 def main() -> None:

@@ -1,0 +1,107 @@
+"""What a forward costs: microseconds for each policy, block length and task, measured alone.
+
+A cell shares its batches with others, so it has no seconds of its own. Its time is this cost times its
+forwards. Batches of all settings are interleaved, so that a slow moment of the machine falls on all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from remask import LLM
+from remask.benchmarks.study.grid import Cell
+from remask.benchmarks.study.tasks import STUDY_TASKS
+
+BATCH = 64  # canvases
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """The cost of a setting.
+
+    Attributes:
+        task, arm, block_length, draws: the setting; `draws`: tokens are drawn.
+        threshold: the one that was measured.
+        microseconds: of a forward, the median of the repetitions.
+        repetitions: microseconds of each repetition.
+        nfe: mean forwards of a sample.
+    """
+
+    task: str
+    arm: str
+    block_length: int | None
+    draws: bool
+    threshold: float | None
+    microseconds: float
+    repetitions: list[float]
+    nfe: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.task, self.arm, self.block_length, self.draws
+
+
+def key_of(cell: Cell) -> tuple[Any, ...]:
+    """Cells of one key have one cost."""
+    return cell.task, cell.arm, cell.block_length, cell.temperature > 0
+
+
+def measure(
+    llm: LLM, cells: Sequence[Cell], seed: int, repetitions: int, progress: Callable[[int, int], None]
+) -> list[Cost]:
+    """The costs of all cells.
+
+    Args:
+        llm: the engine of the study.
+        cells: of the grid.
+        seed: of the prompts.
+        repetitions: batches of each setting.
+        progress: called with the batches done and all batches.
+    """
+    chosen = _middle_of_each_key(cells)
+    seconds: list[list[float]] = [[] for _ in chosen]
+    nfe = [0.0] * len(chosen)
+    for repetition in range(repetitions):
+        for index, cell in enumerate(chosen):
+            progress(repetition * len(chosen) + index, repetitions * len(chosen))
+            prompts = STUDY_TASKS[cell.task].prompts(seed, BATCH)
+            params = [msgspec.structs.replace(cell.params(i), n=1, trace=False) for i in range(BATCH)]
+            started = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            forwards = sum(output.outputs[0].nfe for output in outputs)
+            seconds[index].append((time.perf_counter() - started) / max(1, forwards))
+            nfe[index] = forwards / BATCH
+    return [
+        Cost(
+            *key_of(cell),
+            threshold=cell.threshold,
+            microseconds=round(1e6 * float(np.median(own)), 1),
+            repetitions=[round(1e6 * value, 1) for value in own],
+            nfe=round(forwards, 2),
+        )
+        for cell, own, forwards in zip(chosen, seconds, nfe, strict=True)
+    ]
+
+
+def seconds_of(cells: Iterable[Cell], costs: Iterable[Cost]) -> float:
+    """An estimate of the seconds of a run, from the forwards of the measured settings."""
+    by_key = {cost.key: cost for cost in costs}
+    return (
+        sum(
+            cell.num_prompts * cell.n * by_key[key_of(cell)].nfe * by_key[key_of(cell)].microseconds
+            for cell in cells
+        )
+        / 1e6
+    )
+
+
+def _middle_of_each_key(cells: Sequence[Cell]) -> list[Cell]:
+    """For each key the cell with the middle threshold."""
+    by_key: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        by_key.setdefault(key_of(cell), []).append(cell)
+    return [sorted(own, key=lambda cell: cell.threshold or 0.0)[len(own) // 2] for own in by_key.values()]

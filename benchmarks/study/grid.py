@@ -1,0 +1,234 @@
+"""The grid of a study: a TOML file, and the cells that it asks for.
+
+A file names a model, arms (an unmask and a remask policy; `{t}` in them is replaced by each threshold) and
+sections. A section is the product of its lists. Settings that mean the same run once: a block at or above the
+canvas of its task is `whole`, ranks count only if tokens are drawn, and thresholds only if an arm has one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from remask import InvalidRequest, SamplingParams
+from remask.benchmarks.study.tasks import STUDY_TASKS
+from remask.scheduler.errors import did_you_mean, invalid_field
+from remask.scheduler.params import ResolvedParams, resolve
+
+WHOLE = "whole"
+THRESHOLD = "{t}"
+SEED_STRIDE = 1 << 20  # between the seeds of two repetitions; a task has fewer prompts
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The policies of an arm, as `SamplingParams` takes them."""
+
+    unmask: str | None = None
+    remask: str | None = None
+
+    @property
+    def has_threshold(self) -> bool:
+        return THRESHOLD in f"{self.unmask}{self.remask}"
+
+    def at(self, threshold: float | None) -> Arm:
+        """The arm with its threshold filled in."""
+        if threshold is None:
+            return self
+        return Arm(
+            *(
+                None if text is None else text.replace(THRESHOLD, str(threshold))
+                for text in (self.unmask, self.remask)
+            )
+        )
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A product of settings.
+
+    Attributes:
+        tasks: Names of tasks.
+        arms: Names of arms.
+        num_prompts: Prompts of each task.
+        block_lengths: Slots per block, or "whole".
+        thresholds: Values of `{t}` in the arms.
+        temperatures: Temperatures of the proposals.
+        ranks: See `SamplingParams`.
+        seeds: Repetitions of arms that draw; others run once.
+        n: Samples of each prompt if tokens are drawn; else one.
+    """
+
+    tasks: tuple[str, ...]
+    arms: tuple[str, ...]
+    num_prompts: Positive
+    block_lengths: tuple[int | Literal["whole"], ...]
+    thresholds: tuple[float, ...] = ()
+    temperatures: tuple[float, ...] = (0.0,)
+    ranks: tuple[Literal["proposal", "top"], ...] = ("proposal",)
+    seeds: tuple[int, ...] = (0,)
+    n: Positive = 1
+
+
+class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A study.
+
+    Attributes:
+        arms: Arms by name.
+        grid: The sections.
+        model: Directory of a checkpoint, or "tiny".
+        seed: Seed of the tasks' prompts.
+        timing_repetitions: Batches from which the cost of a forward is measured, for each setting.
+    """
+
+    arms: dict[str, Arm]
+    grid: tuple[Section, ...]
+    model: str = "tiny"
+    seed: Annotated[int, Meta(ge=0)] = 0
+    timing_repetitions: Positive = 3
+
+
+class Cell(msgspec.Struct, frozen=True, order=True):
+    """One setting and how much of it is run. `block_length` None: the whole canvas."""
+
+    task: str
+    arm: str
+    unmask: str | None
+    remask: str | None
+    threshold: float | None
+    block_length: int | None
+    temperature: float
+    rank: str
+    seed: int
+    num_prompts: int
+    n: int
+
+    @property
+    def name(self) -> str:
+        """A short name, unique within a grid."""
+        block = WHOLE if self.block_length is None else str(self.block_length)
+        parts = [self.task, self.arm, f"B={block}", f"T={self.temperature:g}"]
+        if self.threshold is not None:
+            parts.append(f"t={self.threshold:g}")
+        if self.temperature > 0:
+            parts.append(self.rank)
+        return "/".join([*parts, f"seed={self.seed}"])
+
+    def params(self, prompt: int) -> SamplingParams:
+        """Parameters for a prompt. Cells of equal seeds share the random numbers of a prompt."""
+        canvas_len = STUDY_TASKS[self.task].canvas_len
+        return SamplingParams(
+            max_tokens=canvas_len,
+            block_length=self.block_length or canvas_len,
+            unmask=self.unmask,
+            remask=self.remask,
+            temperature=self.temperature,
+            rank=self.rank,  # type: ignore[arg-type]
+            seed=self.seed * SEED_STRIDE + prompt,
+            n=self.n,
+            trace=True,
+        )
+
+
+def read_grid(path: Path) -> Grid:
+    """A grid from a TOML file.
+
+    Raises:
+        InvalidRequest: the file cannot be read or is no grid; the error names the place.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InvalidRequest("grid", str(path), f"cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest("grid", str(path), f"is no TOML: {error}") from None
+    try:
+        grid = msgspec.convert(content, Grid)
+    except msgspec.ValidationError as error:
+        place = str(error).rpartition(" - at ")[2].strip("`") if " - at " in str(error) else "$"
+        raise invalid_field("", content, error).at(f"{path}, {place}") from None
+    for index, section in enumerate(grid.grid):
+        _check_section(grid, section, f"{path}, grid[{index}]")
+    if not grid.grid:
+        raise InvalidRequest(f"{path}, grid", [], "must have a section")
+    return grid
+
+
+def cells(grid: Grid, path: Path | str = "grid") -> list[Cell]:
+    """The cells of a grid, each once, in a fixed order. Of equal settings the most prompts and samples count.
+
+    Raises:
+        InvalidRequest: policies are invalid or do not go together; the error names the place.
+    """
+    found: dict[Cell, tuple[int, int]] = {}
+    for index, section in enumerate(grid.grid):
+        try:
+            for cell in _cells_of(grid, section):
+                setting = msgspec.structs.replace(cell, num_prompts=0, n=0)
+                num_prompts, n = found.get(setting, (0, 0))
+                found[setting] = max(num_prompts, cell.num_prompts), max(n, cell.n)
+        except InvalidRequest as error:
+            raise error.at(f"{path}, grid[{index}]") from None
+    every = (
+        msgspec.structs.replace(setting, num_prompts=num_prompts, n=n)
+        for setting, (num_prompts, n) in found.items()
+    )
+    return sorted(every, key=lambda cell: (cell.task, cell.temperature, cell.name))
+
+
+def _check_section(grid: Grid, section: Section, place: str) -> None:
+    for name in ("tasks", "arms", "block_lengths", "temperatures", "ranks", "seeds"):
+        if not getattr(section, name):
+            raise InvalidRequest(f"{place}.{name}", [], "must not be empty")
+    for name, entries, known in (("tasks", section.tasks, STUDY_TASKS), ("arms", section.arms, grid.arms)):
+        for entry in entries:
+            if entry not in known:
+                hint = did_you_mean(entry, list(known))
+                raise InvalidRequest(f"{place}.{name}", entry, f"is not known; {hint}")
+    for block_length in section.block_lengths:
+        if block_length != WHOLE and int(block_length) < 1:
+            raise InvalidRequest(f"{place}.block_lengths", block_length, "must be 1 or more, or 'whole'")
+    wanting = next((arm for arm in section.arms if grid.arms[arm].has_threshold), None)
+    if wanting is not None and not section.thresholds:
+        raise InvalidRequest(f"{place}.thresholds", [], f"must not be empty: arm {wanting!r} has {THRESHOLD}")
+
+
+def _cells_of(grid: Grid, section: Section) -> Iterator[Cell]:
+    for task, name, temperature, block_length in itertools.product(
+        section.tasks, section.arms, section.temperatures, section.block_lengths
+    ):
+        arm, canvas_len = grid.arms[name], STUDY_TASKS[task].canvas_len
+        whole = block_length == WHOLE or int(block_length) >= canvas_len
+        for threshold in section.thresholds if arm.has_threshold else (None,):
+            own = arm.at(threshold)
+            fields: dict[str, Any] = {
+                "task": task,
+                "arm": name,
+                "unmask": own.unmask,
+                "remask": own.remask,
+                "threshold": threshold,
+                "block_length": None if whole else int(block_length),
+                "temperature": temperature,
+                "num_prompts": section.num_prompts,
+            }
+            for rank in section.ranks if temperature > 0 else ("proposal",):
+                n = section.n if temperature > 0 else 1  # others differ by their seeds alone
+                first = Cell(**fields, rank=rank, seed=section.seeds[0], n=n)
+                try:
+                    draws = _draws(resolve(first.params(0)))
+                except InvalidRequest as error:
+                    raise error.at(f"arm {name!r}") from None
+                for seed in section.seeds if draws else section.seeds[:1]:
+                    yield msgspec.structs.replace(first, seed=seed)
+
+
+def _draws(params: ResolvedParams) -> bool:
+    """Whether samples differ by their seeds."""
+    policies = [policy for policy in (params.unmask, params.remask) if policy is not None]
+    return params.sampling.temperature > 0 or any(policy.random_streams() for policy in policies)

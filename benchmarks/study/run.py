@@ -1,0 +1,253 @@
+"""Runs a grid into a directory; an interrupted run continues where it was.
+
+The directory holds `study.json` (grid, model and environment), `costs.json`, and `parts/` with the
+rows of finished requests. At the end the parts become `samples.parquet`, in an order that does not depend on
+when requests finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+
+from remask import LLM, InvalidRequest, RequestOutput
+from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.study.costs import Cost, key_of, measure, seconds_of
+from remask.benchmarks.study.grid import Cell, cells, read_grid
+from remask.benchmarks.study.measures import cell_row
+from remask.benchmarks.study.samples import SCHEMA, rows_of, setting_of
+from remask.benchmarks.study.tasks import STUDY_TASKS
+from remask.embedded import model_directory
+
+MAX_LIVE = 512  # requests in the engine at a time
+FLUSH_SECONDS = 10.0  # what an interrupt may cost
+MAX_PART_ROWS = 4096
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+class Study:
+    """A grid and its directory.
+
+    Args:
+        path: TOML file of the grid.
+        directory: where the run is; None: `runs/` and the name of the file.
+
+    Attributes:
+        grid, cells: what is run.
+        directory: where.
+
+    Raises:
+        InvalidRequest: the grid is invalid, or the directory holds a run of another grid or model.
+    """
+
+    def __init__(self, path: Path, directory: Path | None = None) -> None:
+        self.grid = read_grid(path)
+        self.cells = cells(self.grid, path)
+        self.directory = directory or Path("runs") / path.stem
+        content = msgspec.json.decode(msgspec.json.encode(self.grid))  # as the file will give it
+        self._identity = {"grid": content, "model": fingerprint(self.grid.model)}
+        about = self._read("study.json")
+        for name, own in self._identity.items():
+            if about is not None and about.get(name) != own:
+                problem = f"holds a run of another {name}; give another --output, or remove it"
+                raise InvalidRequest("output", str(self.directory), problem)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(cell.num_prompts * cell.n for cell in self.cells)
+
+    def time(self, llm: LLM, progress: Progress) -> None:
+        """Measures what a forward costs in each setting, if it was not measured before.
+
+        Args:
+            llm: an engine for the grid's model.
+            progress: called with the batches done and all of them.
+        """
+        if not (self.directory / "study.json").exists():
+            self._write("study.json", {**self._identity, "environment": environment_stamp()})
+        if self.costs is None:
+            costs = measure(llm, self.cells, self.grid.seed, self.grid.timing_repetitions, progress)
+            self._write("costs.json", msgspec.to_builtins(costs))
+
+    def run(self, llm: LLM, progress: Progress) -> None:
+        """Runs all samples that have not run yet; `progress` is called with the samples done and all."""
+        if not self.samples_path.exists():
+            self._run_samples(llm, progress)
+            self._merge()
+        if not self.cells_path.exists():
+            self._write_cells()
+
+    @property
+    def costs(self) -> list[Cost] | None:
+        """The measured costs; None: not measured yet."""
+        found = self._read("costs.json")
+        return None if found is None else msgspec.convert(found, list[Cost])
+
+    @property
+    def samples_path(self) -> Path:
+        return self.directory / "samples.parquet"
+
+    @property
+    def cells_path(self) -> Path:
+        return self.directory / "cells.parquet"
+
+    def seconds_left(self) -> float:
+        """An estimate of what is left to run, from the measured costs."""
+        costs = self.costs
+        assert costs is not None, "costs are measured first"
+        done = len(self._done())
+        total = sum(cell.num_prompts for cell in self.cells)
+        return seconds_of(self.cells, costs) * (1 - done / total)
+
+    def _run_samples(self, llm: LLM, progress: Progress) -> None:
+        done = self._done()
+        num_done = sum(
+            cell.n for cell in self.cells for i in range(cell.num_prompts) if (cell.name, i) in done
+        )
+        texts = self._prompts()
+        waiting: dict[str, tuple[Cell, int]] = {}
+        rows: list[dict[str, Any]] = []
+        flushed = time.monotonic()
+        served = llm.engine.serve(self._requests(llm, texts, done, waiting), max_live=MAX_LIVE)
+        try:
+            for output in served:
+                rows += self._rows(llm, texts, *waiting.pop(output.request_id), output)
+                num_done += len(output.outputs)
+                progress(num_done, self.num_samples)
+                if len(rows) >= MAX_PART_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
+                    self._write_part(rows)
+                    flushed = time.monotonic()
+        finally:
+            served.close()
+            self._write_part(rows)
+
+    def _requests(
+        self,
+        llm: LLM,
+        texts: dict[str, list[str]],
+        done: set[tuple[str, int]],
+        waiting: dict[str, tuple[Cell, int]],
+    ) -> Iterator[Any]:
+        """Requests of all cells, prompt by prompt, so that many cells share a batch."""
+        intake = llm.engine.intake
+        for index in range(max(cell.num_prompts for cell in self.cells)):
+            for cell in self.cells:
+                if index < cell.num_prompts and (cell.name, index) not in done:
+                    checked = intake.check(texts[cell.task][index], cell.params(index))
+                    request = intake.request(checked)
+                    waiting[request.request_id] = cell, index
+                    yield request
+
+    def _rows(
+        self, llm: LLM, texts: dict[str, list[str]], cell: Cell, index: int, output: RequestOutput
+    ) -> list[dict[str, Any]]:
+        text, tokenizer = texts[cell.task][index], llm.tokenizer
+        assert tokenizer is not None, "tasks are text"
+        answers = [
+            tokenizer.encode(answer, add_special_tokens=False)
+            for answer in STUDY_TASKS[cell.task].valid_answers(text)
+        ]
+        return rows_of(cell, index, text, output, answers)
+
+    def _prompts(self) -> dict[str, list[str]]:
+        most: dict[str, int] = {}
+        for cell in self.cells:
+            most[cell.task] = max(most.get(cell.task, 0), cell.num_prompts)
+        return {task: STUDY_TASKS[task].prompts(self.grid.seed, count) for task, count in most.items()}
+
+    def _parts(self) -> list[Path]:
+        return sorted((self.directory / "parts").glob("*.parquet"))
+
+    def _done(self) -> set[tuple[str, int]]:
+        """Cells and prompts whose samples are in a part, or in the merged file."""
+        paths = [self.samples_path] if self.samples_path.exists() else self._parts()
+        done: set[tuple[str, int]] = set()
+        for path in paths:
+            table = pyarrow.parquet.read_table(path, columns=["cell", "prompt"])
+            done.update(zip(table["cell"].to_pylist(), table["prompt"].to_pylist(), strict=True))
+        return done
+
+    def _write_part(self, rows: list[dict[str, Any]]) -> None:
+        """Writes rows as one more part and forgets them."""
+        if not rows:
+            return
+        parts = self._parts()
+        number = int(parts[-1].stem) + 1 if parts else 0
+        _write_table(
+            pyarrow.Table.from_pylist(rows, schema=SCHEMA), self.directory / "parts" / f"{number:06}.parquet"
+        )
+        rows.clear()
+
+    def _merge(self) -> None:
+        """Joins the parts, by cell, prompt and sample."""
+        table = pyarrow.concat_tables([pyarrow.parquet.read_table(path) for path in self._parts()])
+        place = {cell.name: number for number, cell in enumerate(self.cells)}
+        order = pyarrow.array([place[name] for name in table["cell"].to_pylist()])
+        keys = [("order", "ascending"), ("prompt", "ascending"), ("sample", "ascending")]
+        table = table.append_column("order", order).sort_by(keys).drop_columns("order")
+        _write_table(table, self.samples_path)
+        shutil.rmtree(self.directory / "parts")
+
+    def _write_cells(self) -> None:
+        """Writes a row for each cell, and both tables as CSV, which has no lists."""
+        table = pyarrow.parquet.read_table(self.samples_path)
+        by_key = {cost.key: cost.microseconds for cost in self.costs or ()}
+        every = itertools.groupby(table.to_pylist(), key=lambda sample: sample["cell"])
+        rows = [
+            {**setting_of(cell), **cell_row(cell, list(samples), by_key[key_of(cell)])}
+            for cell, (_, samples) in zip(self.cells, every, strict=True)
+        ]
+        names = dict.fromkeys(name for row in rows for name in row)  # some cells have no pass@16
+        found = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+        pyarrow.csv.write_csv(table.drop_columns("commit_steps"), self.directory / "samples.csv")
+        pyarrow.csv.write_csv(found, self.directory / "cells.csv")
+        _write_table(found, self.cells_path)
+
+    def _read(self, name: str) -> Any:
+        path = self.directory / name
+        return msgspec.json.decode(path.read_bytes()) if path.exists() else None
+
+    def _write(self, name: str, content: Any) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        own = self.directory / f"{name}.tmp"
+        own.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+        own.replace(self.directory / name)
+
+
+def fingerprint(model: str) -> str:
+    """Identifies a checkpoint by its configuration and the headers and sizes of its weights.
+
+    Raises:
+        InvalidRequest: there is no such checkpoint.
+    """
+    digest = hashlib.sha256()
+    with model_directory(model) as directory:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise InvalidRequest("model", model, "has no weights; give a checkpoint directory, or 'tiny'")
+        digest.update((directory / "config.json").read_bytes())
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(file.read(1 << 20))
+            digest.update(f"{path.name} {os.path.getsize(path)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_table(table: pyarrow.Table, path: Path) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_suffix(".tmp")
+    pyarrow.parquet.write_table(table, own, compression="zstd")
+    own.replace(path)

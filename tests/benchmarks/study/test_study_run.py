@@ -1,0 +1,138 @@
+"""Runs of the study: equal grids give equal rows, and an interrupted run continues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+
+from remask import LLM, InvalidRequest
+from remask.benchmarks.study import run as study_run
+from remask.benchmarks.study.run import Study
+
+GRID = """
+timing_repetitions = 1
+
+[arms]
+plain = { unmask = "capped_threshold:{t}" }
+wino = { unmask = "capped_threshold:{t}", remask = "wino:0.99" }
+
+[[grid]]
+tasks = ["addition3"]
+arms = ["plain", "wino"]
+num_prompts = 3
+block_lengths = [4, "whole"]
+thresholds = [0.6]
+
+[[grid]]
+tasks = ["sudoku4x4"]
+arms = ["wino"]
+num_prompts = 4
+block_lengths = ["whole"]
+thresholds = [0.3]
+temperatures = [2.0]
+ranks = ["top"]
+n = 2
+"""
+NUM_SAMPLES = 4 * 3 + 4 * 2
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("tiny", dtype="float32", batch_invariant=True, max_num_rows=512) as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def other_llm() -> Iterator[LLM]:
+    """Another burst length."""
+    with LLM("tiny", dtype="float32", batch_invariant=True, max_num_rows=512, burst=2) as own:
+        yield own
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("remask.benchmarks.study.costs.BATCH", 2)
+    monkeypatch.setattr(study_run, "MAX_PART_ROWS", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def silent(*_: int) -> None:
+    pass
+
+
+def study_of(path: Path, grid: str = GRID, name: str = "runs") -> Study:
+    file = path / "g.toml"
+    file.write_text(grid)
+    return Study(file, path / name)
+
+
+def finish(own: Study, llm: LLM) -> list[dict[str, Any]]:
+    own.time(llm, silent)
+    own.run(llm, silent)
+    return parquet.read_table(own.samples_path).to_pylist()
+
+
+def test_equal_grids_give_equal_rows_in_any_bursts_and_after_interrupts(
+    llm: LLM, other_llm: LLM, tmp_path: Path
+) -> None:
+    whole = study_of(tmp_path, name="whole")
+    expected = finish(whole, llm)
+    assert len(expected) == whole.num_samples == NUM_SAMPLES
+    assert sum(sample["num_remasks"] for sample in expected) > 0, "the grid is meant to remask"
+
+    def interrupt(done: int, _: int) -> None:
+        if done in (5, 11):
+            raise KeyboardInterrupt
+
+    cut = study_of(tmp_path, name="cut")
+    cut.time(other_llm, silent)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            cut.run(other_llm, interrupt)
+        cut = study_of(tmp_path, name="cut")  # as another process finds it
+        parts = [parquet.read_table(path) for path in (cut.directory / "parts").glob("*.parquet")]
+        assert 0 < sum(map(len, parts)) < NUM_SAMPLES
+    started: list[int] = []
+    cut.run(other_llm, lambda done, _: started.append(done))
+    assert started[0] > 5, "finished samples do not run again"
+    assert started[-1] == NUM_SAMPLES
+    assert parquet.read_table(cut.samples_path).to_pylist() == expected
+    cells = [parquet.read_table(own.cells_path).drop_columns("milliseconds") for own in (whole, cut)]
+    assert cells[0].to_pylist() == cells[1].to_pylist()
+    assert not (cut.directory / "parts").exists()
+    lines = (cut.directory / "samples.csv").read_text().splitlines()
+    assert len(lines) == NUM_SAMPLES + 1
+
+
+def test_a_finished_run_runs_nothing(llm: LLM, tmp_path: Path) -> None:
+    expected = finish(study_of(tmp_path), llm)
+    again = study_of(tmp_path)
+    again.time(llm, lambda *_: pytest.fail("it is timed"))
+    again.run(llm, lambda *_: pytest.fail("it has run"))
+    assert parquet.read_table(again.samples_path).to_pylist() == expected
+    assert again.seconds_left() == 0
+
+
+def test_a_directory_of_another_grid_or_model_is_refused(llm: LLM, tmp_path: Path) -> None:
+    finish(study_of(tmp_path), llm)
+    with pytest.raises(InvalidRequest, match="holds a run of another grid; give another --output"):
+        study_of(tmp_path, GRID.replace("0.6", "0.7"))
+    about = tmp_path / "runs" / "study.json"
+    content = json.loads(about.read_text())
+    about.write_text(json.dumps({**content, "model": "0" * 16}))
+    with pytest.raises(InvalidRequest, match="holds a run of another model"):
+        study_of(tmp_path)
+
+
+def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="has no weights"):
+        study_of(tmp_path, f'model = "{tmp_path}"\n{GRID}')
