@@ -55,8 +55,8 @@ def requests_of(count: int) -> tuple[list[str], list[dict[str, Any]]]:
     return texts, params
 
 
-def told(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
-    """All that must not change."""
+def results_of(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
+    """Everything that must not change."""
     return [(o.error, s.token_ids, s.nfe, s.confidences, s.commit_steps) for o in outputs for s in o.outputs]
 
 
@@ -90,7 +90,7 @@ class Runs(threading.Thread):
     def run(self) -> None:
         try:
             while not self.enough.is_set():
-                found = told(self.llm.generate(self.texts, self.params, use_tqdm=False))
+                found = results_of(self.llm.generate(self.texts, self.params, use_tqdm=False))
                 self.count += 1
                 self.missing += abs(len(self.expected) - len(found))
                 self.changed += sum(a != b for a, b in zip(self.expected, found, strict=False))
@@ -108,7 +108,7 @@ def measure(count: int, seconds: float, pause: float) -> dict[str, Any]:
         "max_num_rows": 1024,
     }
     with LLM("tiny", **options) as llm:
-        undisturbed = told(llm.generate(texts, params, use_tqdm=False))
+        undisturbed = results_of(llm.generate(texts, params, use_tqdm=False))
     cluster, rng = Cluster(initialize_head=True, head_node_args={"num_cpus": 0}), random.Random(0)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(NUM_NODES)]
     ray.init(address=cluster.address, log_to_driver=False)

@@ -1,4 +1,4 @@
-"""What a measurement stands on: the stamp that each one carries, and whether the machine was steady."""
+"""The environment stamp of a report, and whether the machine was steady."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
     python -m remask.benchmarks.exactness --output benchmarks/results/exactness.json
 
-The model is the exact posterior of a Markov chain (`remask.workers.models.markov`), so that all that is wrong
-with a text is the decoder's doing. Reported are the total variation distance between the sequences written
+The model is the exact posterior of a Markov chain (`remask.workers.models.markov`), so that the decoder
+makes all errors of a text. Reported are the total variation distance between the sequences written
 and the chain's distribution, and the entropy of the sequences in bits (Miller-Madow), over block lengths and
 temperatures, with confidence ranked by the row's largest probability. A finite sample of the chain itself has
-a distance, too; it stands in the first row, and no policy can be told from exact below it.
+a distance, too: the first row gives it, and a policy at or below it is not distinguishable from exact.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class PlainCanvas:
             verified: leave-one-out probabilities of the block's tokens, where the policy verifies.
         """
         masked = self.masked
-        # Best first, then by position; what is not masked comes last.
+        # Best first, then by position; slots that are not masked come last.
         order = np.argsort(np.where(masked, -confidence, np.inf), kind="stable")[: masked.sum()]
         num_commits = self._num_commits(self._unmask, confidence[order])
         block = self.ids[self.start : self.end]

@@ -277,18 +277,18 @@ def as_table(content: dict[str, Any]) -> Table:
 def in_words(content: dict[str, Any]) -> list[str]:
     """Knee, crossover and how far the plan can be trusted."""
     tokens = content["load"]["tokens_per_forward"]
-    told = [f"knee: {content['knee_rows']:,} rows"]
+    sentences = [f"knee: {content['knee_rows']:,} rows"]
     if content["crossover"] is None:
-        told.append(f"{RIVAL} is slower at all these sizes, at {tokens:g} tokens a forward")
+        sentences.append(f"{RIVAL} is slower at all these sizes, at {tokens:g} tokens a forward")
     else:
         first = content["crossover"]
         since = f"from {first} requests on" if first > 1 else "at any number of requests"
-        told.append(f"{RIVAL} is faster {since}, at {tokens:g} tokens a forward")
-    told += [
+        sentences.append(f"{RIVAL} is faster {since}, at {tokens:g} tokens a forward")
+    sentences += [
         f"checked at {c['batch_size']}: {c['planned_ms']:.1f} ms planned, {c['real_ms']:.1f} ms real"
         for c in content.get("check", ())
     ]
-    return told
+    return sentences
 
 
 def load_of(workload: str | None, prompt_len: int, canvas_len: int, block_len: int, tokens: float) -> Load:

@@ -132,8 +132,8 @@ def _section(source: Path, report: dict[str, Any], chart: Path) -> str:
         f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
         for row in zip(*columns, strict=True)
     )
-    told = [f"{name}: {words}" for name, words in report.get("crossovers", {}).items()]
-    told += report.get("notes", [])
+    sentences = [f"{name}: {words}" for name, words in report.get("crossovers", {}).items()]
+    sentences += report.get("notes", [])
     environment = ", ".join(
         f"{name}: {value}" for name, value in report["environment"].items() if not isinstance(value, dict)
     )
@@ -143,7 +143,7 @@ def _section(source: Path, report: dict[str, Any], chart: Path) -> str:
             f"<h2>{html.escape(report['benchmark'])}</h2>",
             f"<p>{html.escape(str(table.title))} ({html.escape(source.name)})</p>",
             f"<table><tr>{head}</tr>{rows}</table>",
-            *(f"<p>{html.escape(words)}</p>" for words in told),
+            *(f"<p>{html.escape(words)}</p>" for words in sentences),
             f'<img alt="{html.escape(report["benchmark"])}" src="data:image/png;base64,{picture}">',
             f"<p><small>{html.escape(environment)}</small></p>",
         ]

@@ -2,9 +2,9 @@
 
     python -m remask.benchmarks.scaling --output benchmarks/results/scaling.json
 
-A worker here returns its canvases as it got them, so that all the time is the engine's: cutting bursts,
+A worker here returns its canvases unchanged, so that all the time is the engine's: cutting bursts,
 handing them over, applying results. Reported are bursts and canvas-steps a second (bursts of eight steps) for
-1 to 64 workers with 256 live canvases each. What it costs to encode a burst for the wire stands beside it.
+1 to 64 workers with 256 live canvases each. The cost of encoding a burst for the wire is reported, too.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ and ratios are taken within it, so that a machine with other work slows down bot
 the first dtype, the engine in each; every result is compared with the first baseline's, token by token.
 
 Keys are vLLM's where it has them: `total_num_tokens` and `tokens_per_second` count prompts and visible
-tokens; what was generated stands beside them, with the forwards it took.
+tokens; generated tokens and forwards are reported beside them.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def write_report(report: dict[str, Any], path: Path) -> None:
 
 
 def as_json(report: dict[str, Any], indent: int | None = None) -> str:
-    """A report as strict JSON: what is no finite number is null."""
+    """A report as strict JSON: a number that is not finite is null."""
     return json.dumps(_finite(report), indent=indent, allow_nan=False)
 
 

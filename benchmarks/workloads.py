@@ -34,7 +34,7 @@ CANVAS_LENS = (16, 32, 64)
 BLOCK_LENS = (8, 16, 32)
 CANVAS_STEP = 8  # that canvases of files are rounded up to
 FIXED_LEN = 64  # prompt and canvas of the `fixed` workload
-MAX_TOLD = 5  # rows of a file that a warning names
+MAX_SHOWN = 5  # rows of a file that a warning names
 TINY_POLICIES = ("threshold 0.9", "factor 1.0", "WINO 0.7/0.9")
 
 
@@ -135,20 +135,22 @@ def sharegpt(tokenizer: Tokenizer, config: ModelConfig, count: int, path: Path) 
             jobs.append(_conversation_job(tokenizer, config, row))
         except ValueError as error:
             skipped.append(f"row {num_read} {error}")
-    told = f"{len(skipped)} of {num_read} rows skipped: {'; '.join(skipped[:MAX_TOLD])}"
-    told += "; ..." if len(skipped) > MAX_TOLD else ""
+    summary = f"{len(skipped)} of {num_read} rows skipped: {'; '.join(skipped[:MAX_SHOWN])}"
+    summary += "; ..." if len(skipped) > MAX_SHOWN else ""
     if not jobs:
         problem = (
-            f"holds no conversation of at most {config.max_len} tokens; {told}" if rows else "holds no rows"
+            f"holds no conversation of {config.max_len} tokens or less; {summary}"
+            if rows
+            else "holds no rows"
         )
         raise InvalidRequest("workload", name, problem)
     if skipped:
-        logger.warning("%s: %s", name, told)
+        logger.warning("%s: %s", name, summary)
     return list(islice(cycle(jobs), count))
 
 
 def _conversation_job(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, row: Any) -> Job:
-    """The first turn of a row of a ShareGPT file; raises ValueError with what is odd about it."""
+    """The first turn of a row of a ShareGPT file; raises ValueError with the reason if it has none."""
     turns = row.get("conversations") if isinstance(row, dict) else None
     if not isinstance(turns, list) or len(turns) < 2:
         raise ValueError("has no `conversations` of two turns")

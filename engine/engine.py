@@ -96,7 +96,7 @@ class Engine:
 
     def __init__(self, options: EngineOptions, executor: Executor | None = None) -> None:
         with model_directory(options.model) as directory:
-            # The tokenizer first: it is small, and what is wrong with it shows before weights are read.
+            # The tokenizer first: it is small, so its errors are raised before weights are read.
             self.tokenizer = load_tokenizer(
                 directory if options.tokenizer is None else Path(options.tokenizer),
                 required=options.tokenizer is not None,

@@ -26,7 +26,7 @@ MAX_ACCUSED = 8  # consecutive requests accused of one error before a probe deci
 MAX_PROBE_DEATHS = 8  # consecutive deaths of workers with a probe before the engine gives up
 MAX_LONE_MEMORY_FAILURES = 2  # the worker frees all memory after the first
 DEATHS = "{} workers in a row died while it ran alone"
-RAISED = "a step of it raised {}, also while it ran alone; check what is particular about its parameters"
+RAISED = "a step of it raised {}, also while it ran alone; check its parameters"
 NO_WORKER_LIVES = "{} workers in a row died of a canvas of one token"
 FAULTS: dict[int, tuple[type[RemaskError], str]] = {
     NOT_NUMBERS: (

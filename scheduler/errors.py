@@ -29,7 +29,7 @@ class InvalidRequest(RemaskError, ValueError):
     Attributes:
         parameter: name of the field or file at fault.
         value: the invalid value.
-        problem: what is wrong, and how to correct it.
+        problem: the reason, and how to correct it.
     """
 
     status = 400

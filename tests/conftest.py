@@ -74,7 +74,7 @@ def remask(
             main()
         except SystemExit as error:
             status = error.code or 0
-        told = capsys.readouterr()
-        return subprocess.CompletedProcess(words, status, told.out, told.err)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(words, status, captured.out, captured.err)
 
     return run

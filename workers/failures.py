@@ -22,7 +22,7 @@ def message_of(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An error's class and what it says, cut to what is sent."""
+    """The class and the message of an error, cut to `MAX_ERROR_LEN` characters."""
     return f"{type(error).__name__}: {message_of(error)}"[:MAX_ERROR_LEN]
 
 

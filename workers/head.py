@@ -199,9 +199,9 @@ def _ranking(
     entropy_floor_N: Tensor | None = None,
 ) -> tuple[Statistics, Tensor, Tensor]:
     """Statistics with the most probable tokens as proposals, the log of the softmax's norm, and the logits of
-    what is excluded.
+    the excluded ids.
 
-    The logits become relative to the row's largest, and those of what is excluded -inf.
+    The logits become relative to the row's largest, and those of excluded ids -inf.
     """
     given_N1 = logits_NV.gather(1, given_N.unsqueeze(1))
     held_NK, apart_NK = _exclude(logits_NV, excluded_NK)

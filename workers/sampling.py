@@ -23,12 +23,12 @@ class LogitEdits(HoldsTensors):
     """What is done to the logits of R canvases before everything else.
 
     Canvases with equal lists, like the samples of a prompt, share an *edit*; there are E of them, and
-    canvases without a list have edit E. All lists stand one behind the other: the tables are as long as what
-    the edits bring together, however long the longest is.
+    canvases without a list have edit E. All lists are concatenated, so the length of the tables is the sum of
+    the lists' lengths.
 
     Attributes:
         edit: int64 [R]: the edit of each canvas.
-        floor: fp32 [E + 1]: added to all logits: -inf where a list says what is allowed.
+        floor: fp32 [E + 1]: added to all logits: -inf if the edit has a list of allowed ids.
         allowed, banned, biased: int64 [2, entries]: edits and ids.
         bias: fp32 [entries].
     """
@@ -82,10 +82,10 @@ class SamplingTables(HoldsTensors):
         max_k: the largest of them.
         any_share: whether any canvas limits the share of the probability without a `top_k`.
         rank_by_top: bool [R].
-        ranks_as_drawn: bool [R]: what is ranked are probabilities after temperature and filters.
+        ranks_as_drawn: bool [R]: whether ranking uses the probabilities after temperature and filters.
         filters: bool [R]: canvases for which a part of the vocabulary counts.
         reranked: bool [R]: canvases that rank by another softmax than the untempered one.
-        entropy_floor: fp32 [R]: what is added to a probability inside the logarithm (Dream's code: 1e-10).
+        entropy_floor: fp32 [R]: added to a probability inside the logarithm (Dream's code: 1e-10).
         edits: the bias, and ids that are banned; None: no canvas has any.
         unranked: int64 [R, ids] padded with -1; None if no canvas has any.
     """

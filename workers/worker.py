@@ -1,8 +1,8 @@
-"""A worker: weights, and the canvases of its last burst in case the next one goes on with them.
+"""A worker: weights, and the canvases of its last burst in case the next burst continues them.
 
-What it keeps is a convenience: the scheduler has all canvases, and a burst that follows nothing runs on any
-worker. A burst is *launched*, which on a GPU returns before it has run, and *collected*: the next one can be
-on its way while the host reads the results of this one.
+The canvases are a cache: the scheduler has them too, so any worker can run a burst that continues nothing. A
+burst is *launched*, which returns before a GPU has run it, and *collected*. The next burst can be launched
+while the host reads the results of the previous one.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Worker:
     def _launch(self, batch: StepBatch) -> Launched:
         started, last, tensors = time.perf_counter(), self._last, self._tensors
         unpacked = self._unpack(batch)
-        # A burst that goes on with canvases that have all ended takes no step.
+        # A burst whose canvases have all ended takes no step.
         pauses = any(spec.pause_at_blocks for spec in batch.specs)
         is_over = unpacked is tensors and last is not None and last.steps.all_paused and not pauses
         steps = self._steps(unpacked, 0 if is_over else batch.num_steps)

@@ -21,7 +21,7 @@ BLOCK_LEN = 32
 
 
 def seconds(function: Callable[[], object], device: torch.device, *, least: float = 0.2) -> float:
-    """Median seconds of a call, after three that warm up; calls go on for `least` seconds, five at least.
+    """Median seconds of a call, after three that warm up; at least five calls, for at least `least` seconds.
 
     On a GPU the host runs ahead, so that only the device's time counts.
     """

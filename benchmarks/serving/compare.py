@@ -49,7 +49,7 @@ ON_A_CPU = (
     "say nothing about GPUs or larger models."
 )
 
-Progress = Callable[[str, int, int], None]  # what is measured, parts done and all
+Progress = Callable[[str, int, int], None]  # name of the part, parts done, number of parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,13 +106,13 @@ def measure(
     """The report.
 
     Args:
-        options: what is compared.
+        options: the systems, the load and the repetitions.
         progress: called before every part.
         keep: gets the report after every repetition, so that an interrupted run loses one.
 
     Raises:
         InvalidRequest: an option, a model or the workload is invalid.
-        Unavailable: a rival is not installed, its server does not answer, or somebody answers nothing.
+        Unavailable: a rival is not installed, its server does not answer, or a system answers no request.
     """
     options.check()
     return asyncio.run(_Comparison(options, progress, keep).report())
@@ -271,7 +271,7 @@ class _Comparison:
 
 
 def _answered(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a run. Raises Unavailable where nothing was answered."""
+    """The figures of a run. Raises Unavailable if no request was answered."""
     if not found["completed"]:
         raise Unavailable(f"{name} answered nothing: {found['errors'][0]}")
     return found
@@ -280,10 +280,10 @@ def _answered(name: str, found: dict[str, Any]) -> dict[str, Any]:
 def crossovers(
     results: Sequence[dict[str, Any]], quality: dict[str, Any], policies: Sequence[str]
 ) -> dict[str, str]:
-    """For each policy from which of the measured concurrencies on a rival is the faster, in words."""
+    """For each policy, the measured concurrency from which on a rival is faster, in words."""
     rivals = {result["system"] for result in results} - set(policies)
     theirs = max((quality[rival].get("solved", 0.0) for rival in rivals), default=0.0)
-    told = {}
+    verdicts = {}
     for policy in policies:
         ratios = {
             result["max_concurrency"]: result["times_as_fast"]["median"]
@@ -300,8 +300,8 @@ def crossovers(
             words = f"beaten from between {ordered[ordered.index(wins[0]) - 1]} and {wins[0]} requests on"
         if "solved" in quality[policy]:
             words += f" ({100 * quality[policy]['solved']:.0f} % solved, the rival {100 * theirs:.0f} %)"
-        told[policy] = words
-    return told
+        verdicts[policy] = words
+    return verdicts
 
 
 HEADER = ("decoder", "solved", "at a time", "tokens/s", "times the rival (min to max)", "median ms", "p99 ms")

@@ -1,11 +1,11 @@
-"""Loads, and the figures of what became of their requests.
+"""Loads, and the figures of their requests.
 
-A *closed loop* keeps a number of requests with the target: the next one goes in when one has come back. In an
+A *closed loop* keeps a number of requests with the target: the next one is sent when one is answered. In an
 *open loop* requests arrive on their own, by a Poisson process or in bursts (gaps from a gamma distribution,
 whose shape is the burstiness; 1 is Poisson, less is burstier, infinity is evenly spaced), whether or not the
 target keeps up.
 
-Keys are those of vLLM's serving benchmark. Visible tokens are counted; where a target does not stream, the
+Keys are those of vLLM's serving benchmark. Visible tokens are counted; if a target does not stream, the
 first token comes with the last and the time per output token is left out.
 """
 
@@ -27,12 +27,12 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Served:
-    """What became of a request.
+    """The outcome of a request.
 
     Attributes:
         latency: seconds from its arrival to its whole answer.
-        answer: None where it failed.
-        error: why.
+        answer: None if it failed.
+        error: the reason.
     """
 
     job: Job
@@ -49,11 +49,11 @@ class Run:
     duration: float
 
 
-Told = Callable[[Served], None]  # called when a request has come back
+OnServed = Callable[[Served], None]  # called after each answer
 
 
 async def closed_loop(
-    target: Target, jobs: Sequence[Job], concurrency: int, told: Told = lambda _: None
+    target: Target, jobs: Sequence[Job], concurrency: int, on_served: OnServed = lambda _: None
 ) -> Run:
     """Keeps `concurrency` requests with the target."""
     waiting: Iterator[Job] = iter(jobs)
@@ -62,7 +62,7 @@ async def closed_loop(
     async def caller() -> None:
         for job in waiting:
             served.append(await _serve(target, job))
-            told(served[-1])
+            on_served(served[-1])
 
     started = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(min(concurrency, len(jobs)))))
@@ -70,7 +70,7 @@ async def closed_loop(
 
 
 async def open_loop(
-    target: Target, jobs: Sequence[Job], arrivals: Sequence[float], told: Told = lambda _: None
+    target: Target, jobs: Sequence[Job], arrivals: Sequence[float], on_served: OnServed = lambda _: None
 ) -> Run:
     """Sends each request at its time, in seconds after the first."""
     started = time.perf_counter()
@@ -78,7 +78,7 @@ async def open_loop(
     async def caller(job: Job, arrival: float) -> Served:
         await asyncio.sleep(max(0.0, started + arrival - time.perf_counter()))
         served = await _serve(target, job)
-        told(served)
+        on_served(served)
         return served
 
     pairs = zip(jobs, arrivals, strict=True)

@@ -57,7 +57,7 @@ class PeerTarget(BatchingTarget):
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([_asked(job) for job in jobs]) + "\n")
         self._process.stdin.flush()
-        return [Answer(told["text"], told["num_tokens"], told["nfe"]) for told in self._read("answers")]
+        return [Answer(own["text"], own["num_tokens"], own["nfe"]) for own in self._read("answers")]
 
     async def __aexit__(self, *_: object) -> None:
         await super().__aexit__()
@@ -72,8 +72,8 @@ class PeerTarget(BatchingTarget):
         if not line:
             self._process.wait()
             self._errors.seek(0)
-            told = self._errors.read()[-ERROR_CHARACTERS:].strip() or "nothing was said"
-            raise Unavailable(f"the peer has ended with status {self._process.returncode}: {told}")
+            stderr = self._errors.read()[-ERROR_CHARACTERS:].strip() or "no message"
+            raise Unavailable(f"the peer has ended with status {self._process.returncode}: {stderr}")
         message = json.loads(line)
         if "error" in message:
             raise Unavailable(f"the peer says: {message['error']}")

@@ -20,7 +20,15 @@ from rich.table import Table
 
 from remask import AsyncLLM, EngineOptions, InvalidRequest
 from remask.benchmarks.environment import Steadiness, environment_stamp, unfinished
-from remask.benchmarks.serving.load import Run, Served, Told, arrival_times, closed_loop, figures, open_loop
+from remask.benchmarks.serving.load import (
+    OnServed,
+    Run,
+    Served,
+    arrival_times,
+    closed_loop,
+    figures,
+    open_loop,
+)
 from remask.benchmarks.serving.peer import PeerTarget
 from remask.benchmarks.serving.rivals import check_rival, open_rival
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
@@ -86,24 +94,24 @@ class LoadOptions:
 
 
 def measure(
-    options: LoadOptions, told: Callable[[], None] = lambda: None, keep: Keep = lambda _: None
+    options: LoadOptions, on_answer: Callable[[], None] = lambda: None, keep: Keep = lambda _: None
 ) -> dict[str, Any]:
     """The report: environment, options, and the figures of `load.figures`.
 
     Args:
         options: the load.
-        told: called after every answer.
-        keep: gets the report of those that have, where an interrupt comes before the others.
+        on_answer: called after every answer.
+        keep: gets the report of the answered requests if an interrupt ends the measurement.
 
     Raises:
         InvalidRequest: an option, the model or the workload is invalid.
         Unavailable: the target is not installed, or the server does not answer.
     """
     options.check()
-    return asyncio.run(_measure(options, told, keep))
+    return asyncio.run(_measure(options, on_answer, keep))
 
 
-async def _measure(options: LoadOptions, told: Callable[[], None], keep: Keep) -> dict[str, Any]:
+async def _measure(options: LoadOptions, on_answer: Callable[[], None], keep: Keep) -> dict[str, Any]:
     environment = environment_stamp()
     directory, load_format = find_model(options.model)
     tokenizer, config = load_tokenizer(directory, required=False), read_config(directory)[1]
@@ -113,10 +121,10 @@ async def _measure(options: LoadOptions, told: Callable[[], None], keep: Keep) -
 
     def came_back(one: Served) -> None:
         served.append(one)
-        told()
+        on_answer()
 
     async with await asyncio.to_thread(_target, options, directory, load_format, jobs) as target:
-        await closed_loop(target, jobs[:1], 1)  # what a first request sets up stays out of the times
+        await closed_loop(target, jobs[:1], 1)  # the first request's set-up is not measured
         steadiness, started = Steadiness(), time.perf_counter()
         with Work() as work:
             try:
@@ -153,11 +161,11 @@ async def _measure(options: LoadOptions, told: Callable[[], None], keep: Keep) -
     return content
 
 
-async def _run(options: LoadOptions, target: Target, jobs: Sequence[Job], told: Told) -> Run:
+async def _run(options: LoadOptions, target: Target, jobs: Sequence[Job], on_served: OnServed) -> Run:
     if options.max_concurrency is not None:
-        return await closed_loop(target, jobs, options.max_concurrency, told)
+        return await closed_loop(target, jobs, options.max_concurrency, on_served)
     arrivals = arrival_times(options.num_prompts, options.request_rate, options.burstiness, options.seed)
-    return await open_loop(target, jobs, arrivals, told)
+    return await open_loop(target, jobs, arrivals, on_served)
 
 
 def _target(options: LoadOptions, directory: Path, load_format: str, jobs: Sequence[Job]) -> Target:

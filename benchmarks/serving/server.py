@@ -19,7 +19,7 @@ from remask.scheduler.errors import shown
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 600.0
-MAX_TOLD = 300  # bytes of an error's body
+MAX_ERROR_BYTES = 300  # bytes of an error's body
 
 
 class ServerTarget(Target):
@@ -72,8 +72,8 @@ class ServerTarget(Target):
             with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
                 return read_answer(response, started)
         except urllib.error.HTTPError as error:
-            told = error.read(MAX_TOLD).decode(errors="replace")
-            raise Unavailable(f"status {error.code}: {told}") from None
+            body = error.read(MAX_ERROR_BYTES).decode(errors="replace")
+            raise Unavailable(f"status {error.code}: {body}") from None
 
 
 def read_answer(lines: Iterable[bytes], started: float) -> Answer:

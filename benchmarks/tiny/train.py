@@ -6,7 +6,7 @@
 
 bf16 weights with fp32 masters; Muon on the matrices of the blocks, Adam on the rest, in the stages of
 `recipe.py`. Every step draws its problems from (seed, step) alone: both objectives see the same ones in the
-same order, and a run that was interrupted goes on as if it had not been. `--init DIR --steps-done N` goes on
+same order, and an interrupted run continues as if it had not been. `--init DIR --steps-done N` continues
 from a checkpoint that has had its first N steps, with fresh optimizers. In the log `seconds` count from the
 last start. The text task needs its corpus (`pip install 'remask[train]'`).
 """

@@ -115,7 +115,7 @@ def _tell_duplicates(
     return [
         (
             lines[later][0],
-            f"custom_id: {shown(lines[later][1])} stands already in {source.unit} {lines[first][0]:,}",
+            f"custom_id: {shown(lines[later][1])} is already in {source.unit} {lines[first][0]:,}",
         )
         for first, later in duplicates
     ]

@@ -163,7 +163,7 @@ class _Run:
             else:
                 self._journal.finish(write_rows if is_parquet(self._journal.output) else None)
         except BatchStopped as error:
-            safe = f"{self._num_done:,} of {self._num_lines:,} results are safe; --resume goes on"
+            safe = f"{self._num_done:,} of {self._num_lines:,} results are saved; --resume continues"
             raise BatchStopped(f"{error}: {safe}") from error
         return Summary(
             num_lines=self._num_lines,

@@ -226,10 +226,10 @@ def measured(
     output: Path | None,
     json: bool,
 ) -> dict[str, Any]:
-    """Measures on one thread, the same number for everybody who is measured; writes the report where asked
-    and prints it: as JSON, or the table and what is to be said of it.
+    """Measures on one thread, as all systems do that are compared. Writes the report to `output` and prints
+    it, as JSON or as a table with notes.
 
-    A measurement that ends early writes and prints what it has kept until then, and ends as it would.
+    A measurement that ends early writes and prints the results so far, then ends as it would.
 
     Raises:
         InvalidRequest: the report could not be written.

@@ -19,7 +19,7 @@ LINE_SECONDS = 10.0
 
 
 class ProgressDisplay:
-    """Called with what is done to the lines, how many have been, and of how many; a context manager."""
+    """Called with the name of the work, the number of lines done and the number of all; a context manager."""
 
     def __init__(self, unit: str = "lines") -> None:
         self._unit = unit

@@ -69,7 +69,7 @@ def run_batch(
         with ProgressDisplay() as report:
             summary = run(input_file, output_file, lambda: LLM.from_options(parsed), options, report)
     except KeyboardInterrupt:
-        typer.echo("remask: interrupted; what is done is safe, --resume goes on", err=True)
+        typer.echo("remask: interrupted; finished lines are saved, --resume continues", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(format_summary(summary, output_file))
     if summary.num_failed:

@@ -21,11 +21,11 @@ def test_the_comparison_measures_quality_and_speed_of_both(
 ) -> None:
     monkeypatch.setattr(compare, "STEADY_REQUESTS", (9, 2))
     kept: list[dict[str, Any]] = []
-    told: list[tuple[str, int, int]] = []
+    parts_seen: list[tuple[str, int, int]] = []
     options = CompareOptions(policies=["threshold 0.9"], concurrencies=[2], repetitions=2, num_problems=12)
-    found = compare.measure(options, lambda *parts: told.append(parts), kept.append)
-    assert [part[1] for part in told] == list(range(10))
-    assert told[-1][2] == 9
+    found = compare.measure(options, lambda *parts: parts_seen.append(parts), kept.append)
+    assert [part[1] for part in parts_seen] == list(range(10))
+    assert parts_seen[-1][2] == 9
     assert [content["repetitions"] for content in kept] == [1, 2], "an interrupted run keeps the first"
     assert kept[0]["notes"][0] == "Not finished: 1 of 2 repetitions."
     on_a_cpu = found["notes"][-1]
@@ -74,7 +74,7 @@ def test_models_and_workloads_without_answers_are_compared_by_speed(
 
 
 def test_the_crossover_is_where_a_rival_wins_from_there_on() -> None:
-    def told(*ratios: float) -> str:
+    def verdict(*ratios: float) -> str:
         results = [
             {"system": system, "max_concurrency": 4**i, "times_as_fast": {"median": ratio}}
             for i, ratio in enumerate(ratios)
@@ -82,12 +82,12 @@ def test_the_crossover_is_where_a_rival_wins_from_there_on() -> None:
         ]
         return compare.crossovers(results, {"a": {"solved": 0.9}, "rival": {"solved": 0.8}}, ["a"])["a"]
 
-    assert told(3.0, 0.9, 0.5).startswith("beaten from between 1 and 4 requests on")
-    assert told(3.0, 0.9, 1.5).startswith("not beaten at up to 16 requests at a time")
-    assert told(0.9, 0.5) == "beaten from 1 request on (90 % solved, the rival 80 %)"
+    assert verdict(3.0, 0.9, 0.5).startswith("beaten from between 1 and 4 requests on")
+    assert verdict(3.0, 0.9, 1.5).startswith("not beaten at up to 16 requests at a time")
+    assert verdict(0.9, 0.5) == "beaten from 1 request on (90 % solved, the rival 80 %)"
 
 
-def test_a_machine_that_slows_down_is_told() -> None:
+def test_a_machine_that_slows_down_is_reported() -> None:
     steadiness = Steadiness()
     steadiness.rates = [100e9, 96e9, 98e9]
     assert steadiness.notes() == []

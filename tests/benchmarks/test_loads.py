@@ -60,9 +60,9 @@ class Counting(Target):
 
 def test_a_closed_loop_keeps_so_many_under_way_and_serves_all() -> None:
     target = Counting(0.01)
-    told: list[Served] = []
-    run = asyncio.run(closed_loop(target, [JOB] * 10, 3, told.append))
-    assert (target.most, target.started, run.served) == (3, 10, told)
+    seen: list[Served] = []
+    run = asyncio.run(closed_loop(target, [JOB] * 10, 3, seen.append))
+    assert (target.most, target.started, run.served) == (3, 10, seen)
 
 
 def test_an_open_loop_does_not_wait_for_answers() -> None:
@@ -108,7 +108,7 @@ def test_figures_are_those_of_the_answers() -> None:
     assert "mean_tpot_ms" not in whole, "nothing was streamed"
 
 
-def test_a_server_that_is_not_there_is_told_before_anything_is_loaded() -> None:
+def test_a_server_that_is_not_there_is_reported_before_anything_is_loaded() -> None:
     with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9 does not answer"):
         measure(LoadOptions(target="http://127.0.0.1:9"))
 
@@ -167,12 +167,12 @@ def test_an_interrupted_load_keeps_what_has_come_back() -> None:
     kept: list[dict[str, Any]] = []
 
     async def interrupted() -> None:
-        told = 0
+        answers = 0
 
         def count() -> None:
-            nonlocal told
-            told += 1
-            if told == 3:
+            nonlocal answers
+            answers += 1
+            if answers == 3:
                 task.cancel()
 
         options = LoadOptions(num_prompts=40, max_concurrency=2)
@@ -211,8 +211,8 @@ def test_a_target_that_answers_nothing_ends_the_comparison_in_one_line() -> None
 def test_conversations_become_requests(tiny_llm: LLM, tmp_path: Path) -> None:
     tokenizer, path = tiny_llm.tokenizer, tmp_path / "conversations.json"
     turns = [("hello", "x" * 13), ("", "empty"), ("y" * 600, "too long"), ("again", "z")]
-    told = [[{"from": "human", "value": one}, {"from": "gpt", "value": other}] for one, other in turns]
-    path.write_text(json.dumps([{"conversations": pair} for pair in told]))
+    turn_lists = [[{"from": "human", "value": one}, {"from": "gpt", "value": other}] for one, other in turns]
+    path.write_text(json.dumps([{"conversations": pair} for pair in turn_lists]))
     found = workloads.workload(f"sharegpt:{path}", tokenizer, tiny_llm.engine.intake.config, 3)
     assert [job.text for job in found] == ["hello", "again", "hello"]
     assert [job.params.max_tokens for job in found] == [16, 8, 16]

@@ -172,7 +172,7 @@ def test_legal_event_streams_are_answers(stream: bytes) -> None:
         (b'data: {"object": "error", "message": "too long"}\n\n' + DONE, "reports: .*too long"),
     ],
 )
-def test_a_stream_that_fails_is_told(stream: bytes, problem: str) -> None:
+def test_a_stream_that_fails_is_reported(stream: bytes, problem: str) -> None:
     with pytest.raises(Unavailable, match=problem):
         read_answer(stream.splitlines(keepends=True), 0.0)
 
@@ -287,7 +287,7 @@ def test_a_peer_answers_from_a_process_of_its_own(adapter: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_peer_that_does_not_start_is_told(adapter: str, tmp_path: Path) -> None:
+def test_a_peer_that_does_not_start_is_reported(adapter: str, tmp_path: Path) -> None:
     python = Path(sys.executable)
     with pytest.raises(Unavailable, match="FileNotFoundError: absent"):
         PeerTarget(adapter, python, Path("absent"), 4)

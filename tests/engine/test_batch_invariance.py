@@ -53,7 +53,7 @@ def asks(count: int, first: int = 0) -> list[Ask]:
     return made[first:]
 
 
-def told(output: CompletionOutput) -> tuple[Any, ...]:
+def result_of(output: CompletionOutput) -> tuple[Any, ...]:
     """Everything that a sample tells; floats compare to the bit."""
     return (
         output.token_ids,
@@ -67,7 +67,7 @@ def told(output: CompletionOutput) -> tuple[Any, ...]:
 
 def generate(llm: LLM, requests: list[Ask]) -> list[tuple[Any, ...]]:
     outputs = llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
-    return [told(output.outputs[0]) for output in outputs]
+    return [result_of(output.outputs[0]) for output in outputs]
 
 
 has_bfloat16 = multiplies(torch.bfloat16, torch.device("cpu"))
@@ -140,7 +140,7 @@ def test_neighbours_that_are_aborted_change_no_bit(make: Any, alone: list[tuple[
         kept = requests[1::2]
         while any(request.finish_time is None for request in kept):
             ended.get()
-        found = [told(request_output(request, None).outputs[0]) for request in kept]
+        found = [result_of(request_output(request, None).outputs[0]) for request in kept]
         assert found == alone[1::2]
 
 

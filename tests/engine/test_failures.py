@@ -28,17 +28,17 @@ def llm(golden_checkpoint: Path) -> Iterator[LLM]:
 @pytest.fixture
 def raising(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Bursts with a canvas of `BAD_SEED` raise `error`, or all if `always`."""
-    told: dict[str, Any] = {"error": ValueError("a kernel raised"), "always": False, "bursts": 0}
+    failure: dict[str, Any] = {"error": ValueError("a kernel raised"), "always": False, "bursts": 0}
     launch = Worker._launch
 
     def broken(self: Worker, batch: StepBatch) -> Launched | NotRun:
-        told["bursts"] += 1
-        if told["always"] or any(spec.seed == BAD_SEED for spec in batch.specs):
-            raise told["error"]
+        failure["bursts"] += 1
+        if failure["always"] or any(spec.seed == BAD_SEED for spec in batch.specs):
+            raise failure["error"]
         return launch(self, batch)
 
     monkeypatch.setattr(Worker, "_launch", broken)
-    return told
+    return failure
 
 
 def params(*bad: int, count: int = len(PROMPTS)) -> list[SamplingParams]:

@@ -246,8 +246,8 @@ def test_requests_that_kill_their_workers_change_no_bit_either(
     for place in mix.places["killing"]:
         assert found[str(place)]["error"][0] == "WorkerDied"
     with capsys.disabled():
-        told = f"{len(mix.places['killing'])} that kill: {with_them['seconds'][0]:.1f} s"
-        sys.stdout.write(f"\n{told}, and {without['seconds'][0]:.1f} s without them\n")
+        summary = f"{len(mix.places['killing'])} that kill: {with_them['seconds'][0]:.1f} s"
+        sys.stdout.write(f"\n{summary}, and {without['seconds'][0]:.1f} s without them\n")
 
 
 NUM_ROUNDS = 3

@@ -27,7 +27,7 @@ def tight_llm() -> Iterator[LLM]:
 
 
 @pytest.mark.parametrize(
-    ("num_prompts", "fields", "told"),
+    ("num_prompts", "fields", "message"),
     [
         (4, HOT, "prompts: .*at most 3 a call"),
         (1, {**HOT, "n": 6}, "prompt 0: n: is above the engine's max_n; use at most 5"),
@@ -42,9 +42,9 @@ def tight_llm() -> Iterator[LLM]:
     ],
 )
 def test_what_is_above_a_ceiling_is_refused_by_name(
-    tight_llm: LLM, num_prompts: int, fields: dict[str, Any], told: str
+    tight_llm: LLM, num_prompts: int, fields: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=told):
+    with pytest.raises(InvalidRequest, match=message):
         tight_llm.generate(["1+1="] * num_prompts, fields)
 
 
@@ -64,7 +64,7 @@ class Endless(Iterator[Any]):
 
 
 @pytest.mark.parametrize(
-    ("call", "entry", "num_taken", "told"),
+    ("call", "entry", "num_taken", "message"),
     [
         ("generate", "1+1=", 4, r"prompts: .*at most 3 a call \(got 4\)"),
         ("generate", [5, 6], 4, r"prompts: .*at most 3 a call \(got 4\)"),
@@ -74,16 +74,16 @@ class Endless(Iterator[Any]):
     ],
 )
 def test_of_prompts_without_end_one_more_than_allowed_is_taken(
-    tight_llm: LLM, call: str, entry: object, num_taken: int, told: str
+    tight_llm: LLM, call: str, entry: object, num_taken: int, message: str
 ) -> None:
     endless = Endless(entry)
-    with pytest.raises(InvalidRequest, match=told):
+    with pytest.raises(InvalidRequest, match=message):
         getattr(tight_llm, call)(endless, HOT)
     assert endless.num_taken == num_taken
 
 
 @pytest.mark.parametrize(
-    ("prompt", "fields", "told"),
+    ("prompt", "fields", "message"),
     [
         ([Endless(5)], {}, r"prompt 0: prompt: must be text or a list of token ids \(got <"),
         ({"prompt_token_ids": Endless(5)}, {}, "prompt 0: prompt: must be text or a list of token ids"),
@@ -92,9 +92,9 @@ def test_of_prompts_without_end_one_more_than_allowed_is_taken(
     ],
 )
 def test_a_value_without_end_is_refused_by_name(
-    tight_llm: LLM, prompt: object, fields: dict[str, Any], told: str
+    tight_llm: LLM, prompt: object, fields: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=told):
+    with pytest.raises(InvalidRequest, match=message):
         tight_llm.generate(prompt, {**HOT, **fields})  # type: ignore[arg-type]
 
 

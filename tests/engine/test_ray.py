@@ -53,10 +53,10 @@ def workload() -> tuple[list[str], list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def expected(workload: Any) -> list[Any]:
     with LLM("tiny", device="cpu", max_num_rows=512, batch_invariant=True) as llm:
-        return told(llm.generate(*workload))
+        return results_of(llm.generate(*workload))
 
 
-def told(outputs: list[Any]) -> list[Any]:
+def results_of(outputs: list[Any]) -> list[Any]:
     return [
         (o.outputs[0].token_ids, o.outputs[0].nfe, o.outputs[0].confidences, o.outputs[0].trace, o.error)
         for o in outputs
@@ -103,9 +103,9 @@ def test_workers_that_are_killed_cost_no_request_and_no_bit(
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            outputs = told(llm.generate(*workload))
+            outputs = results_of(llm.generate(*workload))
             while len(killed) < 2:
-                assert told(llm.generate(*workload)) == expected
+                assert results_of(llm.generate(*workload)) == expected
         finally:
             stop.set()
             killer.join()
@@ -130,7 +130,7 @@ def test_a_request_that_kills_workers_ends_with_an_error_and_harms_no_other(
     poison = {"max_tokens": 8, "seed": 0x71F1D2B344, "unmask": "schedule"}
     with on_ray() as llm:
         outputs = llm.generate([*prompts[:8], "1+1="], [*params[:8], poison])
-        assert told(outputs[:8]) == expected[:8]
+        assert results_of(outputs[:8]) == expected[:8]
         (sample,) = outputs[8].outputs
         assert (outputs[8].finished, sample.finish_reason, sample.token_ids) == (False, "error", [])
         assert "3 workers in a row died" in (outputs[8].error or "")
@@ -145,7 +145,7 @@ def test_a_worker_that_stalls_is_replaced(
     with on_ray(burst=1, data_parallel_size=1) as llm:
         llm.generate(PROMPTS[0])
         os.kill(pids(llm)[0], signal.SIGSTOP)
-        assert told(llm.generate(*workload)) == expected
+        assert results_of(llm.generate(*workload)) == expected
         executor = llm.engine._engine.executor
         assert isinstance(executor, RayExecutor)
         assert executor._pool.reason == "timeout: it answered no heartbeat within 2 s"
@@ -166,7 +166,7 @@ def test_workers_come_and_go_while_requests_run(cluster: None, workload: Any, ex
         scaler = threading.Thread(target=scale)
         scaler.start()
         while scaler.is_alive():
-            assert told(llm.generate(*workload)) == expected
+            assert results_of(llm.generate(*workload)) == expected
         scaler.join()
         deadline = time.monotonic() + 60
         while len(living()) != 2 and time.monotonic() < deadline:
@@ -280,9 +280,9 @@ def test_a_burst_is_launched_in_its_turn_and_before_the_result_of_the_last_one_i
 def test_two_engines_on_one_cluster_do_not_meet(cluster: None, workload: Any, expected: Any) -> None:
     prompts, params = workload
     with on_ray(data_parallel_size=1) as first, on_ray(data_parallel_size=1) as second:
-        assert told(first.generate(prompts[:8], params[:8])) == expected[:8]
+        assert results_of(first.generate(prompts[:8], params[:8])) == expected[:8]
         first.close()
-        assert told(second.generate(prompts[:8], params[:8])) == expected[:8]
+        assert results_of(second.generate(prompts[:8], params[:8])) == expected[:8]
         assert len(living()) == 1
     assert living() == []
 
@@ -346,12 +346,12 @@ def test_weights_through_the_object_store_are_those_of_the_files_and_nothing_is_
     assert settled(nothing) == nothing, "what came before is gone"
     with on_ray(load_format="object_store") as llm:
         assert llm.engine._engine.executor.max_num_rows == 512, "as was said, and not measured"
-        assert told(llm.generate(*workload)) == expected
+        assert results_of(llm.generate(*workload)) == expected
         now = footprint()
         assert len(now["actors"]) == 2
         assert now["store"] > 5e6, "the weights, once"
         os.kill(pids(llm)[0], signal.SIGKILL)
-        assert told(llm.generate(*workload)) == expected, "and of a worker that comes later"
+        assert results_of(llm.generate(*workload)) == expected, "and of a worker that comes later"
     assert settled(nothing) == nothing
 
 

@@ -164,7 +164,7 @@ def test_line_19999_is_found_before_anything_runs(
 
 
 @pytest.mark.usefixtures("no_work")
-def test_twenty_faults_are_told_and_all_are_counted(run: Run, tmp_path: Path) -> None:
+def test_twenty_faults_are_listed_and_all_are_counted(run: Run, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", *["{"] * 25)
     with pytest.raises(InvalidBatch) as caught:
         run(source, tmp_path / "out.jsonl")
@@ -174,16 +174,16 @@ def test_twenty_faults_are_told_and_all_are_counted(run: Run, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("record_invalid", [False, True])
-def test_duplicates_are_told_with_both_lines(run: Run, tmp_path: Path, record_invalid: bool) -> None:
+def test_duplicates_are_reported_with_both_lines(run: Run, tmp_path: Path, record_invalid: bool) -> None:
     lines = [{"custom_id": name, "prompt": "1="} for name in ("a", "b", "a", "c", "b", "a", "line-9")]
     source = write(tmp_path / "in.jsonl", "", *lines, {"prompt": "1="})
     with pytest.raises(InvalidBatch) as caught:
         run(source, tmp_path / "out.jsonl", record_invalid=record_invalid)
     assert caught.value.faults == [
-        (4, "custom_id: 'a' stands already in line 2"),
-        (6, "custom_id: 'b' stands already in line 3"),
-        (7, "custom_id: 'a' stands already in line 2"),
-        (9, "custom_id: 'line-9' stands already in line 8"),
+        (4, "custom_id: 'a' is already in line 2"),
+        (6, "custom_id: 'b' is already in line 3"),
+        (7, "custom_id: 'a' is already in line 2"),
+        (9, "custom_id: 'line-9' is already in line 8"),
     ]
 
 

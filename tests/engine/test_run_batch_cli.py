@@ -93,11 +93,11 @@ def test_a_stopped_process_is_resumed(
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(sent)
-        _, told = process.communicate()
+        _, err = process.communicate()
     assert process.returncode == status
-    assert "Traceback" not in told
+    assert "Traceback" not in err
     if sent == signal.SIGINT:
-        assert "interrupted; what is done is safe, --resume goes on" in told
+        assert "interrupted; finished lines are saved, --resume continues" in err
     assert not output.exists()
     num_done = partial.read_bytes().count(b"\n")
     assert 0 < num_done < count

@@ -21,16 +21,16 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture
 def error(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception | None]:
     """What bursts with the bad line raise."""
-    told: dict[str, Exception | None] = {"error": ValueError("a kernel raised")}
+    failure: dict[str, Exception | None] = {"error": ValueError("a kernel raised")}
     launch = Worker._launch
 
     def broken(self: Worker, batch: StepBatch) -> Any:
-        if told["error"] is not None and any(spec.seed == BAD_SEED for spec in batch.specs):
-            raise told["error"]
+        if failure["error"] is not None and any(spec.seed == BAD_SEED for spec in batch.specs):
+            raise failure["error"]
         return launch(self, batch)
 
     monkeypatch.setattr(Worker, "_launch", broken)
-    return told
+    return failure
 
 
 def write(path: Path) -> Path:

@@ -230,7 +230,7 @@ def test_zeros_of_a_power_loss_are_cut_off(
 def test_a_full_disk_stops_the_run_and_loses_nothing(run: Run, batch_file: MakeFile, tmp_path: Path) -> None:
     source, output = batch_file(20), tmp_path / "out.jsonl"
     run(source, tmp_path / "undisturbed.jsonl")
-    told = tmp_path / "told"
+    message = tmp_path / "message"
 
     def limited() -> None:
         limit = 5000  # in the middle of a line
@@ -238,11 +238,11 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(run: Run, batch_file: MakeF
         try:
             run(source, output, resume=True)
         except BatchStopped as error:
-            told.write_text(str(error))
+            message.write_text(str(error))
             sys.exit(3)
 
     assert in_child(limited) == 3
-    assert "results are safe; --resume goes on" in told.read_text()
+    assert "results are saved; --resume continues" in message.read_text()
     partial = tmp_path / "out.jsonl.partial"
     assert 4000 < partial.stat().st_size <= 5000
     assert partial.read_bytes().endswith(b"\n"), "rolled back to whole lines"
@@ -258,7 +258,7 @@ def test_a_really_full_file_system(run: Run, batch_file: MakeFile, tmp_path: Pat
     if mounted.returncode:
         pytest.skip("cannot mount here")
     try:
-        with pytest.raises(BatchStopped, match=r"No space left on device: [0-9]+ of 40 results are safe"):
+        with pytest.raises(BatchStopped, match=r"No space left on device: [0-9]+ of 40 results are saved"):
             run(batch_file(40), disk / "out.jsonl")
         subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
         summary = run(batch_file(40), disk / "out.jsonl", resume=True)

@@ -100,13 +100,13 @@ def answers(installed: Path) -> dict[str, tuple[int, str, str]]:
 
 
 def test_the_pages_policy_decodes_beside_the_others(answers: dict[str, tuple[int, str, str]]) -> None:
-    told = {}
+    samples = {}
     for p in ("1.0", "0.0"):
         status, out, err = answers[f"{DECODE} coin:{p}"]
         assert status == 0, err
-        told[p] = json.loads(out)["outputs"][0]
-    assert told["1.0"]["trace"]["step"].count(1) == 8, "everything in the first step"
-    assert max(told["0.0"]["trace"]["step"]) == told["0.0"]["nfe"] == 8, "one token a step"
+        samples[p] = json.loads(out)["outputs"][0]
+    assert samples["1.0"]["trace"]["step"].count(1) == 8, "everything in the first step"
+    assert max(samples["0.0"]["trace"]["step"]) == samples["0.0"]["nfe"] == 8, "one token a step"
 
 
 def test_its_parameters_are_checked_like_any(answers: dict[str, tuple[int, str, str]]) -> None:
@@ -120,8 +120,8 @@ def test_a_policy_that_cannot_be_loaded_harms_no_other_and_says_why(
 ) -> None:
     status, _, err = answers["generate --unmask gone x"]
     assert status == 2
-    told = "the package that brings it cannot be used: entry point gone = remask_coin:Gone of remask-coin: "
-    assert f"unmask: {told}AttributeError" in err
+    problem = "the package that brings it cannot be used: entry point gone = remask_coin:Gone of remask-coin"
+    assert f"unmask: {problem}: AttributeError" in err
     status, _, err = answers["generate --json --max-tokens 4 --remask wino 1+2="]
     assert status == 0, f"remask's own policy keeps its name: {err}"
 

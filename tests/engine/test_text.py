@@ -137,7 +137,7 @@ def test_other_contents_are_refused_by_name(tiny_llm: LLM, content: Any, named: 
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "expected"),
     [
         ("{{ messages[0]['content'] + 7 }}", "TypeError"),
         ("{{ 7 / (messages | length - 1) }}", "ZeroDivisionError"),
@@ -149,11 +149,13 @@ def test_other_contents_are_refused_by_name(tiny_llm: LLM, content: Any, named: 
         (7, "fails"),
     ],
 )
-def test_a_template_that_fails_is_an_error_of_one_line(with_template: Any, template: Any, told: str) -> None:
+def test_a_template_that_fails_is_an_error_of_one_line(
+    with_template: Any, template: Any, expected: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         with_template(template).chat_prompts(user("x"))
     assert caught.value.parameter == "messages[0]"
-    assert told in str(caught.value)
+    assert expected in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 500
 

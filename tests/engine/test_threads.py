@@ -199,8 +199,8 @@ def test_a_forked_child_is_told_at_once(llm: LLM) -> None:
         finally:
             os._exit(0)
     os.close(writer)
-    with os.fdopen(reader) as told:
-        answer = told.read()
+    with os.fdopen(reader) as answer_pipe:
+        answer = answer_pipe.read()
     os.wait()
     assert answer.startswith("EngineDead: the engine belongs to process")
     assert "spawn" in answer

@@ -58,14 +58,14 @@ def remask(fields: dict[str, tuple[Any, ...]] | None = None, **namespace: Any) -
 
 
 def fault(loaded: Load, policy: object) -> str:
-    """What is told of the one policy that an entry point brings; the others are there."""
+    """The message about the one policy that an entry point brings; the others are there."""
     found = loaded(new=policy)
     own = registry()
     assert (found.unmask.keys(), found.remask.keys()) == (own.unmask.keys(), own.remask.keys())
-    (told,) = found.broken.values()
-    assert "\n" not in told
-    assert told.startswith("entry point new = remask_extra:new: ")
-    return told.removeprefix("entry point new = remask_extra:new: ")
+    (message,) = found.broken.values()
+    assert "\n" not in message
+    assert message.startswith("entry point new = remask_extra:new: ")
+    return message.removeprefix("entry point new = remask_extra:new: ")
 
 
 class Everything(RemaskPolicy, frozen=True, tag="everything"):
@@ -125,10 +125,10 @@ def test_remasks_own_policies_pass_as_third_parties(own: type[Policy], loaded: L
 def test_a_field_that_a_kernel_cannot_be_given_is_refused(
     field: tuple[Any, ...], problem: str, fix: str, loaded: Load
 ) -> None:
-    told = fault(loaded, unmask({"p": field}))
-    assert told.startswith("New.p: ")
-    assert problem in told
-    assert fix in told
+    message = fault(loaded, unmask({"p": field}))
+    assert message.startswith("New.p: ")
+    assert problem in message
+    assert fix in message
 
 
 @pytest.mark.parametrize(
@@ -145,15 +145,15 @@ def test_a_field_that_a_kernel_cannot_be_given_is_refused(
     ],
 )
 def test_wrong_memory_is_refused(memory: object, problem: str, loaded: Load) -> None:
-    told = fault(loaded, remask(memory=memory))
-    assert told.startswith("New.memory: ")
-    assert problem in told
+    message = fault(loaded, remask(memory=memory))
+    assert message.startswith("New.memory: ")
+    assert problem in message
 
 
 def test_an_unmask_policy_has_no_memory(loaded: Load) -> None:
-    told = fault(loaded, unmask(memory=(PER_SLOT,)))
-    assert told.startswith("New.memory: is for remask policies")
-    assert "derive from RemaskPolicy with commits = True" in told
+    message = fault(loaded, unmask(memory=(PER_SLOT,)))
+    assert message.startswith("New.memory: is for remask policies")
+    assert "derive from RemaskPolicy with commits = True" in message
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_an_unmask_policy_has_no_memory(loaded: Load) -> None:
     ],
 )
 def test_a_wrong_kernel_is_refused(policy: type, problem: str, loaded: Load) -> None:
-    told = fault(loaded, policy)
-    assert told.startswith(f"New.kernel: {problem}")
-    assert "make it a static method kernel(view, " in told
+    message = fault(loaded, policy)
+    assert message.startswith(f"New.kernel: {problem}")
+    assert "make it a static method kernel(view, " in message
 
 
 def test_callables_of_other_kinds_are_kernels(loaded: Load) -> None:
@@ -203,8 +203,8 @@ def test_block_params_must_give_a_number_for_each_block(
     make: Any, answer: Any, problem: str, loaded: Load
 ) -> None:
     fields = {"word": (Named, "a"), "n": (Annotated[int, Meta(ge=1, le=9)] | None, None)}
-    told = fault(loaded, make(fields, block_params=answer))
-    assert told.startswith(f"New.block_params: {problem}")
+    message = fault(loaded, make(fields, block_params=answer))
+    assert message.startswith(f"New.block_params: {problem}")
 
 
 def test_block_params_need_not_serve_what_check_refuses(loaded: Load) -> None:

@@ -141,7 +141,7 @@ def test_a_large_value_is_not_compared_whole_with_known_names() -> None:
         assert did_you_mean(ids, ["a", "b"]) == "known: a, b"
 
 
-def test_a_large_argument_of_a_policy_is_not_told_whole() -> None:
+def test_a_large_argument_of_a_policy_is_cut_in_the_message() -> None:
     for text in (f"threshold:0.5,{'x' * 10**6}", f"threshold:{'x' * 10**6}=1", f"threshold:t={'x' * 10**6}"):
         with pytest.raises(InvalidRequest) as caught:
             resolve({"unmask": text})

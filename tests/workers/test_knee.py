@@ -167,7 +167,7 @@ def test_without_a_home_the_knee_is_measured_and_not_kept(
     assert knee(golden_model) > 0
 
 
-def test_an_engine_takes_the_knee_unless_told(
+def test_an_engine_takes_the_knee_unless_given_another(
     golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: object) -> int:

@@ -174,7 +174,7 @@ def test_a_paused_canvas_does_not_change_while_others_go_on(golden_model: Transf
         torch.testing.assert_close(*numbers, rtol=1e-5, atol=1e-6)
 
 
-def test_a_burst_that_does_not_fit_is_told_and_what_follows_it_is_skipped(
+def test_a_burst_that_does_not_fit_is_reported_and_what_follows_it_is_skipped(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, batch = Worker(golden_model), first_burst([make(0, 12)], 2)
@@ -192,7 +192,7 @@ def test_a_burst_that_does_not_fit_is_told_and_what_follows_it_is_skipped(
     )
 
 
-def test_an_error_is_told_and_what_follows_it_is_skipped(
+def test_an_error_is_reported_and_what_follows_it_is_skipped(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker, batch = Worker(golden_model), first_burst([make(0, 12)], 2)
@@ -214,19 +214,19 @@ class Mute(RuntimeError):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [(Mute(), "Mute: "), (OSError("half: \ud800"), "OSError: half: ?")],
     ids=["raises", "not UTF-8"],
 )
-def test_an_error_whose_text_is_of_no_use_is_told_all_the_same(
-    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+def test_an_error_whose_text_is_of_no_use_is_reported_all_the_same(
+    golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     def forward(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(golden_model.model, "forward", forward)
     result = Worker(golden_model).run(first_burst([make(0, 12)], 2))
-    assert (result.failure, result.error) == ("error", told)
+    assert (result.failure, result.error) == ("error", message)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(result), type=StepResult) == result
 
 

@@ -1,8 +1,8 @@
 """Enqueues the steps of a burst on a device, a few before the device takes them.
 
-The host could enqueue a whole burst at once, but then it could not stop when all canvases have paused: the
-device would take the remaining steps for nothing. So the host stays at most `AHEAD_STEPS` ahead, which is
-enough for the device never to wait, and reads a flag that each step sets.
+If the host enqueued a whole burst at once, the device would take all steps even after every canvas has
+paused. So the host stays at most `AHEAD_STEPS` ahead, which is enough for the device never to wait, and reads
+a flag that each step sets.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class StepQueue:
 
     Args:
         step: enqueues one step and returns the rows that it forwards.
-        num_steps: steps at most.
+        num_steps: maximum number of steps.
         paused_R: bool [R] on the device: the canvases that take no more steps.
 
     Attributes:
         num_rows: rows forwarded by the steps enqueued so far.
-        all_paused: a step has left no canvas that goes on.
+        all_paused: whether no canvas takes another step.
     """
 
     def __init__(self, step: Callable[[], int], num_steps: int, paused_R: Tensor) -> None:
@@ -40,7 +40,7 @@ class StepQueue:
             self._enqueue()
 
     def enqueue_rest(self) -> None:
-        """Enqueues the other steps until all canvases have paused, each when the device has come near it."""
+        """Enqueues the other steps until all canvases have paused, `AHEAD_STEPS` ahead of the device."""
         while len(self._events) < self._num_steps and not self.all_paused:
             place = len(self._events) - AHEAD_STEPS
             event = self._events[place]

@@ -46,13 +46,13 @@ class PolicyGroup:
         kind: the policy's class and its words.
         kernel: its function, which kinds may share.
         members: their indices in the burst.
-        canvases: int64 [Rg]: `members`, padded with the index of the burst's last (finished) canvas.
-        is_whole: whether these are all canvases of the burst, each once.
+        canvases: int64 [Rg]: `members`, padded with the index of the burst's last canvas, which is finished.
+        is_whole: whether these are all canvases of the burst.
         fields: the policies' fields that are numbers, fp64 [Rg] each.
-        block_fields: fp64 [entries] each: fields that differ from block to block, those of all canvases one
-            behind the other, so that the many blocks of one canvas make no others' tables longer.
-        first_block, last_block: int64 [Rg]: where in them the blocks of each canvas begin and end.
-        memory_fields: what the kind carries from step to step.
+        block_fields: fp64 [entries] each: fields that differ from block to block, concatenated over the
+            canvases. A canvas of many blocks makes the tables longer by its own entries only.
+        first_block, last_block: int64 [Rg]: indices of each canvas's first and last entry.
+        memory_fields: the state that the kind carries from step to step.
     """
 
     kind: PolicyKind
@@ -67,11 +67,11 @@ class PolicyGroup:
     memory_fields: tuple[MemoryField, ...]
 
     def params_at(self, block_R: Tensor, part: slice = slice(None)) -> Params:
-        """What the kernel is given about a part of the group.
+        """The kernel's parameters for a part of the group.
 
         Args:
             block_R: int64 [R]: the active blocks of all canvases of the burst.
-            part: which of the group's canvases.
+            part: a range of the group's canvases.
         """
         params = {name: values[part] for name, values in self.fields.items()}
         if self.block_fields:
@@ -141,12 +141,12 @@ def group_policies(
 def _block_tables(
     rows: Sequence[dict[str, list[float]]], num_more: int, least: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Fields that differ from block to block, and where the blocks of each canvas begin and end.
+    """Fields that differ from block to block, and the indices of each canvas's first and last entry.
 
     Args:
-        rows: the fields of each canvas, all of them for every block.
-        num_more: canvases that the group is filled up with; they use the blocks of the first.
-        least: entries that the tables have at least.
+        rows: the fields of each canvas, a value for each block.
+        num_more: number of padding canvases; they use the blocks of the first canvas.
+        least: minimum number of entries.
     """
     lens = [max(map(len, row.values()), default=1) for row in rows]
     ends = np.cumsum([0, *lens])

@@ -1,4 +1,4 @@
-"""The ids that end canvases, as a table that is as long as what the canvases' lists hold together."""
+"""The ids that end canvases, in a table as long as all lists together."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NO_KEY = np.iinfo(np.int64).max
 
 
 class StopIds(HoldsTensors):
-    """The lists of R canvases. Equal ones, which most canvases have, stand in the table once.
+    """The lists of R canvases. Equal lists, which are common, are stored once.
 
     Args:
-        lists: int32, ascending, of each canvas.
-        least: entries that the table has at least.
+        lists: the ids of each canvas, int32, ascending.
+        least: minimum number of entries.
 
     Attributes:
-        first_key: int64 [R, 1]: what the keys of a canvas's list begin with.
-        keys: int64 [entries], ascending: a list's number and an id.
+        first_key: int64 [R, 1]: the number of the canvas's list times `SPAN`.
+        keys: int64 [entries], ascending: the number of a list times `SPAN`, plus an id.
     """
 
     def __init__(self, lists: Sequence[bytes], least: int = 0) -> None:

@@ -1,8 +1,8 @@
 """The head as one pass over [live rows, V] in tiles: every logit is used up where it is made.
 
 The product with the head's weights keeps an online softmax (Milakov and Gimelshein 2018) for each row, beside
-what is ranked and drawn. The vocabulary is cut into splits of a fixed number of ids, so that there is enough
-to do in parallel; a second, small kernel merges them. `remask.workers.head` is the reference.
+the values that are ranked and drawn. The vocabulary is cut into splits of a fixed number of ids, which run in
+parallel; a second, small kernel merges them. `remask.workers.head` is the reference.
 
 Nothing is read on the host: grids and memory follow from shapes, and how many rows are live is on the device.
 A row's numbers do not depend on the rows beside it, on its place or on how many are live. One model has as
@@ -29,7 +29,7 @@ from remask.workers.kernels.sizes import head_sizes
 SPLIT_TILES = 4
 MERGED_ROWS = 8  # rows of a program of the second kernel
 
-# What a split leaves of a row. The largest logit stands apart from the softmax's sum, and M too, so that
+# The fields that a split stores for a row. The largest logit and M are apart from the softmax's sum, so that
 # small numbers are never added to 1. fp32: logits, but for the sums of exp(x - top) and exp(x - top)(x - top)
 # over the ids that are neither the top token nor M, and the drawn token's score less `top`. int32: ids.
 _TOP, _REST, _MOMENT, _SECOND, _SCORE, _DRAWN, _GIVEN, _MASK = (tl.constexpr(field) for field in range(8))
@@ -273,7 +273,7 @@ def _split(
         ids = start + tl.arange(0, TILE_V)
         id_ptrs = head_ptr + ids.to(tl.int64) * head_stride
         x = _logits(row_ptrs, id_ptrs, is_live, ids < vocab_size, depth, TILE_N, TILE_V, TILE_D)
-        # A part at a time, so that what is made of the logits stays in registers as they do.
+        # A part at a time, so that values derived from the logits stay in registers.
         for part in tl.static_range(PARTS):
             part_x, part_ids = _part(x, part, PARTS), start + part * PART_V + tl.arange(0, PART_V)
             state = _absorb(

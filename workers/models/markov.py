@@ -71,7 +71,7 @@ class MarkovDenoiser(Denoiser):
         return sequences, owner, rows.positions_T[candidates]
 
     def log_posteriors(self, sequences: Sequence[Tensor], owner: Tensor, position: Tensor) -> Tensor:
-        """log p(state at a position | what is visible of its sequence), fp64 [H, S + 1]; that of M is -inf.
+        """log p(state at a position | visible part of its sequence), fp64 [H, S + 1]; that of M is -inf.
 
         Args:
             sequences: int64 ids of each sequence; M is unknown.

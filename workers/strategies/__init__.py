@@ -1,7 +1,7 @@
 """The kernels of the decoding policies: one file a policy, one pure function over tensors.
 
 The kernel of the policy `name` is the function `name` in the file `name.py`. Shapes are fixed and nothing
-depends on data, so that a kernel can be compiled and captured as it stands. A kernel sees the canvases of its
+depends on data, so that a kernel can be compiled and captured unchanged. A kernel sees the canvases of its
 own policy only; every canvas is decided by its own numbers.
 """
 

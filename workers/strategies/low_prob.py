@@ -13,7 +13,7 @@ def low_prob(view: BlockView, commit: Tensor, params: Params, memory: Memory) ->
     may_go = memory["times"] < params["max_times"].unsqueeze(1)
     doubtful = view.committed & may_go & (prob(view.log_visible) < params["t"].unsqueeze(1))
     remask = best(-view.log_visible, doubtful, budget)
-    # Forwards after the last mask go on until one of them remasks nothing.
+    # Forwards after the last mask continue until one of them remasks nothing.
     was_full, is_full = ~view.masked.any(1), ~(view.masked & ~commit).any(1) & ~remask.any(1)
     posts = memory["posts"] + was_full
     holds = is_full & ~was_full & (posts < params["post_steps"])

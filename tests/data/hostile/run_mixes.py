@@ -18,7 +18,7 @@ import torch
 from remask import LLM
 
 
-def told(output: Any) -> dict[str, Any]:
+def result_of(output: Any) -> dict[str, Any]:
     """Everything that a request's output tells."""
     samples = [[s.token_ids, s.nfe, s.confidences, s.finish_reason] for s in output.outputs]
     error = [output.error_type, output.error_status, output.error]
@@ -38,7 +38,7 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
             found = results.setdefault(name, {"seconds": [], "cpu_seconds": [], "outputs": {}})
             found["seconds"].append(end[0] - start[0])
             found["cpu_seconds"].append(end[1] - start[1])
-            found["outputs"] = dict(zip(places, map(told, outputs), strict=True))
+            found["outputs"] = dict(zip(places, map(result_of, outputs), strict=True))
     return results
 
 
