@@ -18,7 +18,7 @@ from remask.scheduler.errors import InvalidRequest
 study = typer.Typer(help="Find out when remasking helps.", no_args_is_help=True)
 
 FIXED = {"dtype": "float32", "batch_invariant": True}  # so that equal grids give equal rows
-MODULES = ("pyarrow",)
+MODULES = ("pyarrow", "matplotlib")
 
 
 @study.callback()
@@ -59,7 +59,17 @@ def run(
     except KeyboardInterrupt:
         typer.echo("remask: interrupted; finished samples are saved, the same command continues", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"samples: {own.samples_path}")
+    report(own.directory)
+
+
+@study.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+) -> None:
+    """Write the report of a run: one page, with tables and pictures inside."""
+    from remask.benchmarks.study.report import write_report
+
+    typer.echo(f"report: {write_report(directory)}")
 
 
 @contextmanager

@@ -153,6 +153,7 @@ def test_a_line_at_fault_refuses_the_file(run: Run, tmp_path: Path, line: Any, p
     assert os.listdir(tmp_path) == ["in.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_work")
 def test_line_19999_is_found_before_anything_runs(
     run: Run, tmp_path: Path, batch_file: Callable[[int], Path]

@@ -89,7 +89,8 @@ def crash_at(count: int) -> None:
         setattr(os, name, crashing(name))
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_crash_at_every_call_that_touches_a_file(
     run: Run, batch_file: MakeFile, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

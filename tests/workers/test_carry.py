@@ -62,6 +62,7 @@ def model(golden_model: TransformerDenoiser, dense_attention: AttentionBackend) 
     return TransformerDenoiser(golden_model.model, dense_attention, pack_rows=1 << 30, static_shapes=True)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     own=st.lists(canvases, min_size=2, max_size=4),

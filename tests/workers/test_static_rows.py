@@ -132,6 +132,7 @@ def test_every_policy_writes_in_static_shapes_what_it_writes_in_compact_packs(
     same(finish(fixed_model, own, 3), finish(golden_model, own, 3))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(own=st.lists(requests, min_size=1, max_size=5), num_steps=st.integers(1, 9))
 def test_any_mix_writes_the_same_in_static_shapes(

@@ -13,6 +13,7 @@ import torch
 
 from remask import LLM, InvalidRequest
 from remask.benchmarks.study import run as study_run
+from remask.benchmarks.study.report import write_report
 from remask.benchmarks.study.run import Study
 
 GRID = """
@@ -31,7 +32,7 @@ thresholds = [0.6]
 
 [[grid]]
 tasks = ["sudoku4x4"]
-arms = ["wino"]
+arms = ["plain", "wino"]
 num_prompts = 4
 block_lengths = ["whole"]
 thresholds = [0.3]
@@ -39,7 +40,7 @@ temperatures = [2.0]
 ranks = ["top"]
 n = 2
 """
-NUM_SAMPLES = 4 * 3 + 4 * 2
+NUM_SAMPLES = 4 * 3 + 2 * 4 * 2
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,26 @@ def test_a_directory_of_another_grid_or_model_is_refused(llm: LLM, tmp_path: Pat
     about.write_text(json.dumps({**content, "model": "0" * 16}))
     with pytest.raises(InvalidRequest, match="holds a run of another model"):
         study_of(tmp_path)
+
+
+def test_a_report_needs_no_network(llm: LLM, tmp_path: Path) -> None:
+    own = study_of(tmp_path)
+    with pytest.raises(InvalidRequest, match="holds no finished run"):
+        write_report(own.directory)
+    finish(own, llm)
+    page = write_report(own.directory).read_text()
+    assert "http" not in page.replace("https://", "http").split("<small>")[0]
+    assert page.count("data:image/png;base64,") == 4, "two settings, each with a curve and differences"
+    for text in ("addition3, greedy", "sudoku4x4, temperature 2, rank by top", "score at equal thresholds"):
+        assert text in page
+    compared = parquet.read_table(own.directory / "comparisons.parquet").to_pylist()
+    assert {(row["arm"], row["base"]) for row in compared} == {("wino", "plain")}
+    assert sorted(path.name for path in own.directory.glob("*.png")) == [
+        "addition3-T0-proposal-differences.png",
+        "addition3-T0-proposal.png",
+        "sudoku4x4-T2-top-differences.png",
+        "sudoku4x4-T2-top.png",
+    ]
 
 
 def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:

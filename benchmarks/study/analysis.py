@@ -1,0 +1,237 @@
+"""Comparisons of arms with what they add to: paired on the same prompts, at equal settings and at equal cost.
+
+The *base* of an arm has its unmask policy without its remask policy. At equal cost the base is read off its
+own curve: between two thresholds whose mean costs enclose the arm's, each prompt's value is interpolated. An
+arm that costs more than every threshold of the base is compared with the most expensive one, and `beyond`
+says so; one that costs less, with the cheapest.
+
+Intervals are percentiles of a bootstrap over prompts. Pairs of right and wrong answers are tested by
+McNemar's exact test, everything else by the bootstrap. Holm's correction counts all comparisons of one kind
+and measure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from remask.benchmarks.study.costs import Cost
+from remask.benchmarks.study.grid import Grid
+from remask.benchmarks.study.measures import pass_at_k
+from remask.benchmarks.study.tasks import STUDY_TASKS
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+COSTS = ("nfe", "query_rows", "milliseconds")
+
+Values = NDArray[np.float64]  # one for each prompt
+
+
+class Setting(NamedTuple):
+    """What an arm and its base have in common."""
+
+    task: str
+    block_length: int | None
+    temperature: float
+    rank: str
+
+
+class Point(NamedTuple):
+    """An arm at one threshold: its costs, and the values of each measure for each prompt."""
+
+    threshold: float | None
+    costs: dict[str, float]
+    values: dict[str, Values]
+
+
+def comparisons(grid: Grid, samples: Iterable[dict[str, Any]], costs: Sequence[Cost]) -> list[dict[str, Any]]:
+    """A row for each arm with a base, setting, threshold, measure and kind of equality.
+
+    Args:
+        grid: the grid of the run.
+        samples: rows of all samples.
+        costs: measured costs of a forward.
+    """
+    points = points_of(samples, costs)
+    rng = np.random.default_rng(0)
+    rows = []
+    for (setting, name), own in points.items():
+        base = base_of(grid, name)
+        curve = points.get((setting, base)) if base is not None else None
+        if curve is None:
+            continue
+        for point in own:
+            same = [other for other in curve if other.threshold == point.threshold]
+            for measure, values in point.values.items():
+                common = {
+                    **setting._asdict(),
+                    "arm": name,
+                    "base": base,
+                    "threshold": point.threshold,
+                    "measure": measure,
+                    "num_prompts": len(values),
+                    "value": float(values.mean()),
+                }
+                for other in same:
+                    found = compared(values, other.values[measure], rng)
+                    rows.append({**common, "equal": "threshold", "beyond": False, **found})
+                for cost in COSTS if len(curve) > 1 else ():
+                    at_cost, beyond = interpolated(curve, cost, point.costs[cost], measure)
+                    found = compared(values, at_cost, rng)
+                    rows.append({**common, "equal": cost, "beyond": beyond, **found})
+    _correct(rows)
+    return rows
+
+
+def base_of(grid: Grid, name: str) -> str | None:
+    """The arm with the same unmask policy and no remask policy; None: there is none, or it is the arm."""
+    arm = grid.arms[name]
+    if arm.remask is None:
+        return None
+    return next(
+        (other for other, own in grid.arms.items() if own.unmask == arm.unmask and own.remask is None), None
+    )
+
+
+def points_of(
+    samples: Iterable[dict[str, Any]], costs: Sequence[Cost]
+) -> dict[tuple[Setting, str], list[Point]]:
+    """The points of each arm in each setting, by threshold. Repetitions of a prompt are pooled; samples that
+    have failed are left out."""
+    microseconds = {cost.key: cost.microseconds for cost in costs}
+    groups: dict[tuple[Setting, str], dict[float | None, list[dict[str, Any]]]] = {}
+    for sample in samples:
+        if sample["error"] is None:
+            setting = Setting(*(sample[name] for name in Setting._fields))
+            by_threshold = groups.setdefault((setting, sample["arm"]), {})
+            by_threshold.setdefault(sample["threshold"], []).append(sample)
+    return {
+        (setting, arm): [
+            _point(
+                setting,
+                threshold,
+                own,
+                microseconds[setting.task, arm, setting.block_length, setting.temperature > 0],
+            )
+            for threshold, own in sorted(by_threshold.items(), key=lambda item: item[0] or 0.0)
+        ]
+        for (setting, arm), by_threshold in groups.items()
+    }
+
+
+def _point(
+    setting: Setting, threshold: float | None, samples: Sequence[dict[str, Any]], microseconds: float
+) -> Point:
+    by_prompt: dict[int, list[dict[str, Any]]] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample["prompt"], []).append(sample)
+    nfe = float(np.mean([sample["nfe"] for sample in samples]))
+    prompts = [by_prompt[prompt] for prompt in sorted(by_prompt)]
+    return Point(
+        threshold,
+        {
+            "nfe": nfe,
+            "query_rows": float(np.mean([sample["num_query_rows"] for sample in samples])),
+            "milliseconds": nfe * microseconds / 1000,
+        },
+        {
+            name: np.array([measure(own) for own in prompts], dtype=np.float64)
+            for name, measure in _measures(setting, min(map(len, prompts))).items()
+        },
+    )
+
+
+def _measures(setting: Setting, num_samples: int) -> dict[str, Callable[[Sequence[dict[str, Any]]], float]]:
+    """Functions from the samples of one prompt to a number. Without several samples: the score alone."""
+
+    def score(samples: Sequence[dict[str, Any]]) -> float:
+        return float(np.mean([sample["score"] for sample in samples]))
+
+    def any_right(samples: Sequence[dict[str, Any]]) -> float:
+        return pass_at_k(len(samples), sum(sample["score"] == 1 for sample in samples), num_samples)
+
+    def num_right(samples: Sequence[dict[str, Any]]) -> float:
+        return len({sample["text"] for sample in samples if sample["score"] == 1})
+
+    def num_texts(samples: Sequence[dict[str, Any]]) -> float:
+        return len({sample["text"] for sample in samples})
+
+    found = {"score": score}
+    if num_samples > 1:
+        found["unique_texts"] = num_texts
+        if STUDY_TASKS[setting.task].is_puzzle:
+            found |= {f"pass_at_{num_samples}": any_right, "right_answers": num_right}
+    return found
+
+
+def interpolated(curve: Sequence[Point], cost: str, at: float, measure: str) -> tuple[Values, bool]:
+    """The values of a base at a cost, and whether it costs more than every point of the base."""
+    ordered = sorted(curve, key=lambda point: point.costs[cost])
+    if at <= ordered[0].costs[cost]:
+        return ordered[0].values[measure], False
+    for low, high in pairwise(ordered):
+        if at <= high.costs[cost]:
+            share = (at - low.costs[cost]) / (high.costs[cost] - low.costs[cost])
+            return (1 - share) * low.values[measure] + share * high.values[measure], False
+    return ordered[-1].values[measure], True
+
+
+def compared(own: Values, base: Values, rng: np.random.Generator) -> dict[str, Any]:
+    """The difference of two arms on the same prompts, its interval, and a p value."""
+    difference = own - base
+    means = _resampled_means(difference, rng)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    is_binary = all(np.isin(values, (0.0, 1.0)).all() for values in (own, base))
+    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    if is_binary:
+        p = mcnemar(gained, lost)
+    else:
+        tail = min((means <= 0).sum(), (means >= 0).sum())
+        p = min(1.0, 2 * (int(tail) + 1) / (len(means) + 1))
+    return {
+        "base_value": float(base.mean()),
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "num_gained": gained,
+        "num_lost": lost,
+        "p": p,
+        "test": "McNemar" if is_binary else "bootstrap",
+    }
+
+
+def _resampled_means(values: Values, rng: np.random.Generator) -> Values:
+    chosen = rng.integers(len(values), size=(RESAMPLES, len(values)))
+    return values[chosen].mean(1)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The two-sided exact p value of McNemar's test: of `gained` + `lost` fair coins, as uneven or more."""
+    count = gained + lost
+    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1)) / 2**count
+    return min(1.0, 2 * tail)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's corrected p values, in the order given."""
+    order = np.argsort(p_values, kind="stable")
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def _correct(rows: list[dict[str, Any]]) -> None:
+    """Adds `p_holm`, over all rows of one kind of equality and one measure."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        families.setdefault((row["equal"], row["measure"]), []).append(row)
+    for family in families.values():
+        for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
+            row["p_holm"] = p
