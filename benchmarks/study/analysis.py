@@ -1,9 +1,10 @@
 """Comparisons of arms with what they add to: paired on the same prompts, at equal settings and at equal cost.
 
-The *base* of an arm has its unmask policy without its remask policy. At equal cost the base is read off its
-own curve: between two thresholds whose mean costs enclose the arm's, each prompt's value is interpolated. An
-arm that costs more than every threshold of the base is compared with the most expensive one, and `beyond`
-says so; one that costs less, with the cheapest.
+The *base* of an arm has its unmask policy without its remask policy. Both are compared on the prompts that
+both have answered at every threshold. At equal cost the base is read off its own curve: between
+two thresholds whose mean costs enclose the arm's, each prompt's value is interpolated. An arm that costs more
+than every threshold of the base is compared with the most expensive one, and `beyond` says so; one that costs
+less, with the cheapest.
 
 Intervals are percentiles of a bootstrap over prompts. Pairs of right and wrong answers are tested by
 McNemar's exact test, everything else by the bootstrap. Holm's correction counts all comparisons of one kind
@@ -14,15 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remask.benchmarks.study.costs import Cost
+from remask.benchmarks.study.costs import Cost, Key
 from remask.benchmarks.study.grid import Grid
-from remask.benchmarks.study.measures import pass_at_k
+from remask.benchmarks.study.measures import mean_score, pass_at, right_answers, unique_texts
 from remask.benchmarks.study.tasks import STUDY_TASKS
 
 RESAMPLES = 10_000
@@ -49,7 +51,12 @@ class Point(NamedTuple):
     values: dict[str, Values]
 
 
-def comparisons(grid: Grid, samples: Iterable[dict[str, Any]], costs: Sequence[Cost]) -> list[dict[str, Any]]:
+Sample = dict[str, Any]  # a row of the samples
+ByPrompt = dict[int, list[Sample]]
+Curve = dict[float | None, ByPrompt]  # by threshold
+
+
+def comparisons(grid: Grid, samples: Iterable[Sample], costs: Sequence[Cost]) -> list[dict[str, Any]]:
     """A row for each arm with a base, setting, threshold, measure and kind of equality.
 
     Args:
@@ -57,16 +64,26 @@ def comparisons(grid: Grid, samples: Iterable[dict[str, Any]], costs: Sequence[C
         samples: rows of all samples.
         costs: measured costs of a forward.
     """
-    points = points_of(samples, costs)
+    curves = curves_of(samples)
+    microseconds = {cost.key: cost.microseconds for cost in costs}
     rng = np.random.default_rng(0)
     rows = []
-    for (setting, name), own in points.items():
+    for (setting, name), own in curves.items():
         base = base_of(grid, name)
-        curve = points.get((setting, base)) if base is not None else None
-        if curve is None:
+        curve = curves.get((setting, base)) if base is not None else None
+        if base is None or curve is None:
             continue
-        for point in own:
-            same = [other for other in curve if other.threshold == point.threshold]
+        every = [*own.values(), *curve.values()]
+        prompts = sorted(set.intersection(*(set(point) for point in every)))
+        if not prompts:
+            continue
+        num_samples = min(len(point[prompt]) for point in every for prompt in prompts)
+
+        def cost_of(arm: str, setting: Setting = setting) -> float:
+            return microseconds[Key(setting.task, arm, setting.block_length, setting.temperature > 0)]
+
+        base_points = _points(setting, curve, prompts, num_samples, cost_of(base))
+        for point in _points(setting, own, prompts, num_samples, cost_of(name)):
             for measure, values in point.values.items():
                 common = {
                     **setting._asdict(),
@@ -77,11 +94,12 @@ def comparisons(grid: Grid, samples: Iterable[dict[str, Any]], costs: Sequence[C
                     "num_prompts": len(values),
                     "value": float(values.mean()),
                 }
-                for other in same:
-                    found = compared(values, other.values[measure], rng)
-                    rows.append({**common, "equal": "threshold", "beyond": False, **found})
-                for cost in COSTS if len(curve) > 1 else ():
-                    at_cost, beyond = interpolated(curve, cost, point.costs[cost], measure)
+                for other in base_points:
+                    if other.threshold == point.threshold:
+                        found = compared(values, other.values[measure], rng)
+                        rows.append({**common, "equal": "threshold", "beyond": False, **found})
+                for cost in COSTS if len(base_points) > 1 else ():
+                    at_cost, beyond = interpolated(base_points, cost, point.costs[cost], measure)
                     found = compared(values, at_cost, rng)
                     rows.append({**common, "equal": cost, "beyond": beyond, **found})
     _correct(rows)
@@ -98,74 +116,55 @@ def base_of(grid: Grid, name: str) -> str | None:
     )
 
 
-def points_of(
-    samples: Iterable[dict[str, Any]], costs: Sequence[Cost]
-) -> dict[tuple[Setting, str], list[Point]]:
-    """The points of each arm in each setting, by threshold. Repetitions of a prompt are pooled; samples that
-    have failed are left out."""
-    microseconds = {cost.key: cost.microseconds for cost in costs}
-    groups: dict[tuple[Setting, str], dict[float | None, list[dict[str, Any]]]] = {}
+def curves_of(samples: Iterable[Sample]) -> dict[tuple[Setting, str], Curve]:
+    """The samples of each arm in each setting, by threshold and prompt. Repetitions of a prompt are pooled;
+    samples that have failed are left out."""
+    curves: dict[tuple[Setting, str], Curve] = {}
     for sample in samples:
         if sample["error"] is None:
             setting = Setting(*(sample[name] for name in Setting._fields))
-            by_threshold = groups.setdefault((setting, sample["arm"]), {})
-            by_threshold.setdefault(sample["threshold"], []).append(sample)
-    return {
-        (setting, arm): [
-            _point(
-                setting,
-                threshold,
-                own,
-                microseconds[setting.task, arm, setting.block_length, setting.temperature > 0],
-            )
-            for threshold, own in sorted(by_threshold.items(), key=lambda item: item[0] or 0.0)
-        ]
-        for (setting, arm), by_threshold in groups.items()
-    }
+            curve = curves.setdefault((setting, sample["arm"]), {})
+            curve.setdefault(sample["threshold"], {}).setdefault(sample["prompt"], []).append(sample)
+    return curves
 
 
-def _point(
-    setting: Setting, threshold: float | None, samples: Sequence[dict[str, Any]], microseconds: float
-) -> Point:
-    by_prompt: dict[int, list[dict[str, Any]]] = {}
-    for sample in samples:
-        by_prompt.setdefault(sample["prompt"], []).append(sample)
-    nfe = float(np.mean([sample["nfe"] for sample in samples]))
-    prompts = [by_prompt[prompt] for prompt in sorted(by_prompt)]
-    return Point(
-        threshold,
-        {
+def _points(
+    setting: Setting, curve: Curve, prompts: Sequence[int], num_samples: int, microseconds: float
+) -> list[Point]:
+    """The points of a curve.
+
+    Args:
+        setting: of the curve.
+        curve: the samples of an arm.
+        prompts: those that count.
+        num_samples: least samples of a prompt, in the arm and its base.
+        microseconds: of a forward.
+    """
+    points = []
+    for threshold, by_prompt in curve.items():
+        samples = [sample for prompt in prompts for sample in by_prompt[prompt]]
+        nfe = float(np.mean([sample["nfe"] for sample in samples]))
+        costs = {
             "nfe": nfe,
             "query_rows": float(np.mean([sample["num_query_rows"] for sample in samples])),
             "milliseconds": nfe * microseconds / 1000,
-        },
-        {
-            name: np.array([measure(own) for own in prompts], dtype=np.float64)
-            for name, measure in _measures(setting, min(map(len, prompts))).items()
-        },
-    )
+        }
+        values = {
+            name: np.array([measure(by_prompt[prompt]) for prompt in prompts], dtype=np.float64)
+            for name, measure in _measures(setting, num_samples).items()
+        }
+        points.append(Point(threshold, costs, values))
+    return points
 
 
-def _measures(setting: Setting, num_samples: int) -> dict[str, Callable[[Sequence[dict[str, Any]]], float]]:
+def _measures(setting: Setting, num_samples: int) -> dict[str, Callable[[Sequence[Sample]], float]]:
     """Functions from the samples of one prompt to a number. Without several samples: the score alone."""
-
-    def score(samples: Sequence[dict[str, Any]]) -> float:
-        return float(np.mean([sample["score"] for sample in samples]))
-
-    def any_right(samples: Sequence[dict[str, Any]]) -> float:
-        return pass_at_k(len(samples), sum(sample["score"] == 1 for sample in samples), num_samples)
-
-    def num_right(samples: Sequence[dict[str, Any]]) -> float:
-        return len({sample["text"] for sample in samples if sample["score"] == 1})
-
-    def num_texts(samples: Sequence[dict[str, Any]]) -> float:
-        return len({sample["text"] for sample in samples})
-
-    found = {"score": score}
+    found: dict[str, Callable[[Sequence[Sample]], float]] = {"score": mean_score}
     if num_samples > 1:
-        found["unique_texts"] = num_texts
+        found["unique_texts"] = unique_texts
         if STUDY_TASKS[setting.task].is_puzzle:
-            found |= {f"pass_at_{num_samples}": any_right, "right_answers": num_right}
+            found[f"pass_at_{num_samples}"] = partial(pass_at, k=num_samples)
+            found["right_answers"] = right_answers
     return found
 
 

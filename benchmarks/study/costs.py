@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -41,13 +41,22 @@ class Cost(msgspec.Struct, frozen=True):
     nfe: float
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return self.task, self.arm, self.block_length, self.draws
+    def key(self) -> Key:
+        return Key(self.task, self.arm, self.block_length, self.draws)
 
 
-def key_of(cell: Cell) -> tuple[Any, ...]:
-    """Cells of one key have one cost."""
-    return cell.task, cell.arm, cell.block_length, cell.temperature > 0
+class Key(NamedTuple):
+    """The settings that have one cost."""
+
+    task: str
+    arm: str
+    block_length: int | None
+    draws: bool
+
+
+def key_of(cell: Cell) -> Key:
+    """The settings of a cell that its cost depends on."""
+    return Key(cell.task, cell.arm, cell.block_length, cell.temperature > 0)
 
 
 def measure(
@@ -101,7 +110,7 @@ def seconds_of(cells: Iterable[Cell], costs: Iterable[Cost]) -> float:
 
 def _middle_of_each_key(cells: Sequence[Cell]) -> list[Cell]:
     """For each key the cell with the middle threshold."""
-    by_key: dict[tuple[Any, ...], list[Cell]] = {}
+    by_key: dict[Key, list[Cell]] = {}
     for cell in cells:
         by_key.setdefault(key_of(cell), []).append(cell)
     return [sorted(own, key=lambda cell: cell.threshold or 0.0)[len(own) // 2] for own in by_key.values()]

@@ -16,6 +16,17 @@ from remask.benchmarks.study.tasks import STUDY_TASKS
 MAX_NGRAM = 3  # of distinct-n
 BLEU_NGRAM = 4
 PASS_AT = (1, 4, 16, 64)
+_COUNTS = (
+    "nfe",
+    "num_visible_tokens",
+    "num_commits",
+    "num_remasks",
+    "num_refills",
+    "num_flip_flops",
+    "num_repairs",
+    "num_damages",
+    "num_non_top",
+)
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -87,6 +98,26 @@ def commit_order(commit_steps: Sequence[int]) -> list[int]:
     return sorted(filled, key=lambda position: commit_steps[position])
 
 
+def mean_score(samples: Sequence[dict[str, Any]]) -> float:
+    """The mean score of the samples of a prompt."""
+    return _mean([sample["score"] for sample in samples])
+
+
+def unique_texts(samples: Sequence[dict[str, Any]]) -> int:
+    """Distinct texts of the samples of a prompt."""
+    return len({sample["text"] for sample in samples})
+
+
+def right_answers(samples: Sequence[dict[str, Any]]) -> int:
+    """Distinct right answers of the samples of a prompt."""
+    return len({sample["text"] for sample in samples if sample["score"] == 1})
+
+
+def pass_at(samples: Sequence[dict[str, Any]], k: int) -> float:
+    """pass@k of a prompt from its samples, at least `k`."""
+    return pass_at_k(len(samples), sum(sample["score"] == 1 for sample in samples), k)
+
+
 def cell_row(cell: Cell, samples: Sequence[dict[str, Any]], microseconds: float) -> dict[str, Any]:
     """The measures of a cell.
 
@@ -117,35 +148,17 @@ def cell_row(cell: Cell, samples: Sequence[dict[str, Any]], microseconds: float)
     if task.is_puzzle:
         for k in PASS_AT:
             if k <= cell.n:
-                found = [
-                    pass_at_k(len(own), sum(sample["score"] == 1 for sample in own), k)
-                    for own in by_prompt
-                    if len(own) >= k
-                ]
-                row[f"pass_at_{k}"] = _mean(found)
+                row[f"pass_at_{k}"] = _mean([pass_at(own, k) for own in by_prompt if len(own) >= k])
     if cell.n > 1:
         row |= _diversity(cell, by_prompt)
     return row
-
-
-_COUNTS = (
-    "nfe",
-    "num_visible_tokens",
-    "num_commits",
-    "num_remasks",
-    "num_refills",
-    "num_flip_flops",
-    "num_repairs",
-    "num_damages",
-    "num_non_top",
-)
 
 
 def _diversity(cell: Cell, by_prompt: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
     """Means over prompts of the diversity of each prompt's samples."""
     task = STUDY_TASKS[cell.task]
     row = {
-        "unique_texts": _mean([len({sample["text"] for sample in own}) for own in by_prompt]),
+        "unique_texts": _mean([unique_texts(own) for own in by_prompt]),
         "order_diversity": _mean(
             [order_diversity([commit_order(sample["commit_steps"]) for sample in own]) for own in by_prompt]
         ),
@@ -153,7 +166,7 @@ def _diversity(cell: Cell, by_prompt: Sequence[Sequence[dict[str, Any]]]) -> dic
     words = [[(sample["text"] or "").split() for sample in own] for own in by_prompt]
     if task.is_puzzle:
         right = [Counter(sample["text"] for sample in own if sample["score"] == 1) for own in by_prompt]
-        row["right_answers"] = _mean([len(found) for found in right])
+        row["right_answers"] = _mean([right_answers(own) for own in by_prompt])
         row["right_entropy_bits"] = _mean([entropy_bits(list(found.values())) for found in right if found])
     else:
         for n in range(1, MAX_NGRAM + 1):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -107,9 +107,12 @@ class Study:
         """An estimate of what is left to run, from the measured costs."""
         costs = self.costs
         assert costs is not None, "costs are measured first"
-        done = len(self._done())
-        total = sum(cell.num_prompts for cell in self.cells)
-        return seconds_of(self.cells, costs) * (1 - done / total)
+        done = Counter(name for name, _ in self._done())
+        left = [
+            msgspec.structs.replace(cell, num_prompts=cell.num_prompts - done[cell.name])
+            for cell in self.cells
+        ]
+        return seconds_of(left, costs)
 
     def _run_samples(self, llm: LLM, progress: Progress) -> None:
         done = self._done()
@@ -180,15 +183,17 @@ class Study:
         return done
 
     def _write_part(self, rows: list[dict[str, Any]]) -> None:
-        """Writes rows as one more part and forgets them."""
+        """Writes rows as one more part and forgets them. They are forgotten first, so that an interrupt
+        writes none twice; those that it loses run again."""
         if not rows:
             return
+        taken = list(rows)
+        rows.clear()
         parts = self._parts()
         number = int(parts[-1].stem) + 1 if parts else 0
-        _write_table(
-            pyarrow.Table.from_pylist(rows, schema=SCHEMA), self.directory / "parts" / f"{number:06}.parquet"
+        write_table(
+            pyarrow.Table.from_pylist(taken, schema=SCHEMA), self.directory / "parts" / f"{number:06}.parquet"
         )
-        rows.clear()
 
     def _merge(self) -> None:
         """Joins the parts, by cell, prompt and sample."""
@@ -197,7 +202,7 @@ class Study:
         order = pyarrow.array([place[name] for name in table["cell"].to_pylist()])
         keys = [("order", "ascending"), ("prompt", "ascending"), ("sample", "ascending")]
         table = table.append_column("order", order).sort_by(keys).drop_columns("order")
-        _write_table(table, self.samples_path)
+        write_table(table, self.samples_path)
         shutil.rmtree(self.directory / "parts")
 
     def _write_cells(self) -> None:
@@ -213,7 +218,7 @@ class Study:
         found = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
         pyarrow.csv.write_csv(table.drop_columns("commit_steps"), self.directory / "samples.csv")
         pyarrow.csv.write_csv(found, self.directory / "cells.csv")
-        _write_table(found, self.cells_path)
+        write_table(found, self.cells_path)
 
     def _read(self, name: str) -> Any:
         path = self.directory / name
@@ -227,7 +232,7 @@ class Study:
 
 
 def fingerprint(model: str) -> str:
-    """Identifies a checkpoint by its configuration and the headers and sizes of its weights.
+    """Identifies a checkpoint by its configuration and its weights.
 
     Raises:
         InvalidRequest: there is no such checkpoint.
@@ -240,12 +245,11 @@ def fingerprint(model: str) -> str:
         digest.update((directory / "config.json").read_bytes())
         for path in files:
             with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-            digest.update(f"{path.name} {os.path.getsize(path)}".encode())
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
-def _write_table(table: pyarrow.Table, path: Path) -> None:
+def write_table(table: pyarrow.Table, path: Path) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_suffix(".tmp")

@@ -93,3 +93,14 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say() -> None:
         found = analysis.compared(base + rng.normal(0.1, 0.3, 60), base, np.random.default_rng(0))
         hits += found["low"] <= 0.1 <= found["high"]
     assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_arms_are_paired_on_the_prompts_that_all_of_them_have_answered() -> None:
+    samples = [sample("plain", t, i, float(i < 3), nfe=2 + (i == 5)) for t in (0.5, 0.9) for i in range(6)]
+    samples += [sample("wino", 0.5, i, float(i < 3), 2) for i in (0, 1, 3, 4)]
+    samples.append(sample("plain", 0.9, 6, 1.0, 2, error="it failed"))
+    rows = analysis.comparisons(GRID, samples, costs())
+    assert {(row["num_prompts"], row["value"], row["base_value"], row["difference"]) for row in rows} == {
+        (4, 0.5, 0.5, 0.0)
+    }
+    assert not any(row["beyond"] for row in rows if row["equal"] == "nfe"), "costs are of these prompts, too"
