@@ -8,7 +8,6 @@ matplotlib (`pip install 'remask[bench]'`).
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Callable, Sequence
@@ -19,14 +18,8 @@ from rich.table import Table
 
 from remask import InvalidRequest
 from remask.benchmarks import latency, throughput
+from remask.benchmarks.page import STYLE, picture
 from remask.benchmarks.serving import compare, serve_load
-
-STYLE = """
-body { font-family: sans-serif; max-width: 70em; margin: 2em auto; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .3em .7em; border: 1px solid #ccc }
-td { text-align: right } td:first-child, th { text-align: left } img { max-width: 100% }
-small { color: #666 }
-"""
 
 
 class Kind(NamedTuple):
@@ -137,14 +130,13 @@ def _section(source: Path, report: dict[str, Any], chart: Path) -> str:
     environment = ", ".join(
         f"{name}: {value}" for name, value in report["environment"].items() if not isinstance(value, dict)
     )
-    picture = base64.b64encode(chart.read_bytes()).decode()
     return "\n".join(
         [
             f"<h2>{html.escape(report['benchmark'])}</h2>",
             f"<p>{html.escape(str(table.title))} ({html.escape(source.name)})</p>",
             f"<table><tr>{head}</tr>{rows}</table>",
             *(f"<p>{html.escape(words)}</p>" for words in sentences),
-            f'<img alt="{html.escape(report["benchmark"])}" src="data:image/png;base64,{picture}">',
+            picture(chart, report["benchmark"]),
             f"<p><small>{html.escape(environment)}</small></p>",
         ]
     )

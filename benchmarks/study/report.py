@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -16,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from remask import InvalidRequest
+from remask.benchmarks.page import STYLE, picture
 from remask.benchmarks.study.analysis import COSTS, LEVEL, comparisons
 from remask.benchmarks.study.costs import Cost
 from remask.benchmarks.study.grid import WHOLE, Grid
@@ -47,13 +47,6 @@ METHOD = (
     "comparisons of one kind and measure. At equal cost the base is interpolated between its thresholds; "
     "<i>beyond</i>: the arm costs more than every threshold of the base."
 )
-STYLE = """
-body { font-family: sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: 0.8rem; margin: 1rem 0; }
-td, th { border-bottom: 1px solid #ddd; padding: 0.15rem 0.5rem; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-img { max-width: 100%; }
-"""
 
 
 def write_report(directory: Path) -> Path:
@@ -78,7 +71,7 @@ def write_report(directory: Path) -> Path:
         pyarrow.parquet.write_table(table, directory / "comparisons.parquet")
         pyarrow.csv.write_csv(table, directory / "comparisons.csv")
     page = directory / "report.html"
-    page.write_text("\n".join(_page(directory, about, cells, compared)))
+    page.write_text("\n".join(_page(directory, about, cells, compared)), encoding="utf-8")
     return page
 
 
@@ -189,8 +182,7 @@ def _image(figure: Figure, path: Path, text: str) -> str:
     """Writes a picture and returns it as HTML."""
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{content}"></p>'
+    return f"<p>{picture(path, text)}</p>"
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -8,14 +8,25 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 60.0
 LINE_SECONDS = 10.0
+
+
+@contextmanager
+def counting(name: str, total: int | None = None) -> Iterator[Progress]:
+    """A line on stderr with one task, which counts."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        bar.add_task(name, total=total)
+        yield bar
 
 
 class ProgressDisplay:

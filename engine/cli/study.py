@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from remask.cli.options import with_flags
+from remask.cli.progress import counting
+from remask.cli.run_batch import INTERRUPTED
 from remask.scheduler.errors import InvalidRequest
 
 study = typer.Typer(help="Find out when remasking helps.", no_args_is_help=True)
@@ -51,14 +52,14 @@ def run(
     console.print(f"{own.num_samples:,} samples in {len(own.cells):,} settings")
     try:
         with LLM(own.grid.model, **engine, **FIXED) as llm:
-            with _progress(console, "timing forwards") as progress:
-                own.time(llm, progress)
+            with counting("timing forwards") as bar:
+                own.time(llm, _moves(bar))
             console.print(f"about {own.seconds_left() / 60:.0f} minutes")
-            with _progress(console, "samples") as progress:
-                own.run(llm, progress)
+            with counting("samples") as bar:
+                own.run(llm, _moves(bar))
     except KeyboardInterrupt:
         typer.echo("remask: interrupted; finished samples are saved, the same command continues", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     report(own.directory)
 
 
@@ -72,10 +73,5 @@ def report(
     typer.echo(f"report: {write_report(directory)}")
 
 
-@contextmanager
-def _progress(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that moves a bar on a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _moves(bar: Progress) -> Callable[[int, int], None]:
+    return lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total)

@@ -29,14 +29,13 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
     is_candidate, is_copied = read[plan.main.slots], committed[plan.copies.slots]
     num_candidates = _counts(is_candidate, plan.cu_main).tolist()
     if len(is_copied):
-        plan = _with_copies(plan, is_copied, len(num_candidates))
+        plan = _live_copies(plan, is_copied, len(num_candidates))
         num_candidates += [1] * len(plan.copies.slots)
     is_read = committed[plan.shadows.slots]
     every: tuple[ShadowSegment, ...] = ()
     verifying: tuple[ShadowSegment, ...] = ()
     if len(is_read):
-        plan, every, verifying = _with_shadows(plan, spare, blocks, is_read)
-    kept = [is_candidate, is_copied, is_read]
+        plan, every, verifying = _live_shadows(plan, spare, blocks, is_read)
     is_answered = torch.cat([is_candidate[: plan.num_main_slots], is_copied, is_read])
     cu_keys, cu_queries = plan.layout.cu_keys, _bounds(num_candidates)
     return replace(
@@ -45,7 +44,7 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
         candidate_layout=VarlenLayout(cu_queries, cu_keys, verifying),
         num_main_slots=int(is_candidate[: plan.num_main_slots].sum()),
         main=plan.main.select(is_candidate),
-        guidance=_guidance(plan.guidance, torch.cat(kept), is_answered)
+        guidance=_guidance(plan.guidance, torch.cat([is_candidate, is_copied, is_read]), is_answered)
         if plan.guidance is not None
         else None,
         slots_N=plan.slots_N[is_answered],
@@ -62,7 +61,7 @@ def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
     return torch.nn.functional.pad(flags.cumsum(0), (1, 0))[bounds].diff()
 
 
-def _with_copies(plan: Plan, is_copied: Tensor, num_blocks: int) -> Plan:
+def _live_copies(plan: Plan, is_copied: Tensor, num_blocks: int) -> Plan:
     """The plan with some of its copies; they follow `num_blocks` sequences of other kinds."""
     bounds = plan.layout.cu_keys
     lens = torch.tensor(bounds).diff()
@@ -82,7 +81,7 @@ def _with_copies(plan: Plan, is_copied: Tensor, num_blocks: int) -> Plan:
     )
 
 
-def _with_shadows(
+def _live_shadows(
     plan: Plan, spare: Spare, blocks: ActiveBlocks, is_read: Tensor
 ) -> tuple[Plan, tuple[ShadowSegment, ...], tuple[ShadowSegment, ...]]:
     """The plan with the shadow rows of a step.

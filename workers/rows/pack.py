@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ class ActiveBlocks:
     masked: Tensor
     read: Tensor
 
-    @property
+    @cached_property
     def committed(self) -> Tensor:
         """Valid slots that hold a token."""
         return self.valid & ~self.masked
