@@ -34,7 +34,7 @@ def texts(run: subprocess.CompletedProcess[str]) -> list[str]:
 def test_arguments_a_file_and_stdin_give_the_same(remask: Command, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PUZZLE}\n\n1234.=\n")
-    common = ("generate", "--json", "--max-tokens", "40")
+    common = ("generate", "--json", "--max-tokens", "12")
     from_arguments = texts(remask(*common, PUZZLE, "1234.="))
     assert len(from_arguments) == 2
     assert texts(remask(*common, "--file", str(file))) == from_arguments

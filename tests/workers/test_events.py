@@ -180,19 +180,18 @@ def test_log_probabilities_are_those_of_the_untempered_softmax_at_the_commit(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("num_steps", [1, 1000])
 def test_a_banned_token_does_not_come_back_to_its_position_in_the_block(
-    golden_model: TransformerDenoiser, unmask: Any, remask: Any, num_steps: int
+    golden_model: TransformerDenoiser, unmask: Any, remask: Any
 ) -> None:
     banning = msgspec.structs.replace(remask, ban_old=True)
     fields = {"unmask": unmask, "trace": True, "block_length": 12, "temperature": 0.7}
     canvases = [canvas(seed, remask=policy, **fields) for seed in range(3) for policy in (remask, banning)]
-    found = finish(golden_model, [*canvases, canvas(unmask="schedule:3")], num_steps)
+    found = finish(golden_model, [*canvases, canvas(unmask="schedule:3")], 1000)
     *states, other = found.states
     freely, banned = states[::2], states[1::2]
     assert sum(map(num_returns, found.events[:-1:2])) > 0, "the cases are meant to show the difference"
     assert sum(map(num_returns, found.events[1::2])) == 0
-    again = finish(golden_model, canvases[1::2], 3).states
+    again = finish(golden_model, canvases[1::2], 1).states
     assert [state.tokens for state in again] == [state.tokens for state in banned]
     assert {state.removed for state in (other, *freely)} == {b""}
 

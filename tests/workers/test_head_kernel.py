@@ -32,7 +32,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "SPLIT_TILES", 2)
 
 
-def use_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, merged_rows: int, parts: int = 4) -> None:
+def use_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, merged_rows: int, parts: int = 2) -> None:
     sizes = HeadSizes(rows, 64, 64, parts, num_warps=8, num_stages=3, max_registers=128)
     monkeypatch.setattr(kernel, "head_sizes", lambda is_fp32: sizes)
     monkeypatch.setattr(kernel, "MERGED_ROWS", merged_rows)
@@ -275,7 +275,7 @@ def test_the_number_of_splits_changes_nothing_but_roundings(
     assert_equal(fused(normed, head, asked), expected)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize("parts", [1, 4, 8])
 def test_the_parts_that_a_tile_is_cut_into_change_nothing_but_roundings(
     parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
