@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from remask.workers.row_sums import row_sums
+
 NUM_CANDIDATES = 4096  # tokens among which the limit on the share is found first, if the host may look
 
 
@@ -96,7 +98,7 @@ def _end(logits_NV: Tensor, fall_NV: Tensor, filters: Filters, static_shapes: bo
     if static_shapes or num_candidates >= vocab_size:  # on a GPU a sort costs less than the bisection
         return _end_among_top(logits_NV, filters, vocab_size)[0].where(is_open | (filters.top_k > 0), end)
     weight_NV = _weight(fall_NV, filters)
-    mass_N1 = filters.top_p * weight_NV.sum(-1, keepdim=True)
+    mass_N1 = filters.top_p * row_sums(weight_NV)
     found, is_whole = _end_among_top(logits_NV, filters, num_candidates, mass_N1)
     end = found.where((is_open & is_whole) | (filters.top_k > 0), end)
     is_open &= ~is_whole
@@ -130,7 +132,7 @@ def _end_among_top(
     place = torch.arange(num_candidates, device=ordered.device)
     weight = _weight((ordered[:, :1] - ordered) / filters.heat, filters)
     weight.masked_fill_((place >= filters.top_k) & (filters.top_k > 0), 0.0)
-    mass = filters.top_p * weight.sum(-1, keepdim=True)
+    mass = filters.top_p * row_sums(weight)
     if mass_N1 is not None:
         mass = torch.where(filters.top_k > 0, mass, mass_N1)
     before = weight.cumsum(-1) - weight

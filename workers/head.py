@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from remask.workers.keyed_random import gumbel
+from remask.workers.row_sums import row_sums
 from remask.workers.rows.pack import HeadQuery
 
 # fp32 logits of one chunk; about five times as much is in use at the peak. A CPU wants a chunk to stay in its
@@ -211,7 +212,7 @@ def _ranking(
     base_N1 = torch.maximum(top_N1, apart_N1).clamp_(min=torch.finfo(torch.float32).min)
     logits_NV -= base_N1
     exp_NV = logits_NV.exp().scatter_(1, proposal_N1, 0.0)
-    others_N1 = exp_NV.sum(-1, keepdim=True).add_((torch.minimum(top_N1, apart_N1) - base_N1).exp_())
+    others_N1 = row_sums(exp_NV).add_((torch.minimum(top_N1, apart_N1) - base_N1).exp_())
     log_norm_N1 = others_N1.log1p()
     top_N1 -= base_N1
     log_top = top_N1 - log_norm_N1
@@ -246,11 +247,11 @@ def _neg_entropy(
         floor_N: see `SamplingTables.entropy_floor`.
     """
     if floor_N is None:
-        moment_N1 = exp_NV.mul_(logits_NV).nansum(-1, keepdim=True)
+        moment_N1 = row_sums(exp_NV.mul_(logits_NV), skip_nan=True)
         moment_N1 += few.mul_(few.exp()).nansum(-1, keepdim=True)
         return moment_N1 / log_norm_N1.exp() - log_norm_N1
     floor_N1, p_NV, log_few = floor_N.unsqueeze(1), exp_NV.div_(log_norm_N1.exp()), few - log_norm_N1
-    most = (p_NV * (p_NV + floor_N1).log()).nansum(-1, keepdim=True)
+    most = row_sums(p_NV * (p_NV + floor_N1).log(), skip_nan=True)
     p_few = log_few.exp()
     return most + (p_few * (log_few + (floor_N1 / p_few).log1p())).nansum(-1, keepdim=True)
 

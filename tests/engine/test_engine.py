@@ -137,7 +137,9 @@ class Losing(InProcessExecutor):
 
 
 def test_a_replayed_burst_tells_its_events_once(make: Callable[..., Engine], golden_checkpoint: Path) -> None:
-    setup = WorkerSetup(model=str(golden_checkpoint), dtype="float32", device="cpu", max_num_rows=512)
+    setup = WorkerSetup(
+        model=str(golden_checkpoint), dtype="float32", device="cpu", max_num_rows=512, batch_invariant=True
+    )
     losing = Losing(setup)
     found = []
     for executor in (None, losing):

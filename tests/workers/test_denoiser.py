@@ -42,7 +42,7 @@ def run(model: TransformerDenoiser, num_canvases: int = 4) -> list[CanvasState]:
 def test_padded_packs_write_what_others_write(golden_checkpoint: Path) -> None:
     model = load_denoiser(golden_checkpoint, dtype="float32", device="cpu")
     expected = run(model)
-    model._pads = True
+    model._padded_len = padded_len
     for found, own in zip(run(model), expected, strict=True):
         assert found.tokens == own.tokens
         assert found.commit_steps == own.commit_steps
@@ -60,7 +60,7 @@ def test_products_in_bfloat16_have_few_sizes(
         sizes.update((len(rows.ids_T), len(rows.candidates_H)))
         return forward(self, rows, *others)
 
-    def noted_logits(self: Transformer, hidden_ND: torch.Tensor) -> torch.Tensor:
+    def noted_logits(self: Transformer, hidden_ND: torch.Tensor, *others: Any) -> torch.Tensor:
         sizes.add(len(hidden_ND))
         return logits(self, hidden_ND)
 

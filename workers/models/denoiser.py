@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from remask.workers.models.cpu import keep_freed_memory, multiplies, padded_len
 from remask.workers.models.dummy import dummy_model
 from remask.workers.models.fp8 import quantize_layers
 from remask.workers.models.loading import load_checkpoint
-from remask.workers.models.row_ops import EAGER, triton_ops
+from remask.workers.models.row_ops import EAGER, TILED, triton_ops
+from remask.workers.models.tiles import ignores_places, tile_len
 from remask.workers.models.transformer import Transformer
 from remask.workers.rows.pack import HeadQuery, PackedRows
 
@@ -47,6 +49,11 @@ class Denoiser(ABC):
     device: torch.device
     pack_rows: int
     static_shapes: bool = False
+
+    def use_tiles(self) -> bool:
+        """Computes from now on so that no number of a slot depends on the other slots of its pack, to the
+        bit; returns whether that is possible here."""
+        return False
 
     @abstractmethod
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
@@ -78,10 +85,18 @@ class TransformerDenoiser(Denoiser):
         self.config, self.static_shapes, self.kernels = model.config, static_shapes, kernels
         self.ops = triton_ops() if kernels else EAGER
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
-        self._pads = self.device.type == "cpu" and model.embedding.dtype != torch.float32
+        pads = self.device.type == "cpu" and model.embedding.dtype != torch.float32
+        self._padded_len: Callable[[int], int] | None = padded_len if pads else None
+
+    def use_tiles(self) -> bool:
+        usable = self.device.type == "cpu" and all(map(ignores_places, self.model.products()))
+        logger.info("batch invariance by %s", "tiles" if usable else "a forward for each canvas")
+        if usable:
+            self.ops, self._padded_len = TILED, tile_len
+        return usable
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
-        packed = rows.padded(padded_len) if self._pads else rows
+        packed = rows if self._padded_len is None else rows.padded(self._padded_len)
         hidden_HD = self.model(packed, self.attention, self.ops)[: len(rows.candidates_H)]
         return self._fused(hidden_HD, query) if self.kernels else self._whole_logits(hidden_HD, query)
 
@@ -90,11 +105,11 @@ class TransformerDenoiser(Denoiser):
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of hidden states [N, D]."""
-        if not self._pads:
+        if self._padded_len is None:
             return self.model.logits(hidden_ND)
         count = len(hidden_ND)
-        padded = torch.nn.functional.pad(hidden_ND, (0, 0, 0, padded_len(count) - count))
-        return self.model.logits(padded)[:count]
+        padded = torch.nn.functional.pad(hidden_ND, (0, 0, 0, self._padded_len(count) - count))
+        return self.model.logits(padded, self.ops)[:count]
 
     def _fused(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
         """Statistics by one pass over the vocabulary; special slots are computed from whole logits."""

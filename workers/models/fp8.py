@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from remask.scheduler.errors import InvalidRequest
 from remask.workers.models import row_ops
@@ -55,7 +54,7 @@ def quantize_layers(layers: nn.ModuleList) -> None:
 def linear(x_TI: Tensor, weight: Tensor | ScaledWeight, ops: RowOps) -> Tensor:
     """[T, O]: rows times a weight."""
     if isinstance(weight, Tensor):
-        return F.linear(x_TI, weight)
+        return ops.linear(x_TI, weight)
     values_TI, scales_T1 = ops.quantize_rows(x_TI)
     if x_TI.is_cuda:
         return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
@@ -66,7 +65,7 @@ def linear(x_TI: Tensor, weight: Tensor | ScaledWeight, ops: RowOps) -> Tensor:
             out_dtype=x_TI.dtype,
             use_fast_accum=True,
         )
-    product = values_TI.float() @ weight.values.float().t()
+    product = ops.linear(values_TI.float(), weight.values.float())
     return (product * scales_T1 * weight.scales.t()).to(x_TI.dtype)
 
 

@@ -1,6 +1,7 @@
-"""The row operations of a transformer, between the matrix products.
+"""The row operations of a transformer, and its matrix products.
 
-`EAGER` is the reference and runs everywhere. `triton_ops` computes each in one launch.
+`EAGER` is the reference and runs everywhere. `TILED` multiplies in tiles. `triton_ops` computes each of the
+others in one launch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from remask.workers.models.tiles import tiled_linear
 
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
@@ -58,9 +61,11 @@ class RowOps(NamedTuple):
     rotate_halves: Callable[[Tensor, Tensor, Tensor], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
     quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear
 
 
 EAGER = RowOps(rms_norm, rotate_halves, silu_mul, quantize_rows)
+TILED = EAGER._replace(linear=tiled_linear)
 
 
 def triton_ops() -> RowOps:

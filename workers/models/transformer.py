@@ -7,9 +7,10 @@ and filled by `remask.workers.models.loading`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.config import TransformerConfig
@@ -116,19 +117,35 @@ class Transformer(nn.Module):
         """Hidden states after the final norm."""
         return ops.rms_norm(x_ND, self.final_norm, self.config.norm_eps)
 
+    def products(self) -> Iterator[Tensor]:
+        """A weight [O, I] of each shape that rows are multiplied by."""
+        first: Block = self.blocks[0]  # type: ignore[assignment]
+        q_size = first.sizes[0] * first.head_dim
+        weights = (
+            first.qkv,
+            first.qkv[:q_size],
+            first.qkv[q_size:],
+            first.attn_out,
+            first.gate_up,
+            first.down,
+        )
+        for weight in weights:
+            yield weight if isinstance(weight, Tensor) else weight.values.float()
+        yield self.head_weight
+
     @property
     def head_weight(self) -> Tensor:
         """[V, D]."""
         head = self.embedding if self.head is None else self.head
         return head[: self.config.vocab_size]
 
-    def logits(self, x_ND: Tensor) -> Tensor:
+    def logits(self, x_ND: Tensor, ops: RowOps = EAGER) -> Tensor:
         """Logits [N, V]: on a GPU in fp32, on a CPU in the model's dtype.
 
         If logits are rounded to bf16, the two largest of some rows are equal. On a CPU torch has no product
         of bf16 inputs with an fp32 output.
         """
-        normed_ND, head_VD = self.normed(x_ND), self.head_weight
+        normed_ND, head_VD = self.normed(x_ND, ops), self.head_weight
         if normed_ND.is_cuda:
             return torch.mm(normed_ND, head_VD.t(), out_dtype=torch.float32)
-        return F.linear(normed_ND, head_VD)
+        return ops.linear(normed_ND, head_VD)

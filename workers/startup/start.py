@@ -56,13 +56,14 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
             attention_backend=setup.attention_backend,
             quantization=setup.quantization,
         )
+    packs = not setup.batch_invariant or model.use_tiles()
     limit = None
     if isinstance(model, TransformerDenoiser):
         if model.kernels:
             warm_up(model, lambda batch: Worker(model).run(batch))
         limit = row_limit(model, setup.gpu_memory_utilization, lambda batch: Worker(model).run(batch))
     graphs = None if setup.batch_invariant else graphs_for(model)
-    worker = Worker(model, graphs, packs=not setup.batch_invariant)
+    worker = Worker(model, graphs, packs=packs)
     config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
     attention = model.attention.name if isinstance(model, TransformerDenoiser) else None
     facts = WorkerFacts(
