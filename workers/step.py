@@ -22,6 +22,7 @@ from remask.workers.models.denoiser import Denoiser
 from remask.workers.rows.compact import compacted
 from remask.workers.rows.pack import ActiveBlocks, HeadQuery, PackedRows, StepInputs, group_canvases
 from remask.workers.rows.plan import Plan, plan_pack
+from remask.workers.rows.repeats import without_repeats
 from remask.workers.strategies.view import BlockView, prob
 
 Plans: TypeAlias = Sequence[Plan]
@@ -55,6 +56,8 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     step = StepInputs(state.tokens, blocks, model.mask_id, state.sampling, keys, state.needs, state.removed)
     for plan in plans:
         rows, query = pack(plan, step, model)
+        if not model.static_shapes:
+            rows = without_repeats(rows)
         found = model.statistics(rows, query)
         num_rows += len(rows.ids_T)
         own, verifying = slice(rows.num_main_slots), slice(rows.num_main_slots, None)

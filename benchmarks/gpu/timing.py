@@ -84,14 +84,15 @@ def canvases(
     canvas_len: int,
     params: SamplingParams | None = None,
 ) -> list[Canvas]:
-    """Equal canvases of masks; without parameters they commit one token a step."""
+    """Canvases of masks behind different prompts; without parameters they commit one token a step."""
     block_len = min(BLOCK_LEN, canvas_len)
     params = params or SamplingParams(max_tokens=canvas_len, block_length=block_len, unmask="schedule")
     resolved = resolve(params)
-    prompt = [token for token in range(prompt_len + 1) if token != config.mask_id][:prompt_len]
+    ids = [token for token in range(config.vocab_size) if token != config.mask_id]
+    prompts = ([ids[(i + k) % len(ids)] for k in range(prompt_len)] for i in range(count))
     return [
         new_canvas(str(i), i, prompt, resolved, seed=i, sample=0, mask_id=config.mask_id, stop_ids=[])
-        for i in range(count)
+        for i, prompt in enumerate(prompts)
     ]
 
 

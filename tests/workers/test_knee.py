@@ -79,12 +79,12 @@ def test_on_a_gpu_packing_does_not_count_and_a_step_is_one_that_was_captured(
     monkeypatch.setattr(Worker, "run", run)
     monkeypatch.setattr(Worker, "overlaps", True)
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    canvas = module._example(128, golden_model.mask_id)
-    assert module._step_seconds(Worker(golden_model), canvas, 4) == pytest.approx(0.002)
-    state = canvas.state
+    canvases = module._examples(golden_model.config, 128, 4)
+    assert module._step_seconds(Worker(golden_model), canvases) == pytest.approx(0.002)
+    state = canvases[0].state
     assert len(state.token_array()) == 128
     monkeypatch.undo()
-    (after,) = Worker(golden_model).run(module._burst(canvas, 1, 1 + module.GRAPH_STEPS)).states
+    (after,) = Worker(golden_model).run(module._burst(canvases[:1], 1 + module.GRAPH_STEPS)).states
     assert (after.num_forwards, after.finished) == (1 + module.GRAPH_STEPS, False), "no canvas ends before"
 
 

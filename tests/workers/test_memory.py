@@ -132,9 +132,9 @@ def test_measuring_ends_with_what_does_not_fit() -> None:
 class Recorder(Denoiser):
     """Proposes the same token everywhere and is sure of nothing; keeps what it was asked."""
 
-    def __init__(self, *, static_shapes: bool) -> None:
+    def __init__(self) -> None:
         self.config, self.mask_id, self.device = CONFIG, CONFIG.mask_id, torch.device("cpu")
-        self.pack_rows, self.static_shapes = 1 << 30, static_shapes
+        self.pack_rows, self.static_shapes = 1 << 30, True
         self.asked: list[tuple[PackedRows, HeadQuery]] = []
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
@@ -145,9 +145,8 @@ class Recorder(Denoiser):
         return found
 
 
-@pytest.mark.parametrize("static_shapes", [False, True])
-def test_a_demanding_burst_is_one_of_which_every_row_is_read_for_everything(static_shapes: bool) -> None:
-    model = Recorder(static_shapes=static_shapes)
+def test_a_demanding_burst_is_one_of_which_every_row_is_read_for_everything() -> None:
+    model = Recorder()
     batch = demanding_burst(CONFIG, 4 * ROWS_64)
     assert len(batch.specs) == 4
     Worker(model).run(batch)
@@ -155,10 +154,9 @@ def test_a_demanding_burst_is_one_of_which_every_row_is_read_for_everything(stat
     assert len(rows.ids_T) == 4 * ROWS_64
     assert query.needs == {"margin", "entropy"}
     assert (query.temperature[: rows.num_main_slots] > 0).all()
-    if static_shapes:
-        assert len(rows.candidates_H) == len(rows.slots_N) == len(rows.ids_T)
-        assert query.special is not None
-        assert len(query.special) == ROWS_64 // 2, "one canvas asks for whole logits, for each slot once"
+    assert len(rows.candidates_H) == len(rows.slots_N) == len(rows.ids_T)
+    assert query.special is not None
+    assert len(query.special) == ROWS_64 // 2, "one canvas asks for whole logits, for each slot once"
 
 
 class Gpu:

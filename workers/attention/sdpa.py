@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,27 +18,62 @@ class SdpaAttention(AttentionBackend):
     name = "sdpa"
 
     def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))  # [1, heads, rows, d]
-        grouped = q.shape[1] != k.shape[1]
-        queries = [slice(*bounds) for bounds in pairwise(layout.cu_queries)]
-        keys = [slice(*bounds) for bounds in pairwise(layout.cu_keys)]
-        out = [
-            scaled_dot_product_attention(q[:, :, own], k[:, :, seen], v[:, :, seen], enable_gqa=grouped)
-            for own, seen in zip(queries, keys, strict=True)
-        ]
+        grouped = q_QHd.shape[1] != k_TKd.shape[1]
+        out = []
+        for run in _runs(layout):
+            keys = run.first_key, run.num_keys
+            parts = ((q_QHd, run.first_query, run.num_queries), (k_TKd, *keys), (v_TKd, *keys))
+            q, k, v = (
+                x[first : first + run.count * length].unflatten(0, (run.count, length)).transpose(1, 2)
+                for x, first, length in parts
+            )  # [sequences, heads, rows, d]
+            out.append(_rows_first(scaled_dot_product_attention(q, k, v, enable_gqa=grouped)))
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))
         for shadow in layout.segments:
             own = slice(*(layout.cu_queries[-1] + bound for bound in shadow.queries))
             shadow_keys = slice(*(layout.cu_keys[-1] + bound for bound in shadow.keys))
-            main = keys[shadow.sequence]
+            main = slice(*layout.cu_keys[shadow.sequence : shadow.sequence + 2])
             seen_k, seen_v = (torch.cat([x[:, :, main], x[:, :, shadow_keys]], dim=2) for x in (k, v))
             out.append(
-                scaled_dot_product_attention(
-                    q[:, :, own], seen_k, seen_v, attn_mask=shadow.mask, enable_gqa=grouped
+                _rows_first(
+                    scaled_dot_product_attention(
+                        q[:, :, own], seen_k, seen_v, attn_mask=shadow.mask, enable_gqa=grouped
+                    )
                 )
             )
         # Rows after the last sequence are padding.
-        num_padding = len(q_QHd) - sum(part.shape[2] for part in out)
+        num_padding = len(q_QHd) - sum(map(len, out))
         if num_padding:
-            out.append(q.new_zeros(1, q.shape[1], num_padding, q.shape[3]))
-        # SDPA writes its output row by row behind a transposed view; joined in that order it is copied once.
-        return torch.cat([part.transpose(1, 2).squeeze(0) for part in out])
+            out.append(q_QHd.new_zeros(num_padding, *q_QHd.shape[1:]))
+        return torch.cat(out)
+
+
+class _Run(NamedTuple):
+    """Sequences with equal numbers of queries and keys, whose queries and keys follow each other. torch
+    computes each sequence of a batch as it does alone."""
+
+    num_queries: int
+    num_keys: int
+    first_query: int
+    first_key: int
+    count: int
+
+
+def _runs(layout: VarlenLayout) -> list[_Run]:
+    keys_of = layout.keys_of or range(len(layout.cu_queries) - 1)
+    runs: list[_Run] = []
+    for (first, end), own in zip(pairwise(layout.cu_queries), keys_of, strict=True):
+        first_key, end_key = layout.cu_keys[own : own + 2]
+        lens = end - first, end_key - first_key
+        last = runs[-1] if runs else None
+        if last and lens == last[:2] and last.first_key + last.count * last.num_keys == first_key:
+            runs[-1] = last._replace(count=last.count + 1)
+        else:
+            runs.append(_Run(*lens, first, first_key, 1))
+    return runs
+
+
+def _rows_first(out: Tensor) -> Tensor:
+    """[rows, heads, d] of [sequences, heads, rows of each, d]. SDPA writes its output row by row behind a
+    transposed view: this is no copy."""
+    return out.transpose(1, 2).flatten(0, 1)

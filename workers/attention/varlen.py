@@ -102,12 +102,14 @@ class VarlenLayout:
         shadows: the shadow rows, after the main rows in queries and keys; empty if there are none, or if
             `device` describes them.
         device: the layout on the device; None without static shapes.
+        keys_of: the sequence of keys that each sequence of queries sees; None: they have the same numbers.
     """
 
     cu_queries: tuple[int, ...]
     cu_keys: tuple[int, ...]
     shadows: tuple[ShadowSegment, ...]
     device: DeviceLayout | None = None
+    keys_of: tuple[int, ...] | None = None
 
     @property
     def segments(self) -> tuple[ShadowSegment, ...]:

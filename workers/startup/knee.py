@@ -19,14 +19,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import SamplingParams, resolve
 from remask.workers.burst.graphs import StepGraphs
+from remask.workers.models.config import TransformerConfig
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.models.fp8 import ScaledWeight
+from remask.workers.models.row_ops import TILED
 from remask.workers.startup.device import device_name
 from remask.workers.worker import Worker
 
@@ -88,7 +91,7 @@ def num_flat(points: Sequence[tuple[int, float]]) -> int:
 def measure(
     model: TransformerDenoiser, graphs: StepGraphs | None = None
 ) -> tuple[list[tuple[int, float]], bool]:
-    """Measures steps of 1, 2, 4, ... equal canvases, until two doublings in a row have gained nothing.
+    """Measures steps of 1, 2, 4, ... canvases of one shape, until two doublings in a row have gained nothing.
 
     Then every size is measured again and its best rate counts, because other work on the machine only slows
     steps down.
@@ -97,13 +100,13 @@ def measure(
         Rows and rows per second of each size; whether the measurement passed the knee in time.
     """
     canvas_rows = min(MAX_CANVAS_ROWS, model.config.max_len)
-    canvas = _example(canvas_rows, model.config.mask_id)
+    canvases = _examples(model.config, canvas_rows, 1 << (MAX_DOUBLINGS - 1))
     worker = Worker(model, graphs)
-    worker.run(_burst(canvas, 1, 1))  # the first forward also allocates
+    worker.run(_burst(canvases[:1], 1))  # the first forward also allocates
     deadline = time.perf_counter() + SECONDS
 
     def rate(num_rows: int) -> float:
-        return num_rows / _step_seconds(worker, canvas, num_rows // canvas_rows)
+        return num_rows / _step_seconds(worker, canvases[: num_rows // canvas_rows])
 
     points: list[tuple[int, float]] = []
     for num_rows in (canvas_rows << i for i in range(MAX_DOUBLINGS)):
@@ -125,18 +128,18 @@ def measure(
     return points, True
 
 
-def _step_seconds(worker: Worker, canvas: Canvas, num_canvases: int) -> float:
-    """Seconds of a step of equal canvases.
+def _step_seconds(worker: Worker, canvases: Sequence[Canvas]) -> float:
+    """Seconds of a step of some canvases.
 
     On a GPU packing does not count, because the host packs a burst while the GPU computes the one before. A
     long and a short burst take the same time to pack, so their difference is device time.
     """
-    short = _burst(canvas, num_canvases, 1)
+    short = _burst(canvases, 1)
     if not worker.overlaps:
         return _seconds(worker, short)
     for _ in range(2):  # a shape is captured at its second use
         _seconds(worker, short)
-    longer = _seconds(worker, _burst(canvas, num_canvases, 1 + GRAPH_STEPS)) - _seconds(worker, short)
+    longer = _seconds(worker, _burst(canvases, 1 + GRAPH_STEPS)) - _seconds(worker, short)
     return max(longer / GRAPH_STEPS, 1e-9)
 
 
@@ -148,20 +151,26 @@ def _seconds(worker: Worker, batch: StepBatch) -> float:
     return time.perf_counter() - started
 
 
-def _example(num_rows: int, mask_id: int) -> Canvas:
-    canvas_len = max(1, num_rows // 2)
-    prompt = [0 if mask_id != 0 else 1] * (num_rows - canvas_len)
+def _examples(config: TransformerConfig, num_rows: int, count: int) -> list[Canvas]:
+    """Canvases of so many rows, whose prompts differ: equal sequences are computed once."""
+    canvas_len, mask_id = max(1, num_rows // 2), config.mask_id
     # One token a step, so that no canvas finishes before the burst.
     params = resolve(SamplingParams(max_tokens=canvas_len, unmask="schedule"))
-    return new_canvas("knee", 0, prompt, params, seed=0, sample=0, mask_id=mask_id, stop_ids=[])
+    rng = np.random.default_rng(0)
+    ids = np.delete(np.arange(config.vocab_size), mask_id)
+    prompts = ids[rng.integers(len(ids), size=(count, num_rows - canvas_len))].tolist()
+    return [
+        new_canvas("knee", 0, prompt, params, seed=0, sample=0, mask_id=mask_id, stop_ids=[])
+        for prompt in prompts
+    ]
 
 
-def _burst(canvas: Canvas, num_canvases: int, num_steps: int) -> StepBatch:
+def _burst(canvases: Sequence[Canvas], num_steps: int) -> StepBatch:
     return StepBatch(
         burst_id=0,
         num_steps=num_steps,
-        specs=[canvas.spec] * num_canvases,
-        states=[canvas.state] * num_canvases,
+        specs=[canvas.spec for canvas in canvases],
+        states=[canvas.state for canvas in canvases],
     )
 
 
@@ -175,6 +184,7 @@ def _key(model: TransformerDenoiser) -> dict[str, Any]:
         "kernels": model.kernels,
         "quantized": isinstance(model.model.blocks[0].qkv, ScaledWeight),
         "pack_rows": model.pack_rows,
+        "tiles": model.ops is TILED,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
         "cpus": os.cpu_count(),
