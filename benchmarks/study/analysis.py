@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remask.benchmarks.study.costs import Cost, Key
-from remask.benchmarks.study.grid import Grid
+from remask.benchmarks.study.grid import Grid, tasks_of
 from remask.benchmarks.study.measures import mean_score, pass_at, right_answers, unique_texts
-from remask.benchmarks.study.tasks import STUDY_TASKS
+from remask.benchmarks.study.tasks import StudyTask
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -54,6 +54,7 @@ class Point(NamedTuple):
 Sample = dict[str, Any]  # a row of the samples
 ByPrompt = dict[int, list[Sample]]
 Curve = dict[float | None, ByPrompt]  # by threshold
+Measures = dict[str, Callable[[Sequence[Sample]], float]]  # from the samples of one prompt to a number
 
 
 def comparisons(grid: Grid, samples: Iterable[Sample], costs: Sequence[Cost]) -> list[dict[str, Any]]:
@@ -64,7 +65,7 @@ def comparisons(grid: Grid, samples: Iterable[Sample], costs: Sequence[Cost]) ->
         samples: rows of all samples.
         costs: measured costs of a forward.
     """
-    curves = curves_of(samples)
+    curves, tasks = curves_of(samples), tasks_of(grid)
     microseconds = {cost.key: cost.microseconds for cost in costs}
     rng = np.random.default_rng(0)
     rows = []
@@ -82,8 +83,9 @@ def comparisons(grid: Grid, samples: Iterable[Sample], costs: Sequence[Cost]) ->
         def cost_of(arm: str, setting: Setting = setting) -> float:
             return microseconds[Key(setting.task, arm, setting.block_length, setting.temperature > 0)]
 
-        base_points = _points(setting, curve, prompts, num_samples, cost_of(base))
-        for point in _points(setting, own, prompts, num_samples, cost_of(name)):
+        measures = _measures(tasks[setting.task], num_samples)
+        base_points = _points(curve, prompts, measures, cost_of(base))
+        for point in _points(own, prompts, measures, cost_of(name)):
             for measure, values in point.values.items():
                 common = {
                     **setting._asdict(),
@@ -128,16 +130,13 @@ def curves_of(samples: Iterable[Sample]) -> dict[tuple[Setting, str], Curve]:
     return curves
 
 
-def _points(
-    setting: Setting, curve: Curve, prompts: Sequence[int], num_samples: int, microseconds: float
-) -> list[Point]:
+def _points(curve: Curve, prompts: Sequence[int], measures: Measures, microseconds: float) -> list[Point]:
     """The points of a curve.
 
     Args:
-        setting: of the curve.
         curve: the samples of an arm.
         prompts: those that count.
-        num_samples: least samples of a prompt, in the arm and its base.
+        measures: by name.
         microseconds: of a forward.
     """
     points = []
@@ -151,18 +150,18 @@ def _points(
         }
         values = {
             name: np.array([measure(by_prompt[prompt]) for prompt in prompts], dtype=np.float64)
-            for name, measure in _measures(setting, num_samples).items()
+            for name, measure in measures.items()
         }
         points.append(Point(threshold, costs, values))
     return points
 
 
-def _measures(setting: Setting, num_samples: int) -> dict[str, Callable[[Sequence[Sample]], float]]:
-    """Functions from the samples of one prompt to a number. Without several samples: the score alone."""
-    found: dict[str, Callable[[Sequence[Sample]], float]] = {"score": mean_score}
+def _measures(task: StudyTask, num_samples: int) -> Measures:
+    """What is compared on a task with so many samples of each prompt."""
+    found: Measures = {"score": mean_score}
     if num_samples > 1:
         found["unique_texts"] = unique_texts
-        if STUDY_TASKS[setting.task].is_puzzle:
+        if task.is_puzzle:
             found[f"pass_at_{num_samples}"] = partial(pass_at, k=num_samples)
             found["right_answers"] = right_answers
     return found

@@ -7,7 +7,7 @@ forwards. Batches of all settings are interleaved, so that a slow moment of the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -15,7 +15,7 @@ import numpy as np
 
 from remask import LLM
 from remask.benchmarks.study.grid import Cell
-from remask.benchmarks.study.tasks import STUDY_TASKS
+from remask.benchmarks.study.tasks import StudyTask
 
 BATCH = 64  # canvases
 
@@ -60,13 +60,19 @@ def key_of(cell: Cell) -> Key:
 
 
 def measure(
-    llm: LLM, cells: Sequence[Cell], seed: int, repetitions: int, progress: Callable[[int, int], None]
+    llm: LLM,
+    cells: Sequence[Cell],
+    tasks: Mapping[str, StudyTask],
+    seed: int,
+    repetitions: int,
+    progress: Callable[[int, int], None],
 ) -> list[Cost]:
     """The costs of all cells.
 
     Args:
         llm: the engine of the study.
         cells: of the grid.
+        tasks: of the grid.
         seed: of the prompts.
         repetitions: batches of each setting.
         progress: called with the batches done and all batches.
@@ -77,7 +83,8 @@ def measure(
     for repetition in range(repetitions):
         for index, cell in enumerate(chosen):
             progress(repetition * len(chosen) + index, repetitions * len(chosen))
-            prompts = STUDY_TASKS[cell.task].prompts(seed, BATCH)
+            task = tasks[cell.task]
+            prompts = task.prompts(llm, task.texts(seed, BATCH))
             params = [msgspec.structs.replace(cell.params(i), n=1, trace=False) for i in range(BATCH)]
             started = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from remask import InvalidRequest, SamplingParams
-from remask.benchmarks.study.tasks import STUDY_TASKS
+from remask.benchmarks.study.tasks import STUDY_TASKS, GymTask, StudyTask
 from remask.scheduler.errors import did_you_mean, invalid_field
 from remask.scheduler.params import ResolvedParams, resolve
 
@@ -76,12 +76,27 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     n: Positive = 1
 
 
+class OwnTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A task that reasoning-gym generates.
+
+    Attributes:
+        reasoning_gym: Name of a dataset of reasoning-gym.
+        max_tokens: Tokens of a canvas.
+        options: Settings of the dataset.
+    """
+
+    reasoning_gym: str
+    max_tokens: Positive
+    options: dict[str, Any] = {}
+
+
 class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A study.
 
     Attributes:
         arms: Arms by name.
         grid: The sections.
+        tasks: Tasks by name, beside the built-in ones.
         model: Directory of a checkpoint, or "tiny".
         seed: Seed of the tasks' prompts.
         timing_repetitions: Batches from which the cost of a forward is measured, for each setting.
@@ -89,6 +104,7 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     arms: dict[str, Arm]
     grid: tuple[Section, ...]
+    tasks: dict[str, OwnTask] = {}
     model: str = "tiny"
     seed: Annotated[int, Meta(ge=0)] = 0
     timing_repetitions: Positive = 3
@@ -108,6 +124,7 @@ class Cell(msgspec.Struct, frozen=True, order=True):
     seed: int
     num_prompts: int
     n: int
+    canvas_len: int
 
     @property
     def name(self) -> str:
@@ -122,10 +139,9 @@ class Cell(msgspec.Struct, frozen=True, order=True):
 
     def params(self, prompt: int) -> SamplingParams:
         """Parameters for a prompt. Cells of equal seeds share the random numbers of a prompt."""
-        canvas_len = STUDY_TASKS[self.task].canvas_len
         return SamplingParams(
-            max_tokens=canvas_len,
-            block_length=self.block_length or canvas_len,
+            max_tokens=self.canvas_len,
+            block_length=self.block_length or self.canvas_len,
             unmask=self.unmask,
             remask=self.remask,
             temperature=self.temperature,
@@ -153,11 +169,29 @@ def read_grid(path: Path) -> Grid:
     except msgspec.ValidationError as error:
         place = str(error).rpartition(" - at ")[2].strip("`") if " - at " in str(error) else "$"
         raise invalid_field("", content, error).at(f"{path}, {place}") from None
+    known = [*STUDY_TASKS, *grid.tasks]
     for index, section in enumerate(grid.grid):
-        _check_section(grid, section, f"{path}, grid[{index}]")
+        _check_section(grid, section, known, f"{path}, grid[{index}]")
     if not grid.grid:
         raise InvalidRequest(f"{path}, grid", [], "must have a section")
     return grid
+
+
+def tasks_of(grid: Grid, path: Path | str = "grid") -> dict[str, StudyTask]:
+    """The tasks of a grid by name.
+
+    Raises:
+        InvalidRequest: a task of the grid is invalid; the error names the place.
+    """
+    found = dict(STUDY_TASKS)
+    for name, own in grid.tasks.items():
+        if name in STUDY_TASKS:
+            raise InvalidRequest(f"{path}, tasks", name, "is the name of a built-in task; choose another")
+        try:
+            found[name] = GymTask(own.reasoning_gym, own.max_tokens, own.options)
+        except InvalidRequest as error:
+            raise error.at(f"{path}, tasks.{name}") from None
+    return found
 
 
 def cells(grid: Grid, path: Path | str = "grid") -> list[Cell]:
@@ -167,9 +201,10 @@ def cells(grid: Grid, path: Path | str = "grid") -> list[Cell]:
         InvalidRequest: policies are invalid or do not go together; the error names the place.
     """
     found: dict[Cell, tuple[int, int]] = {}
+    tasks = tasks_of(grid, path)
     for index, section in enumerate(grid.grid):
         try:
-            for cell in _cells_of(grid, section):
+            for cell in _cells_of(grid, section, tasks):
                 setting = msgspec.structs.replace(cell, num_prompts=0, n=0)
                 num_prompts, n = found.get(setting, (0, 0))
                 found[setting] = max(num_prompts, cell.num_prompts), max(n, cell.n)
@@ -182,11 +217,11 @@ def cells(grid: Grid, path: Path | str = "grid") -> list[Cell]:
     return sorted(every, key=lambda cell: (cell.task, cell.temperature, cell.name))
 
 
-def _check_section(grid: Grid, section: Section, place: str) -> None:
+def _check_section(grid: Grid, section: Section, tasks: Sequence[str], place: str) -> None:
     for name in ("tasks", "arms", "block_lengths", "temperatures", "ranks", "seeds"):
         if not getattr(section, name):
             raise InvalidRequest(f"{place}.{name}", [], "must not be empty")
-    for name, entries, known in (("tasks", section.tasks, STUDY_TASKS), ("arms", section.arms, grid.arms)):
+    for name, entries, known in (("tasks", section.tasks, tasks), ("arms", section.arms, grid.arms)):
         for entry in entries:
             if entry not in known:
                 hint = did_you_mean(entry, list(known))
@@ -199,11 +234,11 @@ def _check_section(grid: Grid, section: Section, place: str) -> None:
         raise InvalidRequest(f"{place}.thresholds", [], f"must not be empty: arm {wanting!r} has {THRESHOLD}")
 
 
-def _cells_of(grid: Grid, section: Section) -> Iterator[Cell]:
+def _cells_of(grid: Grid, section: Section, tasks: Mapping[str, StudyTask]) -> Iterator[Cell]:
     for task, name, temperature, block_length in itertools.product(
         section.tasks, section.arms, section.temperatures, section.block_lengths
     ):
-        arm, canvas_len = grid.arms[name], STUDY_TASKS[task].canvas_len
+        arm, canvas_len = grid.arms[name], tasks[task].canvas_len
         whole = block_length == WHOLE or int(block_length) >= canvas_len
         for threshold in section.thresholds if arm.has_threshold else (None,):
             own = arm.at(threshold)
@@ -216,6 +251,7 @@ def _cells_of(grid: Grid, section: Section) -> Iterator[Cell]:
                 "block_length": None if whole else int(block_length),
                 "temperature": temperature,
                 "num_prompts": section.num_prompts,
+                "canvas_len": canvas_len,
             }
             for rank in section.ranks if temperature > 0 else ("proposal",):
                 n = section.n if temperature > 0 else 1  # others differ by their seeds alone

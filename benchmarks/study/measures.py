@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from remask.benchmarks.study.grid import Cell
-from remask.benchmarks.study.tasks import STUDY_TASKS
+from remask.benchmarks.study.tasks import StudyTask
 
 MAX_NGRAM = 3  # of distinct-n
 BLEU_NGRAM = 4
@@ -40,6 +40,20 @@ def entropy_bits(counts: Sequence[int]) -> float:
     share = np.array([count for count in counts if count], dtype=np.float64)
     share /= share.sum()
     return float(-(share * np.log2(share)).sum()) + 0.0
+
+
+def uniform_answers(num_draws: int, num_answers: int) -> float:
+    """The expected number of different answers if some are drawn uniformly, with replacement."""
+    return num_answers * (1 - (1 - 1 / num_answers) ** num_draws)
+
+
+def uniform_entropy_bits(num_draws: int, num_answers: int) -> float:
+    """The expected `entropy_bits` of answers that are drawn uniformly, with replacement."""
+    p = 1 / num_answers
+    return -num_answers * sum(
+        math.comb(num_draws, k) * p**k * (1 - p) ** (num_draws - k) * k / num_draws * math.log2(k / num_draws)
+        for k in range(1, num_draws + 1)
+    )
 
 
 def distinct_ngrams(texts: Sequence[Sequence[str]], n: int) -> float:
@@ -118,15 +132,22 @@ def pass_at(samples: Sequence[dict[str, Any]], k: int) -> float:
     return pass_at_k(len(samples), sum(sample["score"] == 1 for sample in samples), k)
 
 
-def cell_row(cell: Cell, samples: Sequence[dict[str, Any]], microseconds: float) -> dict[str, Any]:
+def cell_row(
+    cell: Cell,
+    task: StudyTask,
+    texts: Sequence[str],
+    samples: Sequence[dict[str, Any]],
+    microseconds: float,
+) -> dict[str, Any]:
     """The measures of a cell.
 
     Args:
         cell: the setting.
+        task: its task.
+        texts: the prompts of the task.
         samples: rows of its samples, ordered by prompt.
         microseconds: of one forward.
     """
-    task = STUDY_TASKS[cell.task]
     good = [sample for sample in samples if sample["error"] is None]
     by_prompt = [list(own) for _, own in itertools.groupby(good, key=lambda sample: sample["prompt"])]
     total = {name: sum(sample[name] for sample in good) for name in _COUNTS}
@@ -137,6 +158,7 @@ def cell_row(cell: Cell, samples: Sequence[dict[str, Any]], microseconds: float)
         "score": _mean([sample["score"] for sample in good]),
         "nfe": _mean([sample["nfe"] for sample in good]),
         "query_rows": _mean([sample["num_query_rows"] for sample in good]),
+        "query_key_pairs": _mean([sample["num_query_key_pairs"] for sample in good]),
         "milliseconds": _mean([sample["nfe"] for sample in good]) * microseconds / 1000,
         "tokens_per_forward": total["num_visible_tokens"] / max(1, total["nfe"]),
         "remasks": total["num_remasks"] / max(1, len(good)),
@@ -150,13 +172,18 @@ def cell_row(cell: Cell, samples: Sequence[dict[str, Any]], microseconds: float)
             if k <= cell.n:
                 row[f"pass_at_{k}"] = _mean([pass_at(own, k) for own in by_prompt if len(own) >= k])
     if cell.n > 1:
-        row |= _diversity(cell, by_prompt)
+        row |= _diversity(task, texts, by_prompt)
     return row
 
 
-def _diversity(cell: Cell, by_prompt: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
-    """Means over prompts of the diversity of each prompt's samples."""
-    task = STUDY_TASKS[cell.task]
+def _diversity(
+    task: StudyTask, texts: Sequence[str], by_prompt: Sequence[Sequence[dict[str, Any]]]
+) -> dict[str, float]:
+    """Means over prompts of the diversity of each prompt's samples.
+
+    `uniform_answers` and `uniform_entropy_bits` are what as many right samples have on average if they are
+    drawn uniformly from all right answers.
+    """
     row = {
         "unique_texts": _mean([unique_texts(own) for own in by_prompt]),
         "order_diversity": _mean(
@@ -168,6 +195,14 @@ def _diversity(cell: Cell, by_prompt: Sequence[Sequence[dict[str, Any]]]) -> dic
         right = [Counter(sample["text"] for sample in own if sample["score"] == 1) for own in by_prompt]
         row["right_answers"] = _mean([right_answers(own) for own in by_prompt])
         row["right_entropy_bits"] = _mean([entropy_bits(list(found.values())) for found in right if found])
+        num_valid = [len(task.valid_answers(texts[int(own[0]["prompt"])])) for own in by_prompt]
+        if all(num_valid):
+            drawn = [(found.total(), count) for found, count in zip(right, num_valid, strict=True)]
+            row["valid_answers"] = _mean(num_valid)
+            row["uniform_answers"] = _mean([uniform_answers(*numbers) for numbers in drawn])
+            row["uniform_entropy_bits"] = _mean(
+                [uniform_entropy_bits(*numbers) for numbers in drawn if numbers[0]]
+            )
     else:
         for n in range(1, MAX_NGRAM + 1):
             row[f"distinct_{n}"] = _mean([distinct_ngrams(own, n) for own in words])

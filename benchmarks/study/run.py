@@ -24,10 +24,9 @@ import pyarrow.parquet
 from remask import LLM, InvalidRequest, RequestOutput
 from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.study.costs import Cost, key_of, measure, seconds_of
-from remask.benchmarks.study.grid import Cell, cells, read_grid
+from remask.benchmarks.study.grid import Cell, cells, read_grid, tasks_of
 from remask.benchmarks.study.measures import cell_row
 from remask.benchmarks.study.samples import SCHEMA, rows_of, setting_of
-from remask.benchmarks.study.tasks import STUDY_TASKS
 from remask.embedded import model_directory
 
 MAX_LIVE = 512  # requests in the engine at a time
@@ -54,7 +53,7 @@ class Study:
 
     def __init__(self, path: Path, directory: Path | None = None) -> None:
         self.grid = read_grid(path)
-        self.cells = cells(self.grid, path)
+        self.tasks, self.cells = tasks_of(self.grid, path), cells(self.grid, path)
         self.directory = directory or Path("runs") / path.stem
         content = msgspec.json.decode(msgspec.json.encode(self.grid))  # as the file will give it
         self._identity = {"grid": content, "model": fingerprint(self.grid.model)}
@@ -78,7 +77,9 @@ class Study:
         if not (self.directory / "study.json").exists():
             self._write("study.json", {**self._identity, "environment": environment_stamp()})
         if self.costs is None:
-            costs = measure(llm, self.cells, self.grid.seed, self.grid.timing_repetitions, progress)
+            costs = measure(
+                llm, self.cells, self.tasks, self.grid.seed, self.grid.timing_repetitions, progress
+            )
             self._write("costs.json", msgspec.to_builtins(costs))
 
     def run(self, llm: LLM, progress: Progress) -> None:
@@ -119,7 +120,7 @@ class Study:
         num_done = sum(
             cell.n for cell in self.cells for i in range(cell.num_prompts) if (cell.name, i) in done
         )
-        texts = self._prompts()
+        texts = self._texts()
         waiting: dict[str, tuple[Cell, int]] = {}
         rows: list[dict[str, Any]] = []
         flushed = time.monotonic()
@@ -145,10 +146,11 @@ class Study:
     ) -> Iterator[Any]:
         """Requests of all cells, prompt by prompt, so that many cells share a batch."""
         intake = llm.engine.intake
+        prompts = {task: self.tasks[task].prompts(llm, own) for task, own in texts.items()}
         for index in range(max(cell.num_prompts for cell in self.cells)):
             for cell in self.cells:
                 if index < cell.num_prompts and (cell.name, index) not in done:
-                    checked = intake.check(texts[cell.task][index], cell.params(index))
+                    checked = intake.check(prompts[cell.task][index], cell.params(index))
                     request = intake.request(checked)
                     waiting[request.request_id] = cell, index
                     yield request
@@ -156,19 +158,17 @@ class Study:
     def _rows(
         self, llm: LLM, texts: dict[str, list[str]], cell: Cell, index: int, output: RequestOutput
     ) -> list[dict[str, Any]]:
-        text, tokenizer = texts[cell.task][index], llm.tokenizer
+        task, text, tokenizer = self.tasks[cell.task], texts[cell.task][index], llm.tokenizer
         assert tokenizer is not None, "tasks are text"
-        answers = [
-            tokenizer.encode(answer, add_special_tokens=False)
-            for answer in STUDY_TASKS[cell.task].valid_answers(text)
-        ]
-        return rows_of(cell, index, text, output, answers)
+        answers = [tokenizer.encode(answer, add_special_tokens=False) for answer in task.valid_answers(text)]
+        return rows_of(cell, task, index, text, output, answers)
 
-    def _prompts(self) -> dict[str, list[str]]:
+    def _texts(self) -> dict[str, list[str]]:
+        """The prompts of each task."""
         most: dict[str, int] = {}
         for cell in self.cells:
             most[cell.task] = max(most.get(cell.task, 0), cell.num_prompts)
-        return {task: STUDY_TASKS[task].prompts(self.grid.seed, count) for task, count in most.items()}
+        return {task: self.tasks[task].texts(self.grid.seed, count) for task, count in most.items()}
 
     def _parts(self) -> list[Path]:
         return sorted((self.directory / "parts").glob("*.parquet"))
@@ -210,8 +210,10 @@ class Study:
         table = pyarrow.parquet.read_table(self.samples_path)
         by_key = {cost.key: cost.microseconds for cost in self.costs or ()}
         every = itertools.groupby(table.to_pylist(), key=lambda sample: sample["cell"])
+        texts = self._texts()
         rows = [
-            {**setting_of(cell), **cell_row(cell, list(samples), by_key[key_of(cell)])}
+            setting_of(cell)
+            | cell_row(cell, self.tasks[cell.task], texts[cell.task], list(samples), by_key[key_of(cell)])
             for cell, (_, samples) in zip(self.cells, every, strict=True)
         ]
         names = dict.fromkeys(name for row in rows for name in row)  # some cells have no pass@16

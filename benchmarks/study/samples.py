@@ -10,7 +10,7 @@ import pyarrow
 
 from remask import CompletionOutput, RequestOutput, Trace
 from remask.benchmarks.study.grid import Cell
-from remask.benchmarks.study.tasks import STUDY_TASKS
+from remask.benchmarks.study.tasks import StudyTask
 
 SETTINGS = {
     "cell": pyarrow.string(),
@@ -35,6 +35,7 @@ SCHEMA = pyarrow.schema(
         "error": pyarrow.string(),
         "nfe": pyarrow.int32(),
         "num_query_rows": pyarrow.int64(),
+        "num_query_key_pairs": pyarrow.int64(),  # a row of a forward sees prompt and canvas
         "num_visible_tokens": pyarrow.int32(),
         "num_commits": pyarrow.int32(),
         "num_non_top": pyarrow.int32(),  # commits of another token than the most probable one
@@ -65,18 +66,24 @@ def setting_of(cell: Cell) -> dict[str, Any]:
 
 
 def rows_of(
-    cell: Cell, prompt: int, text: str, output: RequestOutput, answers: Sequence[Sequence[int]]
+    cell: Cell,
+    task: StudyTask,
+    prompt: int,
+    text: str,
+    output: RequestOutput,
+    answers: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:
     """A row for each sample of a request.
 
     Args:
         cell: the setting.
+        task: its task.
         prompt: number of the prompt.
         text: the prompt.
         output: what the engine returned.
         answers: token ids of the prompt's right answers; empty if they are unknown.
     """
-    task = STUDY_TASKS[cell.task]
+    num_keys = len(output.prompt_token_ids) + cell.canvas_len
     rows = []
     for sample in output.outputs:
         failed = output.error is not None
@@ -91,6 +98,7 @@ def rows_of(
                 "error": output.error,
                 "nfe": sample.nfe,
                 "num_query_rows": sample.num_query_rows,
+                "num_query_key_pairs": sample.num_query_rows * num_keys,
                 "num_visible_tokens": sample.num_visible_tokens,
                 **revisions(sample, answers),
             }

@@ -122,7 +122,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read_grid(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize(("name", "expected"), [("smoke", 30), ("default", 269), ("full", 911)])
+@pytest.mark.parametrize(("name", "expected"), [("smoke", 30), ("default", 333), ("full", 1183)])
 def test_the_grids_of_the_repository_are_valid(name: str, expected: int) -> None:
     path = STUDY / f"{name}.toml"
     found: list[Any] = cells(read_grid(path), path)

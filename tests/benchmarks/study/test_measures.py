@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from remask import Trace
 from remask.benchmarks.study import measures
 from remask.benchmarks.study.grid import Cell
 from remask.benchmarks.study.samples import revisions
-from remask.benchmarks.study.tasks import STUDY_TASKS
+from remask.benchmarks.study.tasks import STUDY_TASKS, GymTask
 from remask.benchmarks.tiny.tasks import SUDOKU_4X4
 
 
@@ -104,40 +105,54 @@ def test_revisions_are_judged_by_the_nearest_right_answer() -> None:
 
 def rows(*scores_and_texts: tuple[int, float, str], **fields: Any) -> list[dict[str, Any]]:
     common = {
-        "error": None, "nfe": 4, "num_query_rows": 100, "num_visible_tokens": 8, "num_commits": 10,
-        "num_remasks": 2, "num_refills": 2, "num_flip_flops": 1, "num_repairs": 1, "num_damages": 0,
-        "num_non_top": 1, "commit_steps": [1, 2], **fields,
+        "error": None, "nfe": 4, "num_query_rows": 100, "num_query_key_pairs": 900, "num_visible_tokens": 8,
+        "num_commits": 10, "num_remasks": 2, "num_refills": 2, "num_flip_flops": 1, "num_repairs": 1,
+        "num_damages": 0, "num_non_top": 1, "commit_steps": [1, 2], **fields,
     }  # fmt: skip
     return [{**common, "prompt": p, "score": s, "text": text} for p, s, text in scores_and_texts]
 
 
 def test_a_cell_is_summed_up_over_its_prompts() -> None:
-    cell = Cell("addition3", "a", None, None, None, None, 1.0, "top", 0, num_prompts=2, n=4)
+    cell = Cell("addition3", "a", None, None, None, None, 1.0, "top", 0, num_prompts=2, n=4, canvas_len=8)
     samples = rows(
         (0, 1.0, "x"), (0, 1.0, "x"), (0, 1.0, "y"), (0, 0.0, "z"),
         (1, 0.0, "u"), (1, 0.0, "u"), (1, 0.0, "u"), (1, 0.0, "u"),
     )  # fmt: skip
-    found = measures.cell_row(cell, samples, microseconds=500.0)
+    task = STUDY_TASKS["sudoku4x4_open"]
+    texts = ["12..............=", "................="]  # 288 / 12 grids, and all of them
+    found = measures.cell_row(cell, task, texts, samples, microseconds=500.0)
     assert (found["score"], found["pass_at_1"], found["pass_at_4"]) == (3 / 8, 3 / 8, 1 / 2)
     assert (found["milliseconds"], found["tokens_per_forward"], found["flip_flop"]) == (2.0, 2.0, 0.5)
     assert (found["unique_texts"], found["right_answers"], found["useful"]) == (2.0, 1.0, 0.5)
     assert found["right_entropy_bits"] == pytest.approx(measures.entropy_bits([2, 1]))
+    assert found["valid_answers"] == (24 + 288) / 2
+    assert found["uniform_answers"] == pytest.approx(measures.uniform_answers(3, 24) / 2)
+    assert found["uniform_entropy_bits"] == pytest.approx(measures.uniform_entropy_bits(3, 24))
     assert "pass_at_16" not in found
 
 
 def test_failed_samples_are_counted_apart() -> None:
-    cell = Cell("addition3", "a", None, None, None, None, 0.0, "top", 0, num_prompts=2, n=1)
+    cell = Cell("addition3", "a", None, None, None, None, 0.0, "top", 0, num_prompts=2, n=1, canvas_len=8)
     samples = rows((0, 1.0, "x")) + rows((1, None, "y"), error="it failed", nfe=99)  # type: ignore[arg-type]
-    found = measures.cell_row(cell, samples, microseconds=500.0)
+    found = measures.cell_row(cell, STUDY_TASKS["addition3"], ["1+1=", "1+2="], samples, microseconds=500.0)
     assert (found["num_samples"], found["num_failed"], found["nfe"], found["score"]) == (1, 1, 4.0, 1.0)
 
 
-@pytest.mark.parametrize("name", ["sudoku4x4", "sudoku6x6", "addition3"])
+@given(st.integers(1, 5), st.integers(1, 4))
+def test_uniform_draws_have_the_mean_of_all_draws(num_draws: int, num_answers: int) -> None:
+    every = [Counter(draw) for draw in itertools.product(range(num_answers), repeat=num_draws)]
+    assert measures.uniform_answers(num_draws, num_answers) == pytest.approx(np.mean([len(c) for c in every]))
+    entropies = [measures.entropy_bits(list(c.values())) for c in every]
+    found = measures.uniform_entropy_bits(num_draws, num_answers)
+    assert found == pytest.approx(np.mean(entropies), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["sudoku4x4", "sudoku6x6", "addition3", "sudoku4x4_open", "sudoku6x6_open"])
 def test_valid_answers_are_right_answers(name: str) -> None:
     task = STUDY_TASKS[name]
-    for prompt in task.prompts(0, 10):
+    for prompt in task.texts(0, 10):
         answers = task.valid_answers(prompt)
-        assert len(answers) == len(set(answers)) > 0
+        assert len(answers) == len(set(answers)) >= (4 if name.endswith("open") else 1)
         assert all(task.score(prompt, answer) == 1 for answer in answers)
 
 
@@ -157,5 +172,17 @@ def test_no_right_answer_is_missing() -> None:
 
 def test_more_prompts_begin_with_the_same_ones() -> None:
     for task in STUDY_TASKS.values():
-        assert task.prompts(0, 6)[:4] == task.prompts(0, 4)
-        assert task.prompts(1, 4) != task.prompts(0, 4)
+        assert task.texts(0, 6)[:4] == task.texts(0, 4)
+        assert task.texts(1, 4) != task.texts(0, 4)
+
+
+def test_generated_problems_are_judged_by_their_generator() -> None:
+    task = GymTask("chain_sum", 8, {"max_terms": 2})
+    texts = task.texts(0, 5)
+    assert task.texts(0, 6)[:5] == texts != task.texts(1, 5)
+    for text in texts:
+        first, sign, second = text.split(": ")[1].split()[:3]
+        answer = int(first) + int(sign + second)
+        assert task.score(text, str(answer)) == 1
+        assert task.score(text, str(answer + 1)) < 1
+    assert task.valid_answers(texts[0]) == ()

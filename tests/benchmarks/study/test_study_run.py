@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,14 @@ def other_llm() -> Iterator[LLM]:
         yield own
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("remask.benchmarks.study.costs.BATCH", 2)
-    monkeypatch.setattr(study_run, "MAX_PART_ROWS", 2)
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("remask.benchmarks.study.costs.BATCH", 2)
+        patch.setattr(study_run, "MAX_PART_ROWS", 2)
+        yield
     torch.set_num_threads(before)
 
 
@@ -77,17 +79,33 @@ def study_of(path: Path, grid: str = GRID, name: str = "runs") -> Study:
     return Study(file, path / name)
 
 
-def finish(own: Study, llm: LLM) -> list[dict[str, Any]]:
+def finish(own: Study, llm: LLM) -> Study:
     own.time(llm, silent)
     own.run(llm, silent)
+    return own
+
+
+def samples_of(own: Study) -> list[dict[str, Any]]:
     return parquet.read_table(own.samples_path).to_pylist()
 
 
+@pytest.fixture(scope="module")
+def whole(llm: LLM, small: None, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A run that nothing interrupted."""
+    return finish(study_of(tmp_path_factory.mktemp("whole")), llm)
+
+
+@pytest.fixture
+def copied(whole: Study, tmp_path: Path) -> Path:
+    """A directory whose `runs` holds a copy of it."""
+    shutil.copytree(whole.directory, tmp_path / "runs")
+    return tmp_path
+
+
 def test_equal_grids_give_equal_rows_in_any_bursts_and_after_interrupts(
-    llm: LLM, other_llm: LLM, tmp_path: Path
+    whole: Study, other_llm: LLM, tmp_path: Path
 ) -> None:
-    whole = study_of(tmp_path, name="whole")
-    expected = finish(whole, llm)
+    expected = samples_of(whole)
     assert len(expected) == whole.num_samples == NUM_SAMPLES
     assert sum(sample["num_remasks"] for sample in expected) > 0, "the grid is meant to remask"
 
@@ -107,7 +125,7 @@ def test_equal_grids_give_equal_rows_in_any_bursts_and_after_interrupts(
     cut.run(other_llm, lambda done, _: started.append(done))
     assert started[0] > 5, "finished samples do not run again"
     assert started[-1] == NUM_SAMPLES
-    assert parquet.read_table(cut.samples_path).to_pylist() == expected
+    assert samples_of(cut) == expected
     cells = [parquet.read_table(own.cells_path).drop_columns("milliseconds") for own in (whole, cut)]
     assert cells[0].to_pylist() == cells[1].to_pylist()
     assert not (cut.directory / "parts").exists()
@@ -117,9 +135,8 @@ def test_equal_grids_give_equal_rows_in_any_bursts_and_after_interrupts(
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_while_a_part_is_written_repeats_nothing(
-    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    whole: Study, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    expected = finish(study_of(tmp_path, name="whole"), llm)
     own = study_of(tmp_path)
     own.time(llm, silent)
     write = study_run.write_table
@@ -133,7 +150,7 @@ def test_an_interrupt_while_a_part_is_written_repeats_nothing(
     monkeypatch.setattr(study_run, "write_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
         own.run(llm, silent)
-    assert finish(study_of(tmp_path), llm) == expected
+    assert samples_of(finish(study_of(tmp_path), llm)) == samples_of(whole)
 
 
 def test_another_checkpoint_of_the_same_shape_is_another_model(tmp_path: Path) -> None:
@@ -144,31 +161,28 @@ def test_another_checkpoint_of_the_same_shape_is_another_model(tmp_path: Path) -
     assert study_run.fingerprint(str(tmp_path / "a")) != study_run.fingerprint(str(tmp_path / "b"))
 
 
-def test_a_finished_run_runs_nothing(llm: LLM, tmp_path: Path) -> None:
-    expected = finish(study_of(tmp_path), llm)
-    again = study_of(tmp_path)
+def test_a_finished_run_runs_nothing(whole: Study, llm: LLM, copied: Path) -> None:
+    again = study_of(copied)
     again.time(llm, lambda *_: pytest.fail("it is timed"))
     again.run(llm, lambda *_: pytest.fail("it has run"))
-    assert parquet.read_table(again.samples_path).to_pylist() == expected
+    assert samples_of(again) == samples_of(whole)
     assert again.seconds_left() == 0
 
 
-def test_a_directory_of_another_grid_or_model_is_refused(llm: LLM, tmp_path: Path) -> None:
-    finish(study_of(tmp_path), llm)
+def test_a_directory_of_another_grid_or_model_is_refused(copied: Path) -> None:
     with pytest.raises(InvalidRequest, match="holds a run of another grid; give another --output"):
-        study_of(tmp_path, GRID.replace("0.6", "0.7"))
-    about = tmp_path / "runs" / "study.json"
+        study_of(copied, GRID.replace("0.6", "0.7"))
+    about = copied / "runs" / "study.json"
     content = json.loads(about.read_text())
     about.write_text(json.dumps({**content, "model": "0" * 16}))
     with pytest.raises(InvalidRequest, match="holds a run of another model"):
-        study_of(tmp_path)
+        study_of(copied)
 
 
-def test_a_report_needs_no_network(llm: LLM, tmp_path: Path) -> None:
-    own = study_of(tmp_path)
+def test_a_report_needs_no_network(copied: Path) -> None:
     with pytest.raises(InvalidRequest, match="holds no finished run"):
-        write_report(own.directory)
-    finish(own, llm)
+        write_report(study_of(copied, name="begun").directory)
+    own = study_of(copied)
     page = write_report(own.directory).read_text()
     assert not re.search(r"<(script|link|iframe)|(src|href)=(?!\"data:)", page)
     assert page.count("data:image/png;base64,") == 4, "two settings, each with a curve and differences"
