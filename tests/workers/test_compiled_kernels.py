@@ -217,24 +217,30 @@ def test_no_number_of_rows_makes_another_variant_of_a_kernel(tmp_path: Path) -> 
         assert (len(found), len(set(found))) == (5, 1), variant
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
+by_generation = pytest.mark.parametrize(
     "capabilities", [(90,), pytest.param((80, 89), marks=pytest.mark.long)], ids=["hopper", "older"]
 )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@by_generation
 def test_every_kernel_compiles_with_few_spills(tmp_path: Path, capabilities: tuple[int, ...]) -> None:
     check(compiled_with(None, tmp_path, capabilities))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_kernel_compiles_with_the_triton_of_gpu_machines(tmp_path: Path) -> None:
+@by_generation
+def test_every_kernel_compiles_with_the_triton_of_gpu_machines(
+    tmp_path: Path, capabilities: tuple[int, ...]
+) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     other = tmp_path / "triton"
     done = subprocess.run([*command, other, f"triton=={TRITON_ON_GPUS}"], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"triton {TRITON_ON_GPUS} cannot be installed here: {done.stderr[-200:]}")
-    check(compiled_with(other, tmp_path / "cache", CAPABILITIES))
+    check(compiled_with(other, tmp_path / "cache", capabilities))
 
 
 if __name__ == "__main__":
