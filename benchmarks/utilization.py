@@ -107,7 +107,8 @@ def visible_pairs(layout: VarlenLayout) -> int:
     queries, keys = (
         [end - start for start, end in pairwise(cu)] for cu in (layout.cu_queries, layout.cu_keys)
     )
-    main = sum(q * k for q, k in zip(queries, keys, strict=True))
+    keys_of = layout.keys_of or range(len(queries))
+    main = sum(q * keys[own] for q, own in zip(queries, keys_of, strict=True))
     return main + sum(int(shadow.mask.sum()) for shadow in layout.shadows)
 
 

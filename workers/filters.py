@@ -132,10 +132,11 @@ def _end_among_top(
     place = torch.arange(num_candidates, device=ordered.device)
     weight = _weight((ordered[:, :1] - ordered) / filters.heat, filters)
     weight.masked_fill_((place >= filters.top_k) & (filters.top_k > 0), 0.0)
-    mass = filters.top_p * row_sums(weight)
+    upto = weight.cumsum(-1)  # zeros at the end of a row change no bit of it
+    mass = filters.top_p * upto[:, -1:]
     if mass_N1 is not None:
         mass = torch.where(filters.top_k > 0, mass, mass_N1)
-    before = weight.cumsum(-1) - weight
+    before = upto - weight
     is_kept = (weight > 0) & ((before < mass) | (place == 0) | (filters.top_p == 1))
     count = is_kept.sum(-1, keepdim=True)
     last = ordered.gather(1, (count - 1).clamp_(min=0))

@@ -206,7 +206,7 @@ def _ranking(
     """
     given_N1 = logits_NV.gather(1, given_N.unsqueeze(1))
     held_NK, apart_NK = _exclude(logits_NV, excluded_NK)
-    apart_N1 = apart_NK if apart_NK.shape[1] == 1 else apart_NK.logsumexp(1, keepdim=True)
+    apart_N1 = apart_NK if apart_NK.shape[1] == 1 else _log_sums(apart_NK)
     top_N1, proposal_N1 = logits_NV.max(-1, keepdim=True)
     # (A row of which nothing may be ranked has probabilities of 0.)
     base_N1 = torch.maximum(top_N1, apart_N1).clamp_(min=torch.finfo(torch.float32).min)
@@ -248,12 +248,24 @@ def _neg_entropy(
     """
     if floor_N is None:
         moment_N1 = row_sums(exp_NV.mul_(logits_NV), skip_nan=True)
-        moment_N1 += few.mul_(few.exp()).nansum(-1, keepdim=True)
+        moment_N1 += _in_order(few.mul_(few.exp()))
         return moment_N1 / log_norm_N1.exp() - log_norm_N1
     floor_N1, p_NV, log_few = floor_N.unsqueeze(1), exp_NV.div_(log_norm_N1.exp()), few - log_norm_N1
     most = row_sums(p_NV * (p_NV + floor_N1).log(), skip_nan=True)
     p_few = log_few.exp()
-    return most + (p_few * (log_few + (floor_N1 / p_few).log1p())).nansum(-1, keepdim=True)
+    return most + _in_order(p_few * (log_few + (floor_N1 / p_few).log1p()))
+
+
+def _log_sums(logits_NK: Tensor) -> Tensor:
+    """log of the sum of exp of each row, [N, 1]; -inf adds nothing."""
+    largest_N1 = logits_NK.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    return largest_N1 + _in_order((logits_NK - largest_N1).exp()).log()
+
+
+def _in_order(values_NK: Tensor) -> Tensor:
+    """The sum of each row, [N, 1], from left to right without NaN. K is that of the canvas with most removed
+    tokens: zeros at the end of a row change no bit of it."""
+    return values_NK.masked_fill(values_NK.isnan(), 0.0).cumsum(1)[:, -1:]
 
 
 def _log_margin(log_top: Tensor, gap: Tensor) -> Tensor:

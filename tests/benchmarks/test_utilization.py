@@ -50,6 +50,14 @@ def test_company_changes_no_count(golden_llm: LLM) -> None:
     assert len(together.packs) < sum(len(count(golden_llm, params, [p]).packs) for p in prompts)
 
 
+def test_shared_rows_are_counted_once(golden_llm: LLM) -> None:
+    prompt, params = [33, 11, 12, 14], SamplingParams(max_tokens=8, unmask="schedule", ignore_eos=True)
+    alone, twice = (count(golden_llm, params, [prompt] * number) for number in (1, 2))
+    assert alone.packs == [(12, masked) for masked in range(8, 0, -1)]
+    assert twice.packs == [(12, 2 * masked) for masked in range(8, 0, -1)]
+    assert alone.flops < twice.flops < 2 * alone.flops
+
+
 def test_nothing_is_counted_once_it_is_closed(golden_llm: LLM) -> None:
     work = count(golden_llm, SamplingParams(max_tokens=4), [[5, 6]])
     before = work.flops

@@ -258,6 +258,17 @@ def test_what_was_removed_is_not_proposed_and_keeps_its_probability() -> None:
     assert first not in hot.proposal.tolist()
 
 
+@pytest.mark.parametrize("width", [5, 6, 9, 17])
+def test_a_neighbour_with_more_removed_tokens_changes_no_bit(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, VOCAB, generator=generator) * 3
+    removed = [[0, 1, 2, 4] + [-1] * (width - 4)] * 200
+    alone = answer(logits.clone(), [Sampling()], [0] * 200, removed=[[0, 1, 2, 4]] * 200)
+    beside = answer(logits.clone(), [Sampling()], [0] * 200, removed=removed)
+    assert torch.equal(alone.ids, beside.ids)
+    assert torch.equal(alone.reals, beside.reals)
+
+
 def test_where_nothing_else_may_be_proposed_what_was_removed_may() -> None:
     sampling = Sampling(allowed_ids=id_bytes([1, 2, MASK]))
     logits = torch.stack([row_of(13)] * 2)

@@ -13,6 +13,7 @@ from remask import SamplingParams
 from remask.workers.models import denoiser
 from remask.workers.models.cpu import multiplies
 from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.row_ops import silu_mul, silu_mul_anywhere
 from remask.workers.models.tiles import TILE_ROWS, ignores_places, tile_len, tiled_linear
 from remask.workers.row_sums import row_sums
 from remask.workers.rows.pack import PackedRows
@@ -66,6 +67,22 @@ def test_a_single_row_has_the_sum_that_it_has_among_others(skip_nan: bool) -> No
             assert not torch.equal(by_threads.unsqueeze(1), together), "the case is meant to need it"
     finally:
         torch.set_num_threads(threads)
+
+
+def test_the_gate_of_a_row_is_the_same_in_any_number_of_rows() -> None:
+    assert silu_mul_anywhere(torch.tensor([[-200.0, 1.0]])).item() == 0
+    threads, num_others = torch.get_num_threads(), 0
+    try:
+        torch.set_num_threads(8)
+        for seed in range(40):
+            rows = torch.randn(3 * TILE_ROWS, 1024, generator=torch.Generator().manual_seed(seed))
+            whole, first = silu_mul_anywhere(rows), rows[:TILE_ROWS]
+            torch.testing.assert_close(whole, silu_mul(rows))
+            assert torch.equal(silu_mul_anywhere(first), whole[:TILE_ROWS])
+            num_others += not torch.equal(silu_mul(first), silu_mul(rows)[:TILE_ROWS])
+    finally:
+        torch.set_num_threads(threads)
+    assert num_others > 0, "the case is meant to need it"
 
 
 @pytest.mark.parametrize("is_possible", [True, False])

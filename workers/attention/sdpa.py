@@ -13,14 +13,22 @@ from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 
 
 class SdpaAttention(AttentionBackend):
-    """Exact on every device; made for CPUs."""
+    """Exact on every device; made for CPUs.
+
+    Args:
+        batches: whether sequences of equal length share a call. With many threads torch rounds such a call
+            in bf16 otherwise than one of a single sequence.
+    """
 
     name = "sdpa"
+
+    def __init__(self, *, batches: bool = True) -> None:
+        self._batches = batches
 
     def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
         grouped = q_QHd.shape[1] != k_TKd.shape[1]
         out = []
-        for run in _runs(layout):
+        for run in _runs(layout, batches=self._batches):
             keys = run.first_key, run.num_keys
             parts = ((q_QHd, run.first_query, run.num_queries), (k_TKd, *keys), (v_TKd, *keys))
             q, k, v = (
@@ -49,8 +57,7 @@ class SdpaAttention(AttentionBackend):
 
 
 class _Run(NamedTuple):
-    """Sequences with equal numbers of queries and keys, whose queries and keys follow each other. torch
-    computes each sequence of a batch as it does alone."""
+    """Sequences with equal numbers of queries and keys, whose queries and keys follow each other."""
 
     num_queries: int
     num_keys: int
@@ -59,14 +66,15 @@ class _Run(NamedTuple):
     count: int
 
 
-def _runs(layout: VarlenLayout) -> list[_Run]:
+def _runs(layout: VarlenLayout, *, batches: bool) -> list[_Run]:
     keys_of = layout.keys_of or range(len(layout.cu_queries) - 1)
     runs: list[_Run] = []
     for (first, end), own in zip(pairwise(layout.cu_queries), keys_of, strict=True):
         first_key, end_key = layout.cu_keys[own : own + 2]
         lens = end - first, end_key - first_key
         last = runs[-1] if runs else None
-        if last and lens == last[:2] and last.first_key + last.count * last.num_keys == first_key:
+        follows = last is not None and last.first_key + last.count * last.num_keys == first_key
+        if batches and last and follows and lens == last[:2]:
             runs[-1] = last._replace(count=last.count + 1)
         else:
             runs.append(_Run(*lens, first, first_key, 1))

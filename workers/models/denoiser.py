@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.errors import InvalidRequest
+from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.select import pick_attention
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.head import Statistics, head_statistics
@@ -93,6 +94,8 @@ class TransformerDenoiser(Denoiser):
         logger.info("batch invariance by %s", "tiles" if usable else "a forward for each canvas")
         if usable:
             self.ops, self._padded_len = TILED, tile_len
+            if isinstance(self.attention, SdpaAttention) and self.model.embedding.dtype != torch.float32:
+                self.attention = SdpaAttention(batches=False)
         return usable
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
