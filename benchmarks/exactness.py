@@ -3,10 +3,11 @@
     python -m remask.benchmarks.exactness --output benchmarks/results/exactness.json
 
 The model is the exact posterior of a Markov chain (`remask.workers.models.markov`), so that the decoder
-makes all errors of a text. Reported are the total variation distance between the sequences written
-and the chain's distribution, and the entropy of the sequences in bits (Miller-Madow), over block lengths and
-temperatures, with confidence ranked by the row's largest probability. A finite sample of the chain itself has
-a distance, too: the first row gives it, and a policy at or below it is not distinguishable from exact.
+makes all errors of a text. Reported are the total variation distance and the Kullback-Leibler divergence
+between the sequences written and the chain's distribution, and the entropy of the sequences in bits
+(Miller-Madow), over block lengths and temperatures, with confidence ranked by the row's largest probability.
+A finite sample of the chain itself has a distance, too: the first row gives it, and a policy at or below it
+is not distinguishable from exact.
 """
 
 from __future__ import annotations
@@ -85,12 +86,13 @@ def counts_of(sequences: list[tuple[int, ...]]) -> NDArray[np.int64]:
 
 
 def figures(counts: NDArray[np.int64]) -> dict[str, float]:
-    """Total variation distance from the chain, and entropy in bits."""
-    share = counts / counts.sum()
+    """Total variation distance and divergence from the chain, and entropy; the latter in bits."""
+    share, chain = counts / counts.sum(), chain_distribution()
     seen = share[share > 0]
     entropy = -(seen * np.log2(seen)).sum() + (len(seen) - 1) / (2 * counts.sum() * np.log(2))
     return {
-        "distance": round(float(abs(share - chain_distribution()).sum() / 2), 4),
+        "distance": round(float(abs(share - chain).sum() / 2), 4),
+        "divergence_bits": round(float(-(share * np.log2(chain)).sum() - entropy), 3),
         "entropy_bits": round(float(entropy), 3),
     }
 

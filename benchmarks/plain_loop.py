@@ -25,7 +25,7 @@ def decode(model: TransformerDenoiser, prompt: list[int], params: SamplingParams
     """Fills one canvas."""
     canvas = PlainCanvas(prompt, params, model.mask_id)
     while not canvas.finished:
-        rows = mapped(_rows(canvas), lambda tensor: tensor.to(model.device))
+        rows = mapped(rows_of(canvas), lambda tensor: tensor.to(model.device))
         logits = model.model.logits(model.model(rows, SdpaAttention()))
         ids = torch.from_numpy(canvas.ids)
         given = ids.to(model.device)[rows.positions_T]  # of a shadow row, the token at its position
@@ -48,7 +48,7 @@ def dense_statistics(logits_TV: Tensor, given_T: Tensor, mask_id: int) -> tuple[
     return proposal_T, confidence_T, given_prob_T
 
 
-def _rows(canvas: PlainCanvas) -> PackedRows:
+def rows_of(canvas: PlainCanvas) -> PackedRows:
     """The whole sequence, then the shadow block; every row is a candidate."""
     length, width = len(canvas.ids), canvas.end - canvas.start if canvas.verifies else 0
     block = np.arange(canvas.start, canvas.start + width)

@@ -7,14 +7,14 @@ than every threshold of the base is compared with the most expensive one, and `b
 less, with the cheapest.
 
 Intervals are percentiles of a bootstrap over prompts. Pairs of right and wrong answers are tested by
-McNemar's exact test, everything else by the bootstrap. Holm's correction counts all comparisons of one kind
-and measure.
+McNemar's exact test, everything else by a z test of the mean difference. Holm's correction counts all
+comparisons of one kind and measure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -57,35 +57,61 @@ Curve = dict[float | None, ByPrompt]  # by threshold
 Measures = dict[str, Callable[[Sequence[Sample]], float]]  # from the samples of one prompt to a number
 
 
-def comparisons(grid: Grid, samples: Iterable[Sample], costs: Sequence[Cost]) -> list[dict[str, Any]]:
-    """A row for each arm with a base, setting, threshold, measure and kind of equality.
+class Curves:
+    """The samples of a run, as curves of each arm over its thresholds.
 
     Args:
         grid: the grid of the run.
-        samples: rows of all samples.
+        samples: rows of all samples. Those that have failed are left out; repetitions of a prompt are pooled.
         costs: measured costs of a forward.
     """
-    curves, tasks = curves_of(samples), tasks_of(grid)
-    microseconds = {cost.key: cost.microseconds for cost in costs}
-    rng = np.random.default_rng(0)
-    rows = []
-    for (setting, name), own in curves.items():
-        base = base_of(grid, name)
-        curve = curves.get((setting, base)) if base is not None else None
-        if base is None or curve is None:
-            continue
-        every = [*own.values(), *curve.values()]
+
+    def __init__(self, grid: Grid, samples: Iterable[Sample], costs: Sequence[Cost]) -> None:
+        self._tasks = tasks_of(grid)
+        self._microseconds = {cost.key: cost.microseconds for cost in costs}
+        self._curves: dict[tuple[Setting, str], Curve] = {}
+        for sample in samples:
+            if sample["error"] is None:
+                setting = Setting(*(sample[name] for name in Setting._fields))
+                curve = self._curves.setdefault((setting, sample["arm"]), {})
+                curve.setdefault(sample["threshold"], {}).setdefault(sample["prompt"], []).append(sample)
+
+    def __iter__(self) -> Iterator[tuple[Setting, str]]:
+        """Settings and arms."""
+        return iter(self._curves)
+
+    def paired(self, *wanted: tuple[Setting, str]) -> list[list[Point]]:
+        """The points of some curves, on the prompts and samples that all of them have at every threshold. If
+        there are none, the lists are empty."""
+        curves = [self._curves.get(which, {}) for which in wanted]
+        every = [point for curve in curves for point in curve.values()]
+        if not all(curves):
+            return [[] for _ in wanted]
         prompts = sorted(set.intersection(*(set(point) for point in every)))
         if not prompts:
-            continue
+            return [[] for _ in wanted]
         num_samples = min(len(point[prompt]) for point in every for prompt in prompts)
+        measures = _measures(self._tasks[wanted[0][0].task], num_samples)
+        return [
+            _points(curve, prompts, num_samples, measures, self._cost(*which))
+            for which, curve in zip(wanted, curves, strict=True)
+        ]
 
-        def cost_of(arm: str, setting: Setting = setting) -> float:
-            return microseconds[Key(setting.task, arm, setting.block_length, setting.temperature > 0)]
+    def _cost(self, setting: Setting, arm: str) -> float:
+        """Microseconds of a forward."""
+        return self._microseconds[Key(setting.task, arm, setting.block_length, setting.temperature > 0)]
 
-        measures = _measures(tasks[setting.task], num_samples)
-        base_points = _points(curve, prompts, measures, cost_of(base))
-        for point in _points(own, prompts, measures, cost_of(name)):
+
+def comparisons(grid: Grid, curves: Curves) -> list[dict[str, Any]]:
+    """A row for each arm with a base, setting, threshold, measure and kind of equality."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for setting, name in curves:
+        base = base_of(grid, name)
+        if base is None:
+            continue
+        own_points, base_points = curves.paired((setting, name), (setting, base))
+        for point in own_points:
             for measure, values in point.values.items():
                 common = {
                     **setting._asdict(),
@@ -118,30 +144,22 @@ def base_of(grid: Grid, name: str) -> str | None:
     )
 
 
-def curves_of(samples: Iterable[Sample]) -> dict[tuple[Setting, str], Curve]:
-    """The samples of each arm in each setting, by threshold and prompt. Repetitions of a prompt are pooled;
-    samples that have failed are left out."""
-    curves: dict[tuple[Setting, str], Curve] = {}
-    for sample in samples:
-        if sample["error"] is None:
-            setting = Setting(*(sample[name] for name in Setting._fields))
-            curve = curves.setdefault((setting, sample["arm"]), {})
-            curve.setdefault(sample["threshold"], {}).setdefault(sample["prompt"], []).append(sample)
-    return curves
-
-
-def _points(curve: Curve, prompts: Sequence[int], measures: Measures, microseconds: float) -> list[Point]:
+def _points(
+    curve: Curve, prompts: Sequence[int], num_samples: int, measures: Measures, microseconds: float
+) -> list[Point]:
     """The points of a curve.
 
     Args:
         curve: the samples of an arm.
         prompts: those that count.
+        num_samples: of each of them.
         measures: by name.
         microseconds: of a forward.
     """
     points = []
-    for threshold, by_prompt in curve.items():
-        samples = [sample for prompt in prompts for sample in by_prompt[prompt]]
+    for threshold, own in curve.items():
+        by_prompt = {prompt: own[prompt][:num_samples] for prompt in prompts}
+        samples = [sample for samples in by_prompt.values() for sample in samples]
         nfe = float(np.mean([sample["nfe"] for sample in samples]))
         costs = {
             "nfe": nfe,
@@ -182,30 +200,33 @@ def interpolated(curve: Sequence[Point], cost: str, at: float, measure: str) -> 
 def compared(own: Values, base: Values, rng: np.random.Generator) -> dict[str, Any]:
     """The difference of two arms on the same prompts, its interval, and a p value."""
     difference = own - base
-    means = _resampled_means(difference, rng)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    means = resampled_means(difference, rng)
+    low, high = interval(means)
     is_binary = all(np.isin(values, (0.0, 1.0)).all() for values in (own, base))
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    if is_binary:
-        p = mcnemar(gained, lost)
-    else:
-        tail = min((means <= 0).sum(), (means >= 0).sum())
-        p = min(1.0, 2 * (int(tail) + 1) / (len(means) + 1))
+    p = mcnemar(gained, lost) if is_binary else z_test(difference)
     return {
         "base_value": float(base.mean()),
         "difference": float(difference.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
         "num_gained": gained,
         "num_lost": lost,
         "p": p,
-        "test": "McNemar" if is_binary else "bootstrap",
+        "test": "McNemar" if is_binary else "z",
     }
 
 
-def _resampled_means(values: Values, rng: np.random.Generator) -> Values:
+def resampled_means(values: Values, rng: np.random.Generator) -> Values:
+    """Means of the values of prompts that are drawn with replacement."""
     chosen = rng.integers(len(values), size=(RESAMPLES, len(values)))
     return values[chosen].mean(1)
+
+
+def interval(means: Values) -> tuple[float, float]:
+    """The percentiles of resampled means that hold `LEVEL` of them."""
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -213,6 +234,14 @@ def mcnemar(gained: int, lost: int) -> float:
     count = gained + lost
     tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1)) / 2**count
     return min(1.0, 2 * tail)
+
+
+def z_test(difference: Values) -> float:
+    """The two-sided p value of the mean of some differences, from the normal distribution."""
+    mean, error = difference.mean(), difference.std() / math.sqrt(len(difference))
+    if error == 0:
+        return float(mean == 0)
+    return math.erfc(abs(mean) / error / math.sqrt(2))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -18,6 +18,7 @@ from remask.benchmarks.study.grid import Cell
 from remask.benchmarks.study.tasks import StudyTask
 
 BATCH = 64  # canvases
+ENOUGH_SECONDS = 10.0
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -39,6 +40,11 @@ class Cost(msgspec.Struct, frozen=True):
     microseconds: float
     repetitions: list[float]
     nfe: float
+
+    @property
+    def seconds(self) -> float:
+        """What its batches took."""
+        return sum(self.repetitions) * self.nfe * BATCH / 1e6
 
     @property
     def key(self) -> Key:
@@ -65,42 +71,51 @@ def measure(
     tasks: Mapping[str, StudyTask],
     seed: int,
     repetitions: int,
+    done: Sequence[Cost],
+    save: Callable[[list[Cost]], None],
     progress: Callable[[int, int], None],
-) -> list[Cost]:
-    """The costs of all cells.
+) -> None:
+    """Measures the costs of all cells, as far as they are not measured yet.
 
     Args:
         llm: the engine of the study.
         cells: of the grid.
         tasks: of the grid.
         seed: of the prompts.
-        repetitions: batches of each setting.
+        repetitions: batches of each setting. A setting whose batches took `ENOUGH_SECONDS` needs no more.
+        done: what was saved before.
+        save: called with all costs after each batch.
         progress: called with the batches done and all batches.
     """
+    found = {cost.key: cost for cost in done}
     chosen = _middle_of_each_key(cells)
-    seconds: list[list[float]] = [[] for _ in chosen]
-    nfe = [0.0] * len(chosen)
     for repetition in range(repetitions):
         for index, cell in enumerate(chosen):
+            cost = found.get(key_of(cell))
+            if cost is not None and (len(cost.repetitions) > repetition or cost.seconds > ENOUGH_SECONDS):
+                continue
             progress(repetition * len(chosen) + index, repetitions * len(chosen))
-            task = tasks[cell.task]
-            prompts = task.prompts(llm, task.texts(seed, BATCH))
-            params = [msgspec.structs.replace(cell.params(i), n=1, trace=False) for i in range(BATCH)]
-            started = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            forwards = sum(output.outputs[0].nfe for output in outputs)
-            seconds[index].append((time.perf_counter() - started) / max(1, forwards))
-            nfe[index] = forwards / BATCH
-    return [
-        Cost(
-            *key_of(cell),
-            threshold=cell.threshold,
-            microseconds=round(1e6 * float(np.median(own)), 1),
-            repetitions=[round(1e6 * value, 1) for value in own],
-            nfe=round(forwards, 2),
-        )
-        for cell, own, forwards in zip(chosen, seconds, nfe, strict=True)
-    ]
+            microseconds, nfe = _measured(llm, cell, tasks[cell.task], seed)
+            every = [*(cost.repetitions if cost is not None else ()), round(microseconds, 1)]
+            found[key_of(cell)] = Cost(
+                *key_of(cell),
+                threshold=cell.threshold,
+                microseconds=round(float(np.median(every)), 1),
+                repetitions=every,
+                nfe=round(nfe, 2),
+            )
+            save(list(found.values()))
+
+
+def _measured(llm: LLM, cell: Cell, task: StudyTask, seed: int) -> tuple[float, float]:
+    """Microseconds of a forward in a batch of one cell, and mean forwards of a sample."""
+    prompts = task.prompts(llm, task.texts(seed, BATCH))
+    params = [msgspec.structs.replace(cell.params(i), n=1, trace=False) for i in range(BATCH)]
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    forwards = sum(output.outputs[0].nfe for output in outputs)
+    return 1e6 * seconds / max(1, forwards), forwards / BATCH
 
 
 def seconds_of(cells: Iterable[Cell], costs: Iterable[Cost]) -> float:

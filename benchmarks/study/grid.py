@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,8 @@ THRESHOLD = "{t}"
 SEED_STRIDE = 1 << 20  # between the seeds of two repetitions; a task has fewer prompts
 
 Positive = Annotated[int, Meta(ge=1)]
+Seed = Annotated[int, Meta(ge=0, lt=1 << 31)]
+TaskName = Annotated[str, Meta(pattern=r"^[\w.-]+$")]  # names of pictures begin with it
 
 
 class Arm(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,8 +75,28 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     thresholds: tuple[float, ...] = ()
     temperatures: tuple[float, ...] = (0.0,)
     ranks: tuple[Literal["proposal", "top"], ...] = ("proposal",)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     n: Positive = 1
+
+
+class Posterior(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The second stage: arms decode with a model that makes no error, the exact posterior of a Markov chain.
+
+    Attributes:
+        arms: Names of arms.
+        block_lengths: Slots per block, or "whole".
+        temperatures: Temperatures of the proposals.
+        thresholds: Values of `{t}` in the arms.
+        rank: See `SamplingParams`.
+        num_samples: Sequences of each setting.
+    """
+
+    arms: tuple[str, ...]
+    block_lengths: tuple[int | Literal["whole"], ...]
+    temperatures: tuple[float, ...]
+    thresholds: tuple[float, ...] = ()
+    rank: Literal["proposal", "top"] = "top"
+    num_samples: Positive = 8192
 
 
 class OwnTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,14 +122,16 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tasks: Tasks by name, beside the built-in ones.
         model: Directory of a checkpoint, or "tiny".
         seed: Seed of the tasks' prompts.
+        posterior: The second stage. None: there is none.
         timing_repetitions: Batches from which the cost of a forward is measured, for each setting.
     """
 
     arms: dict[str, Arm]
     grid: tuple[Section, ...]
-    tasks: dict[str, OwnTask] = {}
+    tasks: dict[TaskName, OwnTask] = {}
+    posterior: Posterior | None = None
     model: str = "tiny"
-    seed: Annotated[int, Meta(ge=0)] = 0
+    seed: Seed = 0
     timing_repetitions: Positive = 3
 
 
@@ -171,7 +196,10 @@ def read_grid(path: Path) -> Grid:
         raise invalid_field("", content, error).at(f"{path}, {place}") from None
     known = [*STUDY_TASKS, *grid.tasks]
     for index, section in enumerate(grid.grid):
-        _check_section(grid, section, known, f"{path}, grid[{index}]")
+        _check_section(grid, section, f"{path}, grid[{index}]")
+        _check_names("tasks", section.tasks, known, f"{path}, grid[{index}]")
+    if grid.posterior is not None:
+        _check_section(grid, grid.posterior, f"{path}, posterior")
     if not grid.grid:
         raise InvalidRequest(f"{path}, grid", [], "must have a section")
     return grid
@@ -210,28 +238,36 @@ def cells(grid: Grid, path: Path | str = "grid") -> list[Cell]:
                 found[setting] = max(num_prompts, cell.num_prompts), max(n, cell.n)
         except InvalidRequest as error:
             raise error.at(f"{path}, grid[{index}]") from None
-    every = (
+    every = [
         msgspec.structs.replace(setting, num_prompts=num_prompts, n=n)
         for setting, (num_prompts, n) in found.items()
-    )
+    ]
+    names = Counter(cell.name for cell in every)
+    for name, count in names.items():
+        if count > 1:
+            raise InvalidRequest(f"{path}, grid", name, "names two settings that differ in no digit shown")
     return sorted(every, key=lambda cell: (cell.task, cell.temperature, cell.name))
 
 
-def _check_section(grid: Grid, section: Section, tasks: Sequence[str], place: str) -> None:
+def _check_section(grid: Grid, section: Section | Posterior, place: str) -> None:
     for name in ("tasks", "arms", "block_lengths", "temperatures", "ranks", "seeds"):
-        if not getattr(section, name):
+        if not getattr(section, name, True):
             raise InvalidRequest(f"{place}.{name}", [], "must not be empty")
-    for name, entries, known in (("tasks", section.tasks, tasks), ("arms", section.arms, grid.arms)):
-        for entry in entries:
-            if entry not in known:
-                hint = did_you_mean(entry, list(known))
-                raise InvalidRequest(f"{place}.{name}", entry, f"is not known; {hint}")
+    _check_names("arms", section.arms, list(grid.arms), place)
     for block_length in section.block_lengths:
         if block_length != WHOLE and int(block_length) < 1:
             raise InvalidRequest(f"{place}.block_lengths", block_length, "must be 1 or more, or 'whole'")
     wanting = next((arm for arm in section.arms if grid.arms[arm].has_threshold), None)
     if wanting is not None and not section.thresholds:
         raise InvalidRequest(f"{place}.thresholds", [], f"must not be empty: arm {wanting!r} has {THRESHOLD}")
+
+
+def _check_names(name: str, entries: Sequence[str], known: Sequence[str], place: str) -> None:
+    for entry in entries:
+        if entry not in known:
+            raise InvalidRequest(
+                f"{place}.{name}", entry, f"is not known; {did_you_mean(entry, list(known))}"
+            )
 
 
 def _cells_of(grid: Grid, section: Section, tasks: Mapping[str, StudyTask]) -> Iterator[Cell]:

@@ -49,11 +49,14 @@ def uniform_answers(num_draws: int, num_answers: int) -> float:
 
 def uniform_entropy_bits(num_draws: int, num_answers: int) -> float:
     """The expected `entropy_bits` of answers that are drawn uniformly, with replacement."""
+    count = np.arange(1, num_draws)  # (of 0 and of all draws the entropy is 0)
     p = 1 / num_answers
-    return -num_answers * sum(
-        math.comb(num_draws, k) * p**k * (1 - p) ** (num_draws - k) * k / num_draws * math.log2(k / num_draws)
-        for k in range(1, num_draws + 1)
-    )
+    if p == 1 or not len(count):
+        return 0.0
+    log_factorial = np.array([math.lgamma(k + 1) for k in range(num_draws + 1)])
+    log_ways = log_factorial[-1] - log_factorial[count] - log_factorial[num_draws - count]
+    weight = np.exp(log_ways + count * math.log(p) + (num_draws - count) * math.log1p(-p))
+    return float(-num_answers * (weight * count / num_draws * np.log2(count / num_draws)).sum())
 
 
 def distinct_ngrams(texts: Sequence[Sequence[str]], n: int) -> float:
@@ -87,12 +90,14 @@ def _precision(words: Sequence[str], others: Sequence[Sequence[str]], n: int) ->
 
 
 def order_diversity(orders: Sequence[Sequence[int]]) -> float:
-    """The mean over pairs of 1 - LCS / n of the orders in which samples filled their n positions; 0: all
-    samples have one order."""
-    pairs = list(itertools.combinations(orders, 2))
-    if not pairs:
-        return 0.0
-    return float(np.mean([1 - common_subsequence(a, b) / max(1, len(a)) for a, b in pairs]))
+    """The mean over pairs of 1 - LCS / n of the orders in which two samples filled the n positions that both
+    have filled; 0: all samples have one order."""
+    distances = []
+    for a, b in itertools.combinations(orders, 2):
+        shared = set(a) & set(b)
+        first, second = ([position for position in own if position in shared] for own in (a, b))
+        distances.append(1 - common_subsequence(first, second) / max(1, len(shared)))
+    return _mean(distances)
 
 
 def common_subsequence(a: Sequence[int], b: Sequence[int]) -> int:

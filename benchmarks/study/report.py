@@ -15,10 +15,14 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from remask import InvalidRequest
+from remask.benchmarks.exactness import CHAIN
 from remask.benchmarks.page import STYLE, picture
-from remask.benchmarks.study.analysis import COSTS, LEVEL, comparisons
+from remask.benchmarks.study.analysis import COSTS, LEVEL, Curves, comparisons
+from remask.benchmarks.study.claims import Finding, findings
 from remask.benchmarks.study.costs import Cost
+from remask.benchmarks.study.frontiers import frontiers, winners
 from remask.benchmarks.study.grid import WHOLE, Grid
+from remask.benchmarks.study.posterior import of_the_chain
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,6 +39,27 @@ COMPARISON_COLUMNS = (
     "arm", "base", "block_length", "threshold", "value", "base_value", "difference", "low", "high",
     "num_gained", "num_lost", "p", "p_holm", "test", "beyond",
 )  # fmt: skip
+SUMMARIES = (
+    ("Published claims", "claims", Finding._fields),
+    (
+        "Arms on the frontiers, with their thresholds",
+        "frontiers",
+        ("task", "temperature", "rank", "block_length", "cost", "diversity"),
+    ),
+    (
+        "Arms with a higher score than their base at equal time",
+        "winners",
+        ("task", "temperature", "rank", *COMPARISON_COLUMNS),
+    ),
+    (
+        "With the exact posterior of a Markov chain",
+        "posterior",
+        (
+            "arm", "threshold", "block_length", "temperature", "distance", "divergence_bits", "entropy_bits",
+            "nfe",
+        ),
+    ),
+)  # fmt: skip
 EQUAL = {
     "threshold": "at equal thresholds",
     "nfe": "at equal forwards",
@@ -43,7 +68,7 @@ EQUAL = {
 }
 METHOD = (
     f"Intervals hold {100 * LEVEL:.0f} % of the means of a bootstrap over prompts. <i>p</i> is of McNemar's "
-    "exact test if answers are right or wrong, else of the bootstrap; <i>p (Holm)</i> is corrected for all "
+    "exact test if answers are right or wrong, else of a z test; <i>p (Holm)</i> is corrected for all "
     "comparisons of one kind and measure. At equal cost the base is interpolated between its thresholds; "
     "<i>beyond</i>: the arm costs more than every threshold of the base."
 )
@@ -59,34 +84,61 @@ def write_report(directory: Path) -> Path:
     if not (directory / "cells.parquet").exists():
         problem = "holds no finished run; start or continue it with `remask study run GRID --output DIR`"
         raise InvalidRequest("directory", str(directory), problem)
-    about = msgspec.json.decode((directory / "study.json").read_bytes())
-    costs = msgspec.json.decode((directory / "costs.json").read_bytes(), type=list[Cost])
+    about, costs = (_read(directory, name) for name in ("study.json", "costs.json"))
+    grid, costs = msgspec.convert(about["grid"], Grid), msgspec.convert(costs, list[Cost])
     samples = (
         pyarrow.parquet.read_table(directory / "samples.parquet").drop_columns("commit_steps").to_pylist()
     )
     cells = pyarrow.parquet.read_table(directory / "cells.parquet").to_pylist()
-    compared = comparisons(msgspec.convert(about["grid"], Grid), samples, costs)
+    curves = Curves(grid, samples, costs)
+    compared = comparisons(grid, curves)
     if compared:
         table = pyarrow.Table.from_pylist(compared)
         pyarrow.parquet.write_table(table, directory / "comparisons.parquet")
         pyarrow.csv.write_csv(table, directory / "comparisons.csv")
+    posterior = _read(directory, "posterior.json") or []
+    summary = {
+        "environment": about["environment"],
+        "num_samples": sum(cell["num_samples"] for cell in cells),
+        "num_failed": sum(cell["num_failed"] for cell in cells),
+        "num_cells": len(cells),
+        "claims": [
+            own._asdict() for own in findings(curves, samples, _read(directory, "agreement.json") or [])
+        ],
+        "frontiers": frontiers(cells),
+        "winners": winners(compared),
+        "posterior": [{"arm": CHAIN, **of_the_chain(posterior[0]["num_samples"])}, *posterior]
+        if posterior
+        else [],
+    }
+    (directory / "summary.json").write_bytes(
+        msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n"
+    )
     page = directory / "report.html"
-    page.write_text("\n".join(_page(directory, about, cells, compared)), encoding="utf-8")
+    page.write_text("\n".join(_page(directory, about, summary, cells, compared)), encoding="utf-8")
     return page
 
 
-def _page(directory: Path, about: Row, cells: Sequence[Row], compared: Sequence[Row]) -> Iterable[str]:
+def _read(directory: Path, name: str) -> Any:
+    path = directory / name
+    return msgspec.json.decode(path.read_bytes()) if path.exists() else None
+
+
+def _page(
+    directory: Path, about: Row, summary: Row, cells: Sequence[Row], compared: Sequence[Row]
+) -> Iterable[str]:
     title = f"{directory.name}: when does remasking help?"
     yield f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
     yield f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-    num_samples = sum(cell["num_samples"] for cell in cells)
-    num_failed = sum(cell["num_failed"] for cell in cells)
     yield (
-        f"<p>{num_samples:,} samples in {len(cells):,} settings of the model "
-        f"{html.escape(about['grid']['model'])}; {num_failed:,} samples have failed.</p>"
+        f"<p>{summary['num_samples']:,} samples in {len(cells):,} settings of the model "
+        f"{html.escape(about['grid']['model'])}; {summary['num_failed']:,} samples have failed.</p>"
     )
     yield f"<p>{METHOD}</p>"
-    for (task, temperature, rank), group in groupby(cells, key=_setting):
+    for title, name, columns in SUMMARIES:
+        if summary[name]:
+            yield f"<h2>{title}</h2>{_table(summary[name], columns)}"
+    for (task, temperature, rank), group in groupby(sorted(cells, key=_setting), key=_setting):
         own = list(group)
         drawn = f", temperature {temperature:g}, rank by {rank}" if temperature > 0 else ", greedy"
         yield f"<h2>{html.escape(task + drawn)}</h2>"

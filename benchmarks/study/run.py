@@ -2,7 +2,7 @@
 
 The directory holds `study.json` (grid, model and environment), `costs.json`, and `parts/` with the
 rows of finished requests. At the end the parts become `samples.parquet`, in an order that does not depend on
-when requests finished.
+when requests finished. `agreement.json` and `posterior.json` are the other two stages.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,11 +24,13 @@ import pyarrow.parquet
 
 from remask import LLM, InvalidRequest, RequestOutput
 from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.study import agreement, posterior
 from remask.benchmarks.study.costs import Cost, key_of, measure, seconds_of
 from remask.benchmarks.study.grid import Cell, cells, read_grid, tasks_of
 from remask.benchmarks.study.measures import cell_row
 from remask.benchmarks.study.samples import SCHEMA, rows_of, setting_of
 from remask.embedded import model_directory
+from remask.workers.models.denoiser import load_denoiser
 
 MAX_LIVE = 512  # requests in the engine at a time
 FLUSH_SECONDS = 10.0  # what an interrupt may cost
@@ -54,6 +57,7 @@ class Study:
     def __init__(self, path: Path, directory: Path | None = None) -> None:
         self.grid = read_grid(path)
         self.tasks, self.cells = tasks_of(self.grid, path), cells(self.grid, path)
+        posterior.settings(self.grid)
         self.directory = directory or Path("runs") / path.stem
         content = msgspec.json.decode(msgspec.json.encode(self.grid))  # as the file will give it
         self._identity = {"grid": content, "model": fingerprint(self.grid.model)}
@@ -76,11 +80,16 @@ class Study:
         """
         if not (self.directory / "study.json").exists():
             self._write("study.json", {**self._identity, "environment": environment_stamp()})
-        if self.costs is None:
-            costs = measure(
-                llm, self.cells, self.tasks, self.grid.seed, self.grid.timing_repetitions, progress
-            )
-            self._write("costs.json", msgspec.to_builtins(costs))
+        measure(
+            llm,
+            self.cells,
+            self.tasks,
+            self.grid.seed,
+            self.grid.timing_repetitions,
+            self.costs,
+            lambda costs: self._write("costs.json", msgspec.to_builtins(costs)),
+            progress,
+        )
 
     def run(self, llm: LLM, progress: Progress) -> None:
         """Runs all samples that have not run yet; `progress` is called with the samples done and all."""
@@ -90,11 +99,39 @@ class Study:
         if not self.cells_path.exists():
             self._write_cells()
 
+    def verify(self, llm: LLM, progress: Progress) -> None:
+        """Compares shadow rows with the exact verifier, if the grid has cells of it.
+
+        Args:
+            llm: an engine for the grid's model.
+            progress: called with the cells done and all.
+        """
+        wanted = agreement.exact_cells(self.cells)
+        done = self._read("agreement.json") or []
+        if not wanted or {row["cell"] for row in done} == {cell.name for cell in wanted}:
+            return
+        texts, check = self._texts(), llm.engine.intake.check
+
+        def prompts_of(cell: Cell) -> list[list[int]]:
+            own = self.tasks[cell.task].prompts(llm, texts[cell.task][: cell.num_prompts])
+            return [check(prompt, cell.params(0)).ids for prompt in own]
+
+        with model_directory(self.grid.model) as directory:
+            model = load_denoiser(directory, dtype="float32", device="cpu")
+        save = partial(self._write, "agreement.json")
+        agreement.measure(model, wanted, prompts_of, done, save, progress)
+
+    def decode_posterior(self, progress: Progress) -> None:
+        """Runs the second stage, if the grid has one; `progress` is called with the settings done and all."""
+        wanted = posterior.settings(self.grid)
+        done = self._read("posterior.json") or []
+        if len(done) < len(wanted):
+            posterior.measure(wanted, done, partial(self._write, "posterior.json"), progress)
+
     @property
-    def costs(self) -> list[Cost] | None:
-        """The measured costs; None: not measured yet."""
-        found = self._read("costs.json")
-        return None if found is None else msgspec.convert(found, list[Cost])
+    def costs(self) -> list[Cost]:
+        """The costs that have been measured."""
+        return msgspec.convert(self._read("costs.json") or [], list[Cost])
 
     @property
     def samples_path(self) -> Path:
@@ -106,14 +143,12 @@ class Study:
 
     def seconds_left(self) -> float:
         """An estimate of what is left to run, from the measured costs."""
-        costs = self.costs
-        assert costs is not None, "costs are measured first"
         done = Counter(name for name, _ in self._done())
         left = [
             msgspec.structs.replace(cell, num_prompts=cell.num_prompts - done[cell.name])
             for cell in self.cells
         ]
-        return seconds_of(left, costs)
+        return seconds_of(left, self.costs)
 
     def _run_samples(self, llm: LLM, progress: Progress) -> None:
         done = self._done()
@@ -208,7 +243,7 @@ class Study:
     def _write_cells(self) -> None:
         """Writes a row for each cell, and both tables as CSV, which has no lists."""
         table = pyarrow.parquet.read_table(self.samples_path)
-        by_key = {cost.key: cost.microseconds for cost in self.costs or ()}
+        by_key = {cost.key: cost.microseconds for cost in self.costs}
         every = itertools.groupby(table.to_pylist(), key=lambda sample: sample["cell"])
         texts = self._texts()
         rows = [
@@ -242,8 +277,10 @@ def fingerprint(model: str) -> str:
     digest = hashlib.sha256()
     with model_directory(model) as directory:
         files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise InvalidRequest("model", model, "has no weights; give a checkpoint directory, or 'tiny'")
+        if not files or not (directory / "config.json").exists():
+            raise InvalidRequest(
+                "model", model, "has no weights or no config.json; give a checkpoint directory, or 'tiny'"
+            )
         digest.update((directory / "config.json").read_bytes())
         for path in files:
             with path.open("rb") as file:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from remask.cli.options import with_flags
-from remask.cli.progress import counting
+from remask.cli.progress import ProgressDisplay
 from remask.cli.run_batch import INTERRUPTED
 from remask.scheduler.errors import InvalidRequest
 
@@ -46,17 +47,22 @@ def run(
     from remask.benchmarks.study.run import Study
     from remask.llm import LLM
 
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="remask: %(message)s")
     torch.set_num_threads(1)  # as the workers on Ray have
     own = Study(grid, output)
     console = Console(stderr=True)
     console.print(f"{own.num_samples:,} samples in {len(own.cells):,} settings")
     try:
         with LLM(own.grid.model, **engine, **FIXED) as llm:
-            with counting("timing forwards") as bar:
-                own.time(llm, _moves(bar))
+            with ProgressDisplay("batches") as show:
+                own.time(llm, partial(show, "timing forwards"))
             console.print(f"about {own.seconds_left() / 60:.0f} minutes")
-            with counting("samples") as bar:
-                own.run(llm, _moves(bar))
+            with ProgressDisplay("samples") as show:
+                own.run(llm, partial(show, "decoding"))
+            with ProgressDisplay("cells") as show:
+                own.verify(llm, partial(show, "exact verifier"))
+        with ProgressDisplay("settings") as show:
+            own.decode_posterior(partial(show, "exact posterior"))
     except KeyboardInterrupt:
         typer.echo("remask: interrupted; finished samples are saved, the same command continues", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -71,7 +77,3 @@ def report(
     from remask.benchmarks.study.report import write_report
 
     typer.echo(f"report: {write_report(directory)}")
-
-
-def _moves(bar: Progress) -> Callable[[int, int], None]:
-    return lambda done, total: bar.update(bar.task_ids[0], completed=done, total=total)

@@ -24,6 +24,10 @@ def sample(arm: str, threshold: float, prompt: int, score: float, nfe: int, **fi
     }  # fmt: skip
 
 
+def compared(samples: list[dict[str, Any]], own: list[Cost]) -> list[dict[str, Any]]:
+    return analysis.comparisons(GRID, analysis.Curves(GRID, samples, own))
+
+
 def costs(plain: float = 1000.0, wino: float = 2000.0, *, draws: bool = False) -> list[Cost]:
     return [
         Cost("addition3", arm, None, draws, 0.5, microseconds, [microseconds], 1.0)
@@ -37,7 +41,7 @@ def test_an_arm_is_compared_at_its_threshold_and_at_equal_costs() -> None:
     samples += [sample("plain", 0.9, i, float(i < 3), 4) for i in range(4)]
     samples += [sample("wino", 0.5, i, 1.0, 3) for i in range(4)]
     samples += [sample("alone", 0.5, i, 1.0, 3) for i in range(4)]
-    rows = analysis.comparisons(GRID, samples, costs())
+    rows = compared(samples, costs())
     assert [row["arm"] for row in rows] == ["wino"] * 4, "an arm without a base is not compared"
     by_kind = {row["equal"]: row for row in rows}
     assert by_kind["threshold"]["difference"] == 0.5
@@ -45,7 +49,7 @@ def test_an_arm_is_compared_at_its_threshold_and_at_equal_costs() -> None:
     assert (by_kind["threshold"]["p"], by_kind["threshold"]["test"]) == (0.5, "McNemar")
     assert by_kind["nfe"]["base_value"] == 0.625, "halfway between two and three of four"
     assert by_kind["nfe"]["difference"] == by_kind["query_rows"]["difference"] == 0.375
-    assert by_kind["nfe"]["test"] == "bootstrap"
+    assert by_kind["nfe"]["test"] == "z"
     # 3 forwards at 2 ms are 6 ms, and plain never costs more than 4.
     assert (by_kind["milliseconds"]["base_value"], by_kind["milliseconds"]["beyond"]) == (0.75, True)
     assert by_kind["nfe"]["beyond"] is False
@@ -57,7 +61,7 @@ def test_samples_of_a_prompt_are_pooled_over_repetitions() -> None:
     samples = [sample("plain", 0.5, 0, s, 2, **drawn, text=t) for s, t in ((1.0, "a"), (0.0, "b"))]
     samples += [sample("wino", 0.5, 0, 1.0, 2, **drawn, text=t) for t in "aa"]
     samples += [sample("wino", 0.5, 0, 0.0, 2, **drawn, error="failed")]
-    rows = analysis.comparisons(GRID, samples, costs(draws=True))
+    rows = compared(samples, costs(draws=True))
     found = {row["measure"]: (row["value"], row["base_value"]) for row in rows}
     assert found == {
         "score": (1.0, 0.5), "unique_texts": (1.0, 2.0), "pass_at_2": (1.0, 1.0), "right_answers": (1.0, 1.0),
@@ -77,6 +81,14 @@ def test_a_curve_ends_at_its_ends() -> None:
 )
 def test_mcnemar_is_an_exact_test_of_a_fair_coin(gained: int, lost: int, expected: float) -> None:
     assert analysis.mcnemar(gained, lost) == pytest.approx(expected)
+
+
+def test_a_mean_is_tested_by_the_normal_distribution() -> None:
+    values = np.tile([1.0, -1.0], 50) + 0.196  # 1.96 standard errors of 0.1
+    assert analysis.z_test(values) == pytest.approx(0.05, abs=1e-4)
+    assert analysis.z_test(np.zeros(3)) == 1.0
+    assert analysis.z_test(np.ones(3)) == 0.0
+    assert analysis.z_test(np.tile([1.0, 0.9], 500)) < 1e-100, "no number of comparisons hides it"
 
 
 def test_holm_multiplies_the_smallest_by_most_and_never_falls() -> None:
@@ -99,7 +111,7 @@ def test_arms_are_paired_on_the_prompts_that_all_of_them_have_answered() -> None
     samples = [sample("plain", t, i, float(i < 3), nfe=2 + (i == 5)) for t in (0.5, 0.9) for i in range(6)]
     samples += [sample("wino", 0.5, i, float(i < 3), 2) for i in (0, 1, 3, 4)]
     samples.append(sample("plain", 0.9, 6, 1.0, 2, error="it failed"))
-    rows = analysis.comparisons(GRID, samples, costs())
+    rows = compared(samples, costs())
     assert {(row["num_prompts"], row["value"], row["base_value"], row["difference"]) for row in rows} == {
         (4, 0.5, 0.5, 0.0)
     }

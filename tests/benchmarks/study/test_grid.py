@@ -88,6 +88,8 @@ def test_of_equal_settings_the_most_prompts_and_samples_count(tmp_path: Path) ->
         ({"num_prompts": "0"}, "$.grid[0].num_prompts", ">= 1"),
         ({"colour": "[1]"}, "$.grid[0]", "colour"),
         ({"ranks": '["first"]'}, "$.grid[0].ranks", "first"),
+        ({"seeds": "[0, 3000000000]"}, "$.grid[0].seeds", "21474836"),
+        ({"thresholds": "[0.5, 0.50000001]"}, "grid", "differ in no digit shown"),
     ],
     ids=str,
 )

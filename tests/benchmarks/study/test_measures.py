@@ -41,6 +41,10 @@ def test_orders_are_by_step_and_then_from_left_to_right() -> None:
     assert measures.order_diversity([[0, 1, 2, 3], [3, 2, 1, 0]]) == 0.75
     assert measures.order_diversity([[0, 1], [0, 1], [0, 1]]) == 0
     assert measures.order_diversity([[0, 1]]) == 0
+    assert measures.order_diversity([[0, 1, 2], [1, 0]]) == 0.5, (
+        "the third position was filled by one of them"
+    )
+    assert measures.order_diversity([[0], [1]]) == 1
 
 
 def test_entropy_is_in_bits() -> None:
@@ -142,6 +146,7 @@ def test_failed_samples_are_counted_apart() -> None:
 def test_uniform_draws_have_the_mean_of_all_draws(num_draws: int, num_answers: int) -> None:
     every = [Counter(draw) for draw in itertools.product(range(num_answers), repeat=num_draws)]
     assert measures.uniform_answers(num_draws, num_answers) == pytest.approx(np.mean([len(c) for c in every]))
+    assert measures.uniform_entropy_bits(2000, 4) == pytest.approx(2, abs=0.01), "of many, too"
     entropies = [measures.entropy_bits(list(c.values())) for c in every]
     found = measures.uniform_entropy_bits(num_draws, num_answers)
     assert found == pytest.approx(np.mean(entropies), abs=1e-9)

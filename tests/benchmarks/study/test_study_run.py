@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
+import ray
 import torch
 
 from remask import LLM, InvalidRequest
+from remask.benchmarks import chaos
 from remask.benchmarks.study import run as study_run
 from remask.benchmarks.study.report import write_report
 from remask.benchmarks.study.run import Study
@@ -133,6 +137,27 @@ def test_equal_grids_give_equal_rows_in_any_bursts_and_after_interrupts(
     assert len(lines) == NUM_SAMPLES + 1
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_workers_of_which_one_is_killed_give_the_same_rows(whole: Study, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill(*_: int) -> None:
+        if not killed:
+            killed.append(chaos.worker_processes(ray.get_runtime_context().get_session_name())[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    own = study_of(tmp_path, name="ray")
+    options: dict[str, Any] = {"distributed_executor_backend": "ray", "data_parallel_size": 2, "burst": 1}
+    with LLM("tiny", dtype="float32", batch_invariant=True, max_num_rows=256, **options) as llm:
+        own.time(llm, silent)
+        own.run(llm, kill)
+    assert killed
+    assert samples_of(own) == samples_of(whole)
+    cells = [parquet.read_table(run.cells_path).drop_columns("milliseconds") for run in (whole, own)]
+    assert cells[0].to_pylist() == cells[1].to_pylist()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_while_a_part_is_written_repeats_nothing(
     whole: Study, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
@@ -159,6 +184,25 @@ def test_another_checkpoint_of_the_same_shape_is_another_model(tmp_path: Path) -
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_bytes(bytes(3 << 20) + last)
     assert study_run.fingerprint(str(tmp_path / "a")) != study_run.fingerprint(str(tmp_path / "b"))
+
+
+def test_interrupted_timings_go_on_where_they_were(llm: LLM, tmp_path: Path) -> None:
+    own = study_of(tmp_path, GRID.replace("timing_repetitions = 1", "timing_repetitions = 2"))
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        own.time(llm, interrupt)
+    before = {cost.key: cost.repetitions for cost in own.costs}
+    assert [len(repetitions) for repetitions in before.values()] == [1] * 5
+    started: list[int] = []
+    own.time(llm, lambda done, _: started.append(done))
+    assert started == list(range(5, 12))
+    for cost in own.costs:
+        assert cost.repetitions[:1] == before.get(cost.key, cost.repetitions[:1])
+        assert len(cost.repetitions) == 2
 
 
 def test_a_finished_run_runs_nothing(whole: Study, llm: LLM, copied: Path) -> None:
