@@ -2,10 +2,11 @@
 
     python -m remask.benchmarks.batch_file --output benchmarks/results/batch_file.json
 
-Two processes do the same requests, one thread each: `run_batch` on a file of OpenAI batch lines (everything
-counts: digest, checking, results on the disk), and one call of `LLM.generate` with all prompts. They take
-turns of a few seconds, the other one being stopped, so that whatever else the machine does meets both alike;
-only a process's own turns count. Memory is the resident set of the batch process, once a second of its turns.
+Two processes serve the same requests, one thread each: `run_batch` on a file of OpenAI batch lines (its time
+includes digest, checking and writing results to disk), and one call of `LLM.generate` with all prompts. The
+processes take turns of a few seconds, and the other one is stopped meanwhile, so that other load on the
+machine slows down both. Only a process's own turns are timed. Memory is the resident set of the batch
+process, sampled once a second during its turns.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def write_batch_file(path: Path, count: int) -> None:
 
 
 def contend(name: str, source: Path, output: Path) -> None:
-    """A contender's process: says when it is ready, waits to be started, and says when it is done."""
+    """Runs a contender in this process. Writes READY when it can be started, and DONE at the end."""
     torch.set_num_threads(1)
     with LLM("tiny", device="cpu") as llm:
         llm.generate("12.4=", {"max_tokens": 4}, use_tqdm=False)
@@ -91,7 +92,7 @@ class Contender:
         os.kill(self._process.pid, signal.SIGSTOP)
 
     def turn(self, seconds: float) -> bool:
-        """Lets it run; true when it is done."""
+        """Lets the process run for one turn. Returns whether it has finished."""
         os.kill(self._process.pid, signal.SIGCONT)
         started = time.monotonic()
         done = False

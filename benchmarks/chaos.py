@@ -1,11 +1,11 @@
-"""Workers that are killed and nodes that leave, while requests run: nothing may be lost, or change.
+"""Kills workers and removes nodes while requests run: no request may be lost and no result may change.
 
     python -m remask.benchmarks.chaos --output benchmarks/results/chaos.json
 
-A Ray cluster of three nodes on this machine, a worker on each. The same 300 requests, at temperature 1 with
-seeds of their own and `batch_invariant=True`, run again and again; every 15 seconds a worker is killed at
-random (SIGKILL), every third time a node goes instead and another comes. Every token, forward and confidence
-must be those of an undisturbed run in one process.
+The Ray cluster has three nodes on this machine with one worker each. The same 300 requests, at temperature 1
+with one seed per request and `batch_invariant=True`, run repeatedly. Every 15 seconds a random worker is
+killed (SIGKILL); every third time a node is removed instead and a new one is added. Every token, number of
+forwards and confidence must equal that of an undisturbed run in one process.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def results_of(outputs: list[RequestOutput]) -> list[tuple[Any, ...]]:
 def worker_processes(session: str) -> list[int]:
     """Process ids of the remask workers of a Ray session, as far as they run on this machine.
 
-    Other clusters on the machine may have such workers, too. The output of a worker goes to a file of its
-    session.
+    Other clusters on the machine may also have remask workers. A worker's session is known from the file that
+    its output goes to.
     """
     found = []
     for entry in filter(str.isdigit, os.listdir("/proc")):

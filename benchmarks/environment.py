@@ -23,8 +23,8 @@ PACKAGES = ("remask", "torch", "triton", "transformers", "ray", "numpy")
 def environment_stamp() -> dict[str, Any]:
     """CPU and its vector units, GPU, versions, threads and commit.
 
-    The commit is `REMASK_COMMIT` from the environment, which names that of a copy, else the checkout's, or
-    None.
+    The commit is the environment variable `REMASK_COMMIT` if set (for a copy of a checkout), else the
+    checkout's commit, else None.
     """
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -40,7 +40,7 @@ def environment_stamp() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """None: it is not installed."""
+    """A package's version; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -66,7 +66,7 @@ def _commit() -> str | None:
 
 
 def unfinished(done: int, asked: int, what: str) -> list[str]:
-    """The note of a report that was kept on the way; empty for a finished one."""
+    """The note of a report that was saved before the measurement finished; empty for a finished one."""
     return [] if done == asked else [f"Not finished: {done} of {asked} {what}."]
 
 
@@ -83,7 +83,7 @@ class Steadiness:
         self.rates.append(gemm_flops_per_second(self._device, SQUARE))
 
     def notes(self) -> list[str]:
-        """What a reader must know; empty where the machine was steady."""
+        """Notes for the report; empty if the machine was steady."""
         change = max(self.rates) / min(self.rates) - 1
         if change <= UNSTEADY:
             return []

@@ -2,9 +2,9 @@
 
     remask bench latency --batch-size 1 --output benchmarks/results/latency.json
 
-All requests of a batch come at once, and the latency is that of the last answer. Keys are those of vLLM's
-latency benchmark (`avg_latency`, `latencies`, `percentiles`, in seconds); the forwards it took stand beside
-them. A ratio is taken within an iteration.
+All requests of a batch arrive at once, and the latency of a batch is that of its last answer. Keys are those
+of vLLM's latency benchmark (`avg_latency`, `latencies`, `percentiles`, in seconds); the number of forwards is
+reported, too. A ratio is taken within an iteration.
 """
 
 from __future__ import annotations

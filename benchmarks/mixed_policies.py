@@ -3,9 +3,10 @@
     python -m remask.benchmarks.mixed_policies --output benchmarks/results/mixed_policies.json
 
 64 half-filled canvases in one batch, five or six under each of twelve (unmask, remask, temperature) triples,
-take a step. Then, for each triple, the same 64 take the step under that one, and these times are averaged
-with the weights that the triples have in the mix: both sides do the same work on the same rows, but the mix
-does it in one batch. Repetitions are interleaved; the ratio within one is what mixing costs.
+take a step. Then, for each triple, the same 64 canvases take the step under that triple alone. The mean of
+these times is weighted by the triples' shares in the mix, so that both sides do the same work on the same
+rows, but the mix does it in one batch. Repetitions are interleaved; the cost of mixing is the ratio within
+one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One sequence of a baseline: its tokens, its active block, and the published decision rules in plain numpy.
 
-Written from the papers' rules and apart from the engine's kernels, so that equal tokens mean something. The
-baselines differ only in how they get from canvases to probabilities.
+The rules are written from the papers and share no code with the engine's kernels, so that equal tokens are
+independent evidence. The baselines differ only in how they get from canvases to probabilities.
 """
 
 from __future__ import annotations

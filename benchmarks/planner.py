@@ -133,8 +133,8 @@ def step_seconds(machine: Machine, config: TransformerConfig, itemsize: int, bat
 def decode_seconds(
     machine: Machine, config: TransformerConfig, itemsize: int, batch: int, load: Load
 ) -> float:
-    """Time that an autoregressive engine of the same shape takes for a token of each request, its share of
-    reading the prompt included."""
+    """Seconds that an autoregressive engine of the same shape takes for one token of each request. The
+    prefill of the prompt is spread over the tokens of the canvas."""
     context = load.prompt_len + load.canvas_len / 2
     width = config.num_heads * config.head_dim
     flops = linear_flops(config, batch, batch) + 4 * batch * context * config.num_layers * width
@@ -178,7 +178,7 @@ def plan(machine: Machine, config: TransformerConfig, itemsize: int, load: Load)
 
 
 def measure_machine(model: TransformerDenoiser) -> Machine:
-    """The machine at hand: its rates for this model's own products, and what a small step takes beyond."""
+    """Measures this machine: its rates for the model's products, and the overhead of a small step."""
     device = model.device
     rate = max(gemm_rate(model.model, [(rows, rows // 8) for rows in MEASURED_ROWS]) for _ in range(2))
     bandwidth = timing.bytes_per_second(device, 1 << 28)

@@ -54,7 +54,7 @@ def serve(llm: LLM, jobs: Sequence[Job]) -> float:
 
 
 def _side(link: Connection) -> None:
-    """An engine in a process of its own: serves what it is sent and answers with the seconds."""
+    """Runs an engine in its own process: serves the jobs it receives and sends back the seconds."""
     torch.set_num_threads(1)
     with make_llm() as llm:
         link.send(None)
@@ -87,7 +87,7 @@ class SideBySide:
 
 
 def compare(num_workers: int, num_requests: int, repetitions: int, steadiness: Steadiness) -> dict[str, Any]:
-    """Seconds of workers on Ray and of as many independent engines, and how many times as fast Ray is."""
+    """Seconds of workers on Ray and of the same number of independent engines, and the speedup of Ray."""
     sides = SideBySide(num_workers)
     with make_llm(num_workers) as llm:
         jobs = workload("mixed", llm.tokenizer, llm.engine.intake.config, num_requests)

@@ -1,9 +1,9 @@
-"""One page from the JSON files of `remask bench`: tables and charts, for people who were not there.
+"""One HTML page from the JSON files of `remask bench`, with tables and charts.
 
     remask bench report benchmarks/results/compare.json benchmarks/results/latency.json --output report.html
 
-Charts are written beside the page as PNG files and are part of it, so that it can be sent alone. It needs
-matplotlib (`pip install 'remask[bench]'`).
+Charts are written beside the page as PNG files and are also embedded in it, so that the page can be sent
+alone. The report needs matplotlib (`pip install 'remask[bench]'`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 The scheduler is driven without a model: only its own calls are timed, with the garbage collector on. A *step*
 is one burst, cut and applied, of 64 canvases while the others wait, or of all live canvases. Canvases have 64
-slots behind prompts of 128 tokens. Live counts are gone through in turn, several times over, so that a slow
-moment of the machine falls on all of them.
+slots behind prompts of 128 tokens. The live counts are measured in turn, in several rounds, so that a slow
+moment of the machine affects all of them.
 """
 
 from __future__ import annotations

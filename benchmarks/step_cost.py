@@ -2,9 +2,10 @@
 
     python -m remask.benchmarks.step_cost
 
-Sixty-four puzzles of all kinds in one batch, one step on their way, under every policy of the tiny model's
-table. Of a step everything but the model itself (`Denoiser.statistics`) counts: packing, policies, updates.
-The cost of a burst, paid once, is reported apart: canvases to tensors, plans, and back. A step may take 5 ms.
+The batch has 64 puzzles of all kinds under every policy of the tiny model's table; each has taken one step.
+The cost of a step is everything but the model itself (`Denoiser.statistics`): packing, policies and updates.
+The cost of a burst, paid once a burst, is reported separately: canvases to tensors, plans, and tensors back
+to canvases. A step may take 5 ms.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def puzzles(directory: Path, model: Denoiser, count: int) -> list[Canvas]:
 
 @torch.inference_mode()
 def one_step(model: Denoiser, canvases: list[Canvas]) -> dict[str, float]:
-    """Milliseconds of a burst of one step: of the model, of the step beside it, and of the burst beside the
-    step."""
+    """Milliseconds of a burst of one step: of the model, of the step without the model, and of the burst
+    without the step."""
     timed = Timed(model)
     started = time.perf_counter()
     state = BurstState([c.spec for c in canvases], [c.state for c in canvases])

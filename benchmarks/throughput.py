@@ -60,7 +60,7 @@ class Decoder:
     rates: list[float] = field(default_factory=list)
 
     def repeat(self, jobs: Sequence[Job]) -> None:
-        """One repetition, and right behind it the matrix rate."""
+        """Runs one repetition and measures the matrix rate directly after it."""
         with Work() as work:
             started = time.perf_counter()
             self.written = self.run(jobs)
@@ -70,8 +70,8 @@ class Decoder:
         self.work = work
 
     def figures(self, jobs: Sequence[Job], stop_ids: Sequence[int], tokenizer: Any) -> dict[str, Any]:
-        """What was written in the last repetition and with how many forwards; of all repetitions the share of
-        the matrix rate that was used; and where answers can be judged, the share that is right."""
+        """Visible tokens and forwards of the last repetition, the used share of the matrix rate in all
+        repetitions, and the share of correct answers if all jobs have a puzzle."""
         visible = [_visible(decoded.token_ids, stop_ids) for decoded in self.written]
         num_visible, nfe = sum(map(len, visible)), sum(decoded.nfe for decoded in self.written)
         found: dict[str, Any] = {
@@ -130,7 +130,7 @@ def measure(
         InvalidRequest: an argument cannot be, or the model cannot be loaded or does not fit the workload.
     """
     check_arguments(num_requests, repetitions, dtypes)
-    environment = environment_stamp()  # of the code that runs, whatever happens to the files meanwhile
+    environment = environment_stamp()  # taken first: the files may change meanwhile
     directory, load_format = find_model(model)
     decoders: dict[str, Decoder] = {}
     jobs: list[Job] = []

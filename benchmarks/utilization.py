@@ -4,8 +4,8 @@ Counted from the run itself: a hook on the transformer sees every pack that is f
 pack's own description, 2 m n k for each linear layer (all rows in every layer but the last; in the last all
 rows for keys and values and the candidates for the rest; the candidates in the head) and, for each visible
 query and key, the two products of attention. Candidates are the masked slots of the active blocks and the
-shadow rows of committed slots. Norms, rotations, softmax, policies, packing and Python count as nothing: they
-are what utilization loses.
+shadow rows of committed slots. Norms, rotations, softmax, policies, packing and Python are not counted: their
+time lowers the utilization.
 
 Packs with static shapes, which GPUs use, are not counted: they have rows that no step reads, and
 graphs replay them out of the hook's sight. What their steps need is measured by `benchmarks/gpu`.
@@ -73,7 +73,7 @@ class Work:
         ]
 
     def figures(self, duration: float, rate: float) -> dict[str, float]:
-        """Rows of a forward, and the share of a matrix rate that the run turned into what its steps need in
+        """Rows of a forward, and the share of the matrix rate `rate` that the counted arithmetic needed in
         `duration` seconds; empty if nothing was counted."""
         if not self.packs:
             return {}
@@ -113,7 +113,7 @@ def visible_pairs(layout: VarlenLayout) -> int:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has nothing to do."""
+    """Waits until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

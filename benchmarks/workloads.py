@@ -43,8 +43,8 @@ class Job:
     """One request.
 
     Attributes:
-        text: of the prompt; None: it is made of ids.
-        puzzle: what judges the answer, where it can be judged.
+        text: of the prompt; None: the prompt was given as ids.
+        puzzle: judges the answer; None: the answer cannot be judged.
     """
 
     prompt: list[int]

@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is measured here (the knee) is neither read from the user's cache nor left there."""
+    """Keeps the knee that tests measure out of the user's cache, for reading and for writing."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -1,4 +1,4 @@
-"""The parts of the stage that checks whether what runs on the GPU is right."""
+"""The parts of the stage that checks the correctness of results on the GPU."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from remask.workers.models.denoiser import load_denoiser
 def start_gpu_tests(log: Path) -> subprocess.Popen[bytes]:
     """The tests marked `gpu` in a process of their own, which writes its output to a file."""
     in_parallel = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
-    without_ray = ["--ignore-glob=tests/workers/test_ray_*"]  # they import it
+    without_ray = ["--ignore-glob=tests/workers/test_ray_*"]  # these tests import Ray
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *in_parallel, *without_ray, "tests/workers"]
     with log.open("wb") as file:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
 
 
 def outcome_of(tests: subprocess.Popen[bytes] | None, report: Report) -> dict[str, Any]:
-    """What the tests say, when they are over."""
+    """Counts and failures of the tests. Waits until they have finished or the stage's time is over."""
     if tests is None:
         return {"outcome": "not run: no GPU"}
     try:

@@ -18,7 +18,7 @@ Part: TypeAlias = Callable[[], dict[str, Any]]
 
 
 class Sizes:
-    """What is measured: the whole, or the same small."""
+    """Sizes of everything that is measured: full size, or reduced for `--small`."""
 
     def __init__(self, small: bool) -> None:
         self.model = "tiny" if small else "llada-8b"

@@ -28,7 +28,7 @@ from remask.workers.startup.device import device_name
 from remask.workers.startup.knee import find_knee
 from remask.workers.worker import Worker
 
-GRID_RESERVE_SECONDS = 5  # of a stage's time, left when the last point of the grid begins
+GRID_RESERVE_SECONDS = 5  # no point of the grid begins with less of the stage's time left
 MAX_NUM_ROWS = 2048  # of the engines: the fewest with nearly the best rate
 # Kinds of requests whose steps differ beside the model: statistics, draws, filters, copies and shadow rows.
 KINDS: dict[str, dict[str, Any]] = {
@@ -357,10 +357,10 @@ def interleaved(
     *others: Callable[[], object],
     seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> list[list[float]]:
-    """How many times as long as ours each of the others takes, in turn with ours.
+    """For each of `others`, the ratio of its time to that of `ours` in every repetition; all run in turn.
 
-    One call of ours comes before, because kernels are compiled and graphs captured in it. A repetition for
-    which there is no time is left out, but not the first.
+    `ours` runs once before, without being timed, to compile kernels and capture graphs. The first repetition
+    always runs; a later one is skipped if too little time is left.
     """
     ratios: list[list[float]] = [[] for _ in others]
     ours()

@@ -1,4 +1,4 @@
-"""Times on a device: rates of the machine, and steps of the engine beside the least that they could take."""
+"""Times on a device: rates of the machine, steps of the engine, and lower bounds of a step's time."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def bytes_per_second(device: torch.device, num_bytes: int) -> float:
 def floor_seconds(
     model: TransformerDenoiser, num_rows: int, num_candidates: int, bandwidth: float
 ) -> dict[str, float]:
-    """The least that a step can take: its weights read once, and its matrix products alone."""
+    """Lower bounds of a step in seconds: reading its weights once, and computing only its matrix products."""
     weights = sum(parameter.nbytes for parameter in model.model.parameters())
     embedding = model.model.embedding.nbytes if model.model.head is not None else 0  # only looked up
     inputs = linear_inputs(model.model, num_rows, num_candidates)
@@ -99,8 +99,8 @@ def canvases(
 def step_seconds(
     worker: Worker, asked: Sequence[Canvas], device: torch.device, *, num_steps: int, num_bursts: int
 ) -> float:
-    """Seconds of a step in bursts that follow each other, one of them always on its way. The first do not
-    count: two in which kernels are compiled and graphs captured, and the one that the others follow."""
+    """Seconds of a step in bursts that follow each other, with the next burst always in flight. Three bursts
+    before them are not timed: two compile kernels and capture graphs, and the timed ones follow the third."""
     specs = [canvas.spec for canvas in asked]
 
     def first(burst_id: int) -> StepBatch:
@@ -133,12 +133,12 @@ def _collect(worker: Worker, launched: Launched | NotRun) -> None:
 
 
 def needed_flops(config: TransformerConfig, asked: Sequence[Canvas], steps: range) -> float:
-    """Arithmetic that a step of equal canvases needs, the mean of some of their steps.
+    """FLOPs that a step of equal canvases needs, as the mean over `steps`.
 
     Args:
         config: of the model.
-        asked: from `canvases`: each step fills one slot more of a block, and the next block when it is full.
-        steps: which, counted from 0.
+        asked: canvases from `canvases`, which fill one slot of the active block in each step.
+        steps: steps to average over, counted from 0.
     """
     block_len, num_rows = asked[0].spec.block_length, asked[0].state.sequence_len
     masked = statistics.mean(block_len - step % block_len for step in steps)

@@ -1,1 +1,1 @@
-"""Requests in time against the engine, autoregressive baselines and servers."""
+"""Load tests of the engine, autoregressive baselines and servers."""

@@ -59,16 +59,16 @@ class GenerateTarget(BatchingTarget):
 
 
 class VllmTarget(ThreadedTarget):
-    """vLLM's offline API, where it is installed: requests come and go between steps, as in its server.
+    """vLLM's offline API: requests join and leave between steps, as in its server.
 
-    Prompts are not looked up in those before (the same ones come in every repetition).
+    Prefix caching is off, because every repetition sends the same prompts.
 
     Args:
         directory, dtype: as for `GenerateTarget`.
-        memory_share: of a GPU's memory, or twice that of a CPU's, which others use too.
+        memory_share: share of a GPU's memory; on a CPU, whose memory other processes use, half of it.
 
     Raises:
-        Unavailable: it is not.
+        Unavailable: vLLM is not installed.
     """
 
     name = "vllm"
@@ -186,10 +186,10 @@ class ContinuousTarget(Target):
 
 
 def load_causal(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """An autoregressive checkpoint and its tokenizer, on a GPU where there is one.
+    """An autoregressive checkpoint and its tokenizer, on a GPU if there is one.
 
     Raises:
-        InvalidRequest: the directory holds none.
+        InvalidRequest: the directory is not a checkpoint or cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -212,12 +212,12 @@ def eos_ids(model: Any) -> list[int]:
 
 
 def _prompt(job: Job, tokenizer: Any) -> list[int]:
-    """Its text as this model's tokenizer has it, which need not be that of the engine's model."""
+    """A job's text as ids of this model's tokenizer, which may differ from the engine's tokenizer."""
     return job.prompt if job.text is None else tokenizer.encode(job.text)
 
 
 def _answer(ids: Sequence[int], ends: Sequence[int], tokenizer: Any) -> Answer:
-    """Of generated ids; each token took a forward, and so did the end."""
+    """The answer of generated ids. Each token took one forward, the end-of-text token included."""
     num_tokens = next((place for place, token in enumerate(ids) if token in ends), len(ids))
     text = tokenizer.decode(ids[:num_tokens], skip_special_tokens=True)
     return Answer(text, num_tokens, nfe=min(num_tokens + 1, len(ids)))

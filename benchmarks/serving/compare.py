@@ -161,7 +161,7 @@ class _Comparison:
             return await self._measure(systems, [rival.name for rival in rivals])
 
     def _look_at_the_model(self) -> None:
-        """Its matrix rate and attention; before the engine needs the memory."""
+        """Sets the model's matrix rate and attention backend, before the engine takes the memory."""
         denoiser = load_denoiser(self._directory, **self._loading)
         self._rate = max(gemm_rate(denoiser.model, RATE_PACKS) for _ in range(2))
         self._attention_backend = denoiser.attention.name
@@ -227,7 +227,7 @@ class _Comparison:
         }
 
     def _jobs(self, count: int, policy: dict[str, Any], seed: int = SEED) -> list[Job]:
-        """Requests under a policy, whose texts end where they end."""
+        """Requests under a policy. Their texts may end at an end-of-text token (`ignore_eos=False`)."""
         if self._options.workload == "tiny":
             return answers(self._tokenizer, count, policy, seed)
         changes = {"unmask": None, "remask": None, **policy, "ignore_eos": False}

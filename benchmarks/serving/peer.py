@@ -1,4 +1,4 @@
-"""Another engine as a target: a process of its own, in an environment of its own (`peers.protocol`)."""
+"""Another engine as a target. It runs in its own process and Python environment (`peers.protocol`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from remask.scheduler.policies import Schedule
 
 ADAPTERS = Path(__file__).parent / "peers"
 PEERS = ("dlmserve",)
-ERROR_CHARACTERS = 500  # of what a peer that ended has printed last
+ERROR_CHARACTERS = 500  # length of the shown end of a failed peer's stderr
 
 
 class PeerTarget(BatchingTarget):

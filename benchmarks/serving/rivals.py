@@ -46,8 +46,8 @@ def open_rival(
         max_requests: that it gets at once.
         baseline: its checkpoint; None: the embedded twin. A server has its own.
         served_model: what a server calls its model; None: its first.
-        dtype: of the weights, where they are loaded here.
-        memory_share: of a GPU's memory, for those that take it all.
+        dtype: of the weights, if they are loaded in this process.
+        memory_share: share of a GPU's memory, for rivals that allocate it in advance.
 
     Raises:
         InvalidRequest: the checkpoint is invalid.

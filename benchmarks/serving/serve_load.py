@@ -42,7 +42,7 @@ from remask.workers.models.loading import read_config
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What load is put on what.
+    """The load and its target.
 
     Attributes:
         target: "remask", one of `RIVALS`, or a server's URL.

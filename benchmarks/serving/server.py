@@ -131,7 +131,7 @@ def events(lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def _lines(lines: Iterable[bytes]) -> Iterator[str]:
-    r"""Lines that "\n", "\r\n" or "\r" end, of lines that "\n" ends."""
+    r"""Splits lines that end with "\n" further at "\r\n" and "\r"."""
     for number, line in enumerate(lines):
         text = line.decode("utf-8-sig" if number == 0 else "utf-8", errors="replace")
         yield from text.removesuffix("\n").removesuffix("\r").split("\r")

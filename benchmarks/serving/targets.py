@@ -1,6 +1,6 @@
-"""What a load is put on: the engine, and what everything else that answers requests has in common.
+"""Targets of a load: the engine, and the base classes of all other targets.
 
-A target is called from many at once and answers each; how it batches them is its own matter.
+Many coroutines call a target at once. Each target decides how it batches their requests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Answer:
 
 
 class Target(AbstractAsyncContextManager["Target", None]):
-    """Somebody who answers; leaving its context frees what it holds."""
+    """Answers requests. Leaving its context frees its resources."""
 
     name: str
 
@@ -69,7 +69,7 @@ class EngineTarget(Target):
 
 
 class ThreadedTarget(Target):
-    """A target with a thread of its own, which takes jobs from a queue; None ends it."""
+    """A target whose thread takes jobs from a queue. None in the queue ends the thread."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[tuple[Job, asyncio.Future[Answer]] | None] = queue.SimpleQueue()
@@ -91,10 +91,10 @@ class ThreadedTarget(Target):
 
 
 class BatchingTarget(ThreadedTarget):
-    """Serves all that wait, up to a number, as one batch to its end.
+    """Serves waiting requests in batches. A batch runs to its end before the next one starts.
 
     Attributes:
-        max_batch: that number.
+        max_batch: most requests of a batch.
     """
 
     max_batch: int

@@ -1,4 +1,4 @@
-"""What the tiny model and its twin are shown, in which order: stages of batches of one task and canvas size.
+"""The training data of the tiny model and its twin, in order: stages of batches of one task and canvas size.
 
 Stage 1 is the first edition's training. Stage 2 adds addition and free text and repeats sudoku, so that
 nothing is forgotten. Addition is a third of its batches: it stays on a plateau for some hundred of them.

@@ -1,4 +1,4 @@
-"""The baselines write what the engine and the published decoders write: they decode for real."""
+"""The baselines write the tokens of the engine and of the published decoders."""
 
 from __future__ import annotations
 

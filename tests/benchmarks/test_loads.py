@@ -1,4 +1,4 @@
-"""Loads: arrivals, loops, figures, files of conversations, and what is measured and reported of them."""
+"""Loads: arrivals, loops, figures, files of conversations, and reports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_arrivals_have_their_rate_and_their_burstiness() -> None:
 
 
 class Counting(Target):
-    """Answers after a moment, or never well; knows how many it had at once."""
+    """Answers after `seconds`, or fails if the prompt has one token. Counts the requests in flight."""
 
     name = "counting"
 

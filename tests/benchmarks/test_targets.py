@@ -1,4 +1,4 @@
-"""What loads are put on: the engine, the twin in its ways, servers, vLLM and peers."""
+"""Targets of a load: the engine, the ways to serve the twin, servers, vLLM and peers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_engine_tells_forwards_and_visible_tokens(engine: AsyncLLM, jobs: li
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """An OpenAI-compatible server that streams one answer in two parts; what it was asked."""
+    """The URL of an OpenAI-compatible server that streams one answer in two parts, and bodies it got."""
     asked: list[dict[str, Any]] = []
     everybody = threading.Barrier(40, timeout=20)
 
@@ -128,7 +128,7 @@ def test_a_server_is_asked_as_openai_says(server: tuple[str, list[dict[str, Any]
     assert {(body["model"], body["max_tokens"], body["stream"]) for body in asked} == {("twin", 8, True)}
 
 
-def test_a_server_gets_as_many_requests_at_once_as_it_shall(server: tuple[str, list[Any]]) -> None:
+def test_a_server_gets_all_requests_of_a_loop_at_once(server: tuple[str, list[Any]]) -> None:
     jobs = [Job([1], JOB.params, "all at once")] * 40
     found = figures(asyncio.run(closed_loop(ServerTarget(server[0]), jobs, 40)))
     assert (found["completed"], found["failed"]) == (40, 0)
@@ -177,7 +177,7 @@ def test_a_stream_that_fails_is_reported(stream: bytes, problem: str) -> None:
         read_answer(stream.splitlines(keepends=True), 0.0)
 
 
-def test_an_answer_ends_where_the_server_says_so(server: tuple[str, list[Any]]) -> None:
+def test_an_answer_ends_at_the_servers_done_event(server: tuple[str, list[Any]]) -> None:
     found = figures(
         asyncio.run(closed_loop(ServerTarget(server[0]), [Job([1], JOB.params, "stays open")], 1))
     )

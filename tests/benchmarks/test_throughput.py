@@ -68,7 +68,7 @@ def test_the_command_measures_the_embedded_model_on_puzzles(
     assert len(engine["gemm_gflop_per_second"]) == 2
 
 
-def test_a_difference_would_show(golden_model: TransformerDenoiser, golden_llm: LLM) -> None:
+def test_a_difference_lowers_equal_requests(golden_model: TransformerDenoiser, golden_llm: LLM) -> None:
     jobs = workloads.mixed(golden_llm.tokenizer, golden_model.config, 3)
     baseline, engine = (
         throughput.Decoder(throughput.plain_loop_decoder(golden_model)),
@@ -147,7 +147,7 @@ def test_latency_is_that_of_the_last_answer_of_a_batch(batch_size: int, baseline
 
 
 def test_what_is_not_counted_is_left_out(golden_model: TransformerDenoiser) -> None:
-    """Packs of fixed shapes have room for rows that nobody asks for."""
+    """Packs with static shapes contain padding rows whose results are not read."""
     fixed = TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
     canvases = timing.canvases(golden_model.config, 2, 8, 16)
     batch = StepBatch(

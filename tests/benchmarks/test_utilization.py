@@ -42,7 +42,7 @@ def test_every_step_is_counted_by_what_it_reads(golden_llm: LLM) -> None:
     assert verified.flops == 2 * sum(by_hand(*step) for step in steps)
 
 
-def test_company_changes_no_count(golden_llm: LLM) -> None:
+def test_other_requests_change_no_count(golden_llm: LLM) -> None:
     prompts = [[33, 11, 12, 14] * n for n in (1, 3, 7)]
     params = SamplingParams(max_tokens=20, unmask="threshold:0.7", ignore_eos=True, seed=0)
     together = count(golden_llm, params, prompts)

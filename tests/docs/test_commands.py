@@ -1,4 +1,4 @@
-"""Everything that the pages tell a reader to type runs, in the order of the page and in its folder."""
+"""Every command and example of a page runs, in the order of the page and in one folder for each page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Remask = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(autouse=True)
 def _short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No example here depends on the knee."""
+    """Shortens the measurement of the knee, on which no example depends."""
     monkeypatch.setattr("remask.workers.startup.knee.SECONDS", 0.1)
 
 
@@ -92,7 +92,7 @@ def split(words: list[str], by: str) -> list[list[str]]:
 
 
 def assert_printed(snippet: Snippet, printed: str) -> None:
-    """What a page shows as output is what was printed."""
+    """Asserts that a page's output block matches the printed text."""
     pattern = re.escape(snippet.code.strip()).replace(re.escape("..."), ".*")
     assert re.fullmatch(pattern, printed.strip(), re.DOTALL), (str(snippet), printed)
 
@@ -191,7 +191,7 @@ def parse_script(words: list[str]) -> None:
 @pytest.mark.parametrize(
     "snippet", [s for s in ALL if "no-run" in s.options and s.language == "bash"], ids=str
 )
-def test_what_does_not_run_here_parses(
+def test_commands_of_blocks_that_do_not_run_parse(
     snippet: Snippet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ MakeFile = Callable[[int], Path]
 
 @pytest.fixture
 def run(tiny_llm: LLM) -> Run:
-    """`run(source, output, **options)` on the embedded model, loaded once, and again in a forked process.
+    """`run(source, output, **options)` on the embedded model, loaded once; a forked process loads its own.
 
     Options of the engine only name the run.
     """

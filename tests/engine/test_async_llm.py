@@ -59,7 +59,7 @@ def test_the_event_loop_goes_on_while_the_engine_works() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "cancel"])
-def test_who_gives_up_aborts_the_request(how: str) -> None:
+def test_a_cancelled_coroutine_aborts_its_request(how: str) -> None:
     async def test(engine: AsyncLLM) -> None:
         long = {**ASK, "max_tokens": 256, "n": 64}
         generator = engine.generate(PROMPTS[0], long)
@@ -88,7 +88,7 @@ def test_a_bad_request_is_refused_and_harms_no_other() -> None:
     run(test)
 
 
-def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
+def test_a_blamed_request_raises_worker_died_and_a_failed_engine_raises_engine_dead(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def test(engine: AsyncLLM) -> None:
@@ -118,7 +118,7 @@ def test_a_blamed_request_raises_worker_died_and_a_failed_engine_says_so(
     run(test)
 
 
-def test_a_closed_engine_tells_who_waits_and_who_comes_later() -> None:
+def test_a_closed_engine_raises_for_waiting_and_for_later_requests() -> None:
     async def test(engine: AsyncLLM) -> None:
         waiting = asyncio.create_task(only(engine, PROMPTS[0], {**ASK, "max_tokens": 256, "n": 64}))
         await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""`batch_invariant=True`: a request's bits are its own, whatever it shares the engine with."""
+"""`batch_invariant=True`: no other request in the engine changes a bit of a request's results."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def asks(count: int, first: int = 0) -> list[Ask]:
 
 
 def result_of(output: CompletionOutput) -> tuple[Any, ...]:
-    """Everything that a sample tells; floats compare to the bit."""
+    """Every field of a sample; floats are compared bit by bit."""
     return (
         output.token_ids,
         output.nfe,
@@ -101,7 +101,7 @@ def alone(invariant: LLM) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("num_others", [2, pytest.param(7, marks=pytest.mark.slow), NUM_ASKS - 1])
-def test_company_changes_no_bit(invariant: LLM, alone: list[tuple[Any, ...]], num_others: int) -> None:
+def test_other_requests_change_no_bit(invariant: LLM, alone: list[tuple[Any, ...]], num_others: int) -> None:
     for first in range(0, NUM_ASKS - num_others, num_others + 1)[:4]:
         requests = asks(num_others + 1, first)
         assert generate(invariant, requests) == alone[first : first + num_others + 1]

@@ -1,7 +1,7 @@
-"""Good requests beside the worst that is legal and beside all that fails: none of them notices.
+"""Good requests share the engine with extreme and with failing ones, and their results do not change.
 
-The whole mix is 200 good requests, 50 of the worst legal ones, 50 that raise, exceed the memory or hold NaN,
-and 10 that kill their worker; it runs when asked for. A fifth of it runs in the slow tier.
+The whole mix is 200 good requests, 50 legal ones with extreme fields, 50 that raise, exceed the memory or
+hold NaN, and 10 that kill their worker; it runs in the long tier. A fifth of it runs in the slow tier.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ FAILING: tuple[tuple[dict[str, Any], str, int, str], ...] = (
 
 
 class Mix:
-    """A mix of requests; `places[kind]` are those of a kind in `asks`."""
+    """A mix of requests; `places[kind]` are the indices of that kind's requests in `asks`."""
 
     def __init__(self, share: int) -> None:
         self.asks: list[Ask] = []
@@ -99,7 +99,7 @@ class Mix:
             self.asks += made
 
     def shuffled(self, *kinds: str) -> list[int]:
-        """The places of all requests of these kinds, mixed."""
+        """The indices of all requests of these kinds, shuffled."""
         places = [place for kind in kinds for place in self.places[kind]]
         random.Random(1).shuffle(places)
         return places
@@ -145,7 +145,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(directory: Path, model: Path, mix: Mix, *engines: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each of some engines answers; their `runs` are names and places."""
+    """The results of each engine. An engine's `runs` are pairs of a name and indices of requests."""
     plan, output = directory / "plan.json", directory / "output.json"
     shared = {"model": str(model), "asks": mix.asks}
     plan.write_text(json.dumps([{**shared, **engine} for engine in engines]))
@@ -167,7 +167,7 @@ ON_RAY = {"distributed_executor_backend": "ray", "data_parallel_size": 2}
 
 @pytest.fixture(scope="module")
 def in_process(mix: Mix, poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
-    """The good requests alone and in the mix, by `batch_invariant`."""
+    """Results of the good requests alone and of the mix, in one process, by `batch_invariant`."""
     runs = [("alone", mix.shuffled("good")), ("mixed", mix.shuffled(*MIXED))]
     engines = [
         {"options": {**OPTIONS, "batch_invariant": invariant}, "runs": runs} for invariant in (False, True)
@@ -177,7 +177,7 @@ def in_process(mix: Mix, poisoned: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def on_ray(mix: Mix, poisoned: Path, directory: Path, *runs: tuple[str, ...]) -> list[dict[str, Any]]:
-    """What two workers make of requests of these kinds, `batch_invariant`."""
+    """Results of two workers on Ray with `batch_invariant=True`; each run has requests of some kinds."""
     options = {**OPTIONS, **ON_RAY, "batch_invariant": True}
     named = [(str(kinds), mix.shuffled(*kinds)) for kinds in runs]
     (found,) = run(directory, poisoned, mix, {"options": options, "runs": named})
@@ -185,7 +185,7 @@ def on_ray(mix: Mix, poisoned: Path, directory: Path, *runs: tuple[str, ...]) ->
 
 
 def differing(mix: Mix, found: dict[str, Output], expected: dict[str, Output], *, bits: bool) -> list[str]:
-    """The good requests that were answered in another way than expected."""
+    """The good requests whose results differ from the expected ones."""
     wrong = []
     for place in mix.places["good"]:
         ours, theirs = found[str(place)], expected[str(place)]
@@ -261,10 +261,10 @@ MAX_TIMES = 1.3
     [({}, "cpu_seconds"), pytest.param(ON_RAY, "seconds", marks=pytest.mark.ray)],
     ids=["in process", "on two workers"],
 )
-def test_what_fails_costs_the_others_no_time(
+def test_failing_requests_cost_the_others_no_time(
     poisoned: Path, tmp_path: Path, options: dict[str, Any], clock: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Beside the good requests alone, and beside the legal ones, too. The rounds take turns."""
+    """Failing requests run with the good ones, and with the good and legal ones. Rounds are interleaved."""
     mix, company = Mix(1), [("good",), ("good", "legal")]
     runs = [
         (str(kinds), mix.shuffled(*kinds))

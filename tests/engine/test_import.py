@@ -1,4 +1,4 @@
-"""`import remask` is cheap. What our own statements import is read in tests/test_floors.py."""
+"""`import remask` is cheap. tests/test_floors.py checks the import statements of our own modules."""
 
 from __future__ import annotations
 

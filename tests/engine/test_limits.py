@@ -1,4 +1,4 @@
-"""Ceilings of a call: what is above one is refused by name, before anything of the call runs."""
+"""Ceilings of a call: a value above one is refused by name, before any request of the call runs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Endless(Iterator[Any]):
         ("chat", ONE_CHAT[0], 513, "prompt 0: max_tokens: prompt of .* tokens and canvas exceed"),
     ],
 )
-def test_of_prompts_without_end_one_more_than_allowed_is_taken(
+def test_one_prompt_more_than_allowed_is_taken_from_an_endless_iterator(
     tight_llm: LLM, call: str, entry: object, num_taken: int, message: str
 ) -> None:
     endless = Endless(entry)

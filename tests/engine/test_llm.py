@@ -237,7 +237,7 @@ def test_an_output_tells_what_happened(tiny_llm: LLM) -> None:
 
 
 def test_samples_differ_and_can_be_repeated_by_their_seed(tiny_llm: LLM) -> None:
-    # So hot that no two of four samples are equal, whichever seed the request gets.
+    # The temperature is so high that no two of four samples are equal, for any seed.
     hot = {"max_tokens": 36, "temperature": 8.0, "rank": "top", "n": 4}
     (first,) = tiny_llm.generate(PUZZLE, SamplingParams(**hot))
     assert len({tuple(sample.token_ids) for sample in first.outputs}) == 4
@@ -263,7 +263,7 @@ def test_no_prompts_give_no_outputs(tiny_llm: LLM) -> None:
 
 
 def test_a_second_burst_in_the_queue_changes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bursts that go on with what the worker kept, from the scheduler to the text."""
+    """Bursts that continue canvases kept by the worker, tested from the scheduler to the text."""
     asked = [
         {"max_tokens": 40, "block_length": 8, "unmask": "schedule"},
         {"max_tokens": 24, "block_length": 8, "stop": "4", "unmask": "threshold:0.7", "seed": 3},

@@ -1,7 +1,7 @@
-"""What a request that is extreme in one field costs those beside it, measured.
+"""Measures the cost of a request with one extreme field to its neighbours, the other requests of the batch.
 
-Every field of `SamplingParams` is taken to its legal extreme in one request, which runs beside ordinary ones.
-They are compared with equal requests beside which ordinary ones of as many rows run in its place.
+For every field of `SamplingParams`, one request has the legal extreme of that field. The time of its
+neighbours is compared with their time if ordinary requests with as many rows run in place of the extreme one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUM_ROWS = 64  # of an ordinary request
 LARGEST, V, MASK = 512, 259, 0  # prompt and canvas; the vocabulary
 LONG_STOPS = [chr(ord("A") + i) * 256 for i in range(16)]
 
-# Field, its extreme, and what else the request must hold so that it is legal.
+# Field, its extreme value, and other fields that make the request legal.
 EXTREMES: list[tuple[str, Any, dict[str, Any]]] = [
     ("max_tokens", LARGEST - len(PROMPT), {}),
     ("block_length", 1, {}),
@@ -68,7 +68,7 @@ def llm() -> Iterator[LLM]:
 
 
 def neighbours_seconds(llm: LLM, ahead: list[tuple[list[int], dict[str, Any]]]) -> float:
-    """CPU seconds until the neighbours of some requests have ended, from when all have been taken in."""
+    """CPU seconds from the intake of all requests until the neighbours of the requests `ahead` have ended."""
     asked = [*ahead, *[(PROMPT, ORDINARY)] * NUM_NEIGHBOURS]
     requests = llm.engine.intake.requests([prompt for prompt, _ in asked], [params for _, params in asked])
     waiting = {request.request_id for request in requests[len(ahead) :]}
@@ -81,15 +81,15 @@ def neighbours_seconds(llm: LLM, ahead: list[tuple[list[int], dict[str, Any]]]) 
 
 
 def ordinary_ones(num_rows: int, priority: int) -> list[tuple[list[int], dict[str, Any]]]:
-    """Ordinary requests with a given number of rows together; one may have a longer prompt."""
+    """Ordinary requests with `num_rows` rows in total; one may have a longer prompt."""
     count, more = divmod(num_rows, NUM_ROWS)
     prompts = [PROMPT] * (count - 1) + [PROMPT + [20] * more]
     return [(prompt, {**ORDINARY, "priority": priority}) for prompt in prompts]
 
 
 def measured(llm: LLM, extreme: dict[str, Any], num_rounds: int) -> tuple[int, float, float, float]:
-    """Rows of a request, its neighbours' seconds with ordinary ones in its place, and times as long with it:
-    the median of the rounds, and least to least."""
+    """Rows of the extreme request, seconds of its neighbours with ordinary requests in its place, and the
+    ratio of their seconds with it to those: the median of the rounds, and minimum over minimum."""
     (request,) = llm.engine.intake.requests([PROMPT], extreme)
     num_rows = sum(canvas.num_rows for canvas in request.canvases)
     others = ordinary_ones(num_rows, extreme.get("priority", 0))
@@ -122,7 +122,7 @@ def test_an_extreme_field_costs_neighbours_no_more_than_ordinary_requests_of_as_
     slow = []
     for name, value, more in EXTREMES:
         extreme = {**ORDINARY, **more, name: value}
-        for num_rounds in (3, 7, 15):  # more rounds where it is close: the machine may be busy
+        for num_rounds in (3, 7, 15):  # more rounds if the ratio is too high: the machine may be busy
             num_rows, seconds, median, least = measured(llm, extreme, num_rounds)
             if min(median, least) <= 1.1:
                 break

@@ -1,4 +1,4 @@
-"""Workers on a real Ray cluster: the same texts, whatever is killed, and nothing left behind."""
+"""Workers on a real Ray cluster: kills change no text, and nothing is left on the cluster."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_workers_come_and_go_while_requests_run(cluster: None, workload: Any, ex
     ],
     ids=str,
 )
-def test_what_the_cluster_cannot_do_is_refused_by_name_and_leaves_nothing(
+def test_impossible_options_are_refused_by_name_and_leave_no_actor(
     cluster: None, options: dict[str, Any], named: str, fix: str
 ) -> None:
     defaults = {"model": "tiny", "device": "cpu", "max_num_rows": 512, "data_parallel_size": 2}
@@ -356,7 +356,7 @@ def test_weights_through_the_object_store_are_those_of_the_files_and_nothing_is_
 
 
 def settled(wanted: dict[str, Any]) -> dict[str, Any]:
-    """What the cluster holds, after some time for it to notice."""
+    """The cluster's footprint, once it equals `wanted` or after 30 seconds."""
     deadline = time.monotonic() + 30
     while (found := footprint()) != wanted and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -364,7 +364,7 @@ def settled(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def footprint() -> dict[str, Any]:
-    """What the cluster holds: resources, actors, placement groups, processes and memory of its store."""
+    """The cluster's free resources, actors, placement groups, worker processes and object store bytes."""
     groups = ray.util.placement_group_table()
     store = ray.cluster_resources()["object_store_memory"] - ray.available_resources().get(
         "object_store_memory", 0

@@ -1,4 +1,4 @@
-"""Engines in processes of their own, with clusters of their own: paths, and what nodes may do."""
+"""Engines in separate processes and clusters: model paths, full nodes, memory limits, and removed nodes."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def the_hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return facts_of(THE_HOSTS, tmp_path_factory.mktemp("hosts"))
 
 
-def test_an_engine_starts_ray_where_it_is_not_and_leaves_the_environment_alone(ours: dict[str, Any]) -> None:
+def test_an_engine_starts_ray_if_needed_and_leaves_the_environment_alone(ours: dict[str, Any]) -> None:
     assert ours["texts"] == ["0579", "0579"]
     assert ours["environment"], "the host's environment is its own"
 

@@ -1,4 +1,4 @@
-"""`remask.batch`: what a file may hold, what comes out, and what is refused before work starts."""
+"""`remask.batch`: the contents of a file, its results, and faults that are refused before a request runs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_results_are_openai_objects_with_forwards_and_seed(run: Run, tmp_path: P
 
 
 def test_a_batch_writes_what_generate_writes(run: Run, tmp_path: Path) -> None:
-    """With the same LLM seed also the samples: the place in the file is the place in the call."""
+    """With equal seeds of the LLM this includes samples: a line's number is its prompt's index."""
     prompts = [f"{i}.{j}." for i in "1234" for j in "1234"]
     source = write(tmp_path / "in.jsonl", *({"prompt": prompt} for prompt in prompts))
     defaults = {"max_tokens": 6, "temperature": 1.0}

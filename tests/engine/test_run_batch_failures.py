@@ -1,4 +1,4 @@
-"""Lines of a batch file that fail: what stands in the output, and that they are run again."""
+"""Lines of a batch file that fail: their results, and that `--resume` runs them again."""
 
 from __future__ import annotations
 

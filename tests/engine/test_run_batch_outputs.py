@@ -1,4 +1,4 @@
-"""Outputs that are already there: which `--resume` continues and which are refused; none is replaced."""
+"""Existing outputs: some are continued by `--resume`, the others are refused, and none is replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MakeFile = Callable[[int], Path]
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on, the engine cannot take a step."""
+    """A function that makes every later request to an engine fail."""
 
     def never(*_: object) -> None:
         raise AssertionError("work has started")

@@ -1,4 +1,4 @@
-"""Interrupted batch files: wherever a run ends, `--resume` completes it; nothing is lost or there twice."""
+"""Interrupted batch files: `--resume` completes a run after any interruption, with each result once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CRASHED = -signal.SIGKILL
 
 
 def results(path: Path) -> dict[str, Any]:
-    """By custom_id, each there once, without the time."""
+    """Results by custom_id without their time. Asserts that each is there once."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -166,7 +166,7 @@ def test_kills_at_random_moments(
 def test_a_resumed_run_writes_what_an_undisturbed_one_writes(
     run: Run, partial_of: Callable[[int], tuple[Path, Path, Path]]
 ) -> None:
-    """At temperature 1 without seeds, whichever results are there already and in whatever order."""
+    """Holds at temperature 1 without seeds, for any subset and order of existing results."""
     source, output, partial = partial_of(30)
     lines = partial.read_bytes().splitlines(keepends=True)
     expected = results(partial)

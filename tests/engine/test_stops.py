@@ -51,7 +51,7 @@ def test_a_text_ends_at_the_token_that_completes_a_stop_string(ids: list[int], s
 def test_tokens_that_complete_no_stop_string_need_not_be_looked_at_again(
     lead: int, ids: list[int], cuts: list[tuple[int, int]], back: int
 ) -> None:
-    """Behind a long text, too, which is not decoded again as a whole; a stop string may begin in its end."""
+    """After a long text, too, which is not decoded again as a whole; a stop string may begin in its end."""
     strings = [decode(ids)[place : place + length] for place, length in cuts]
     ids = [OTHER] * lead + ids
     whole = find_stop(ids, strings, decode)

@@ -65,7 +65,7 @@ def install(source: Path, target: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's package, with two more entry points: one of nothing, one of a name that is taken."""
+    """The page's package with two more entry points: one of a missing object, one of a taken name."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     text = PAGE.read_text()
     module = re.search(r"```python file=remask_coin\.py\n(.*?)```", text, re.S)
@@ -83,7 +83,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(target: Path, code: str, stdin: str = "") -> str:
-    """What a process prints that finds what is installed in `target`."""
+    """The output of a process that can import the packages in `target`."""
     paths = [str(target), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", code]
@@ -109,7 +109,7 @@ def test_the_pages_policy_decodes_beside_the_others(answers: dict[str, tuple[int
     assert max(samples["0.0"]["trace"]["step"]) == samples["0.0"]["nfe"] == 8, "one token a step"
 
 
-def test_its_parameters_are_checked_like_any(answers: dict[str, tuple[int, str, str]]) -> None:
+def test_a_packages_parameters_are_checked_like_any(answers: dict[str, tuple[int, str, str]]) -> None:
     status, _, err = answers["generate --unmask coin:p=2 x"]
     assert (status, "unmask.p" in err) == (2, True)
     assert "did you mean 'coin'?" in answers["generate --unmask coyn x"][2]
@@ -126,5 +126,5 @@ def test_a_policy_that_cannot_be_loaded_harms_no_other_and_says_why(
     assert status == 0, f"remask's own policy keeps its name: {err}"
 
 
-def test_it_travels_like_any(installed: Path) -> None:
+def test_a_packages_policy_survives_the_wire(installed: Path) -> None:
     python(installed, TRAVELS)

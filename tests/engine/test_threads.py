@@ -1,4 +1,4 @@
-"""One engine for callers in many threads: shared steps, order of seeds, ends, interrupts, forks."""
+"""One engine with callers in many threads: shared steps, order of seeds, shutdown, interrupts and forks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What third parties' policies must be: each fault is refused when it is loaded, with the fix."""
+"""Checks of third parties' policies: each fault is refused when the policy is loaded, with the fix."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def remask(fields: dict[str, tuple[Any, ...]] | None = None, **namespace: Any) -
 
 
 def fault(loaded: Load, policy: object) -> str:
-    """The message about the one policy that an entry point brings; the others are there."""
+    """The message about one faulty policy of an entry point. Asserts that all other policies are loaded."""
     found = loaded(new=policy)
     own = registry()
     assert (found.unmask.keys(), found.remask.keys()) == (own.unmask.keys(), own.remask.keys())

@@ -1,4 +1,4 @@
-"""Workers that die: who is suspected, who is cleared, and who is to blame."""
+"""Workers that die: which requests are suspected, cleared and blamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from remask.scheduler.scheduler import Scheduler
 
 
 class Mortals:
-    """Simulated workers that die of some requests, and at random; each is replaced at once."""
+    """Simulated workers that die while running some requests, or at random; each is replaced at once."""
 
     def __init__(self, scheduler: Scheduler, num_workers: int, poison: set[int]) -> None:
         self.scheduler, self.poison = scheduler, poison  # seeds of the canvases that kill
@@ -115,7 +115,7 @@ def test_workers_that_die_at_random_fail_no_request(seed: int, num_workers: int)
 
 
 def test_a_lone_request_is_not_blamed_while_nothing_else_lives() -> None:
-    """Then it may be the machine."""
+    """In that case the machine may be the cause."""
     scheduler, requests = scheduler_of(), Requests()
     request = requests.make(5, 5)
     scheduler.add(request)
@@ -233,7 +233,7 @@ def test_others_that_are_idle_get_their_share() -> None:
     assert first is not None
     assert second is not None
     assert (len(first.specs), len(second.specs)) == (5, 4)
-    # One of them goes on and leaves half of what it has to a third that has come.
+    # One of them continues and leaves half of its canvases to a third worker, which has joined.
     onward = scheduler.next_batch(0, num_idle=1)
     assert onward is not None
     assert len(onward.specs) == 3

@@ -70,7 +70,7 @@ class Cluster:
         self.finish_one(worker)
 
     def to_run(self, worker: int) -> list[StepBatch]:
-        """What a worker has, without what follows a burst that has failed."""
+        """Bursts in a worker's queue that it will run; those that follow a failed burst are skipped."""
         failed, will_run = {self.workers[worker].failed}, list[StepBatch]()
         for batch in self.queues[worker]:
             if batch.follows is not None and batch.follows in failed:
@@ -178,7 +178,7 @@ def test_workers_that_also_die_change_nothing_of_that(seed: int, num_workers: in
     num_deaths = 0
     for _ in range(20_000):
         worker = rng.choice(list(cluster.workers))
-        if num_deaths < 2 and rng.random() < 0.1:  # fewer than anybody is blamed for
+        if num_deaths < 2 and rng.random() < 0.1:  # fewer deaths than put blame on a request
             num_deaths += 1
             cluster.die(worker)
         else:

@@ -1,4 +1,4 @@
-"""Bursts that raise: which requests are found, and which end; and canvases that a fault ends."""
+"""Bursts that raise: the requests at fault are found and end; and canvases that end with a fault."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_canvas_that_another_worker_has_is_not_taken_back_with_what_was_skippe
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_many_requests_that_raise_cost_few_bursts_each(depth: int) -> None:
-    """They are found among those that join a burst, not among all that it has."""
+    """The scheduler searches among the requests that joined the burst, not among all of its requests."""
     rng = random.Random(0)
     scheduler, requests = (
         Scheduler(max_num_rows=2048, max_num_seqs=1024, burst=1, probe=PROBE),

@@ -192,7 +192,7 @@ def lens(batch: StepBatch) -> list[Any]:
     return [state if isinstance(state, int) else state.sequence_len for state in batch.states]
 
 
-def test_room_that_the_next_one_is_too_large_for_goes_to_smaller_ones_without_costing_it_its_turn() -> None:
+def test_smaller_canvases_fill_room_that_the_next_one_does_not_fit_and_do_not_delay_it() -> None:
     scheduler, requests, worker = scheduler_of(100, 8), Requests(), SimulatedWorker()
     for prompt_len, canvas_len in ((60, 2), (80, 10), (10, 20)):
         scheduler.add(requests.make(prompt_len, canvas_len))
@@ -241,7 +241,7 @@ def test_waiting_ages_so_that_urgent_arrivals_cannot_starve_anybody() -> None:
     pytest.fail("the patient request starved")
 
 
-def test_bursts_grow_while_all_is_quiet_and_shrink_when_somebody_comes_or_waits() -> None:
+def test_bursts_grow_without_arrivals_and_shrink_when_a_request_arrives_or_waits() -> None:
     scheduler, requests, worker = scheduler_of(50, 8, burst=None), Requests(), SimulatedWorker()
 
     def steps() -> int:
@@ -257,7 +257,7 @@ def test_bursts_grow_while_all_is_quiet_and_shrink_when_somebody_comes_or_waits(
     assert [steps() for _ in range(3)] == [1, 1, 1], "it does not fit and waits"
 
 
-def test_the_time_of_a_step_is_known_of_each_worker_and_counts_the_steps_that_were_taken() -> None:
+def test_the_step_time_is_kept_for_each_worker_and_counts_only_steps_taken() -> None:
     scheduler, requests = scheduler_of(1000, 1, burst=None), Requests()
     for _ in range(3):
         scheduler.add(requests.make(10, 300))

@@ -38,7 +38,7 @@ REMASKS = (
 
 
 @pytest.mark.parametrize("policy", [*UNMASKS, *DREAMS, *REMASKS], ids=str)
-def test_padding_of_longer_blocks_beside_changes_no_bit(policy: Any) -> None:
+def test_padding_to_longer_blocks_changes_no_bit(policy: Any) -> None:
     view = random_view(11, 50, 13)
     wider = BlockView(
         *(

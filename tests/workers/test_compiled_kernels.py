@@ -1,9 +1,9 @@
 """Every Triton kernel compiles for the GPUs we know, in all variants that occur, with few spilled registers.
 
 No GPU is needed: the kernels' own wrappers are called on tensors that are never read, and each launch only
-compiles. So types, specializations and shared memory are those of a run. No number of rows makes a variant of
-its own: a worker compiles all of them when it starts. The file is also a script that prints the table, also
-in an environment with another Triton:
+compiles. Types, specializations and shared memory are therefore those of a run. The number of rows does not
+change the variant, so a worker compiles all variants when it starts. The file is also a script that prints
+the table. It works in an environment with another Triton, too:
 
     python tests/workers/test_compiled_kernels.py
 """
@@ -70,8 +70,8 @@ def compile_all(capabilities: Sequence[int]) -> Iterator[Compiled]:
 
 
 def variants() -> Iterator[tuple[str, str]]:
-    """What each launch would compile, with several numbers of rows: the kernel and the launch's variant, and
-    Triton's key of all that it compiles for. Nothing is compiled."""
+    """For each launch, with several numbers of rows: the kernel and variant, and Triton's key of the compiled
+    specialization. Nothing is compiled."""
     import torch
     import triton
 

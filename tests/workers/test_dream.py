@@ -77,7 +77,7 @@ def test_its_tokens_are_those_of_the_published_loop(
 
 @torch.inference_mode()
 def test_confidence_is_that_of_the_softmax_drawn_from(golden_model: TransformerDenoiser) -> None:
-    """Told with each token, it is the share among the two most probable tokens at the temperature."""
+    """A token's reported confidence is its share among the two most probable tokens at the temperature."""
     own = canvas(unmask=Dream(1, "maskgit_plus"), temperature=2.0, top_k=2)
     batch = StepBatch(burst_id=0, num_steps=1, specs=[own.spec], states=[own.state])
     (state,) = Worker(golden_model).run(batch).states

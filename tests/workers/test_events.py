@@ -55,7 +55,7 @@ class Finished(NamedTuple):
 
 
 def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> Finished:
-    """Every burst from bytes that went over the wire, so that nothing is left on the worker."""
+    """Runs every burst from its encoded message on a new worker, so that no worker keeps state."""
     states: list[CanvasState | int] = [c.state for c in canvases]
     events, wire_lens = [b""] * len(canvases), []
     while True:
@@ -122,7 +122,7 @@ def test_a_result_carries_the_events_of_its_own_burst_only(golden_model: Transfo
     assert max(more) <= EVENT.itemsize + 8, "an event, its place and its length"
 
 
-def test_a_burst_that_goes_on_from_the_one_before_tells_its_own_events(
+def test_a_burst_that_follows_another_reports_only_its_own_events(
     golden_model: TransformerDenoiser,
 ) -> None:
     own, worker = canvas(unmask="schedule", trace=True), Worker(golden_model)
@@ -143,7 +143,7 @@ def test_a_burst_that_goes_on_from_the_one_before_tells_its_own_events(
     ],
     ids=str,
 )
-def test_a_remasking_tells_what_was_held_against_the_token(
+def test_a_remask_event_reports_the_probability_that_caused_it(
     golden_model: TransformerDenoiser, policy: dict, signal: float
 ) -> None:
     (records,) = finish(golden_model, [canvas(trace=True, **policy)], 8).events

@@ -142,7 +142,7 @@ def raises(error: Exception) -> Callable[[Any], Any]:
 
 
 def forgets(decision: Any) -> Any:
-    """Loses the last of its numbers, or all that was decided where there are none."""
+    """Drops the last field of a decision's memory, or the whole decision if it has no memory."""
     kept = [*getattr(decision, "memory", {}).items()][:-1]
     return decision._replace(memory=dict(kept)) if kept else None
 

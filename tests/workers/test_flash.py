@@ -1,7 +1,7 @@
-"""Flash-attention backends: which is chosen, and how their kernels are called.
+"""Flash-attention backends: the choice of a backend, and the calls of its kernel.
 
-Without a GPU a library's kernel is stood in for by a dense one with the same signature, which takes nothing
-but what kernels take. `test_fixed_rows` runs whole models on it.
+Without a GPU, a dense function with the same signature replaces a library's kernel. It takes only the
+arguments that kernels take. `test_fixed_rows` runs whole models on it.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
         ((7, 5), ("torch", "flash2"), torch.float16, 128, "sdpa"),
     ],
 )
-def test_auto_is_the_fastest_that_is_here_and_fits(
+def test_auto_is_the_fastest_installed_backend_that_fits(
     gpu: Any,
     capability: tuple[int, int],
     installed: tuple[str, ...],
@@ -203,7 +203,7 @@ def test_what_is_asked_for_is_used_or_refused_with_the_reason(
         pick_attention("torch", device=torch.device("cpu"), dtype=torch.bfloat16, head_dim=128)
 
 
-def test_without_triton_nothing_could_serve_the_rows_that_verify(
+def test_without_triton_auto_is_sdpa_because_no_kernel_serves_shadow_rows(
     gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu((9, 0), "torch")

@@ -1,7 +1,7 @@
-"""The faults that a GPU path is most likely to have, and that no CPU shows.
+"""The most likely faults of the GPU path, none of which shows on a CPU.
 
-Order on the stream between bursts, pinned memory that is used again too early, memory of captured steps,
-packs without rows, and offsets beyond 32 bits.
+These are the order on the stream between bursts, pinned memory that is reused too early, memory of captured
+steps, packs without rows, and offsets beyond 32 bits.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def ready(model: TransformerDenoiser, batch: StepBatch) -> Worker:
     return worker
 
 
-def test_bursts_that_are_launched_before_the_one_before_is_read_go_on_from_it(
+def test_a_burst_launched_before_the_previous_result_is_read_continues_from_it(
     model: TransformerDenoiser,
 ) -> None:
     """Also if canvases leave and join, so that they move in the device's memory."""

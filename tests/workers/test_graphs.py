@@ -1,7 +1,7 @@
-"""Captured steps: which bursts share one, and that it writes what the plain path writes.
+"""Captured steps: the bursts that share one, and equal results of captured steps and the plain path.
 
-A tape stands in for CUDA: it records every operation of a step and repeats them on the same tensors, so that
-what a graph must not hold (another burst's numbers, a look at the host) shows.
+A tape replaces CUDA: it records every operation of a step and repeats them on the same tensors. This shows
+faults of a captured step, such as holding another burst's numbers or reading from the device on the host.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_one_graph_serves_other_canvases_and_writes_what_the_plain_path_writes(
         canvases = [make(i + j, 14 - j, seed=i, **fields) for j, fields in enumerate(mix)]
         plain = Worker(golden_model).run(burst(canvases, 5))
         result = worker.run(burst(canvases, 5))
-        # Where a canvas pauses, the others go on in fixed shapes, and not on the plain path.
+        # If a canvas pauses, the others continue with static shapes, but not on the plain path.
         if not any(fields.get("stop") for fields in mix):
             same(result.states, plain.states)
         assert result.num_rows >= plain.num_rows
@@ -241,7 +241,7 @@ def test_an_error_in_a_later_step_is_its_bursts(
     assert worker.run(batch).failure is None
 
 
-def test_what_needs_more_than_numbers_in_fixed_places_takes_the_plain_path(
+def test_requests_that_graphs_do_not_support_take_the_plain_path(
     golden_model: TransformerDenoiser, model: TransformerDenoiser
 ) -> None:
     recorder = Recorder()
@@ -307,8 +307,8 @@ def test_blocks_of_other_widths_have_other_graphs(model: TransformerDenoiser) ->
     assert len(recorder.tapes) == 2
 
 
-def test_what_a_graph_holds_beside_shapes_sets_it_apart(model: TransformerDenoiser) -> None:
-    """Two policies with tensors of the same shapes, and needs that only the head sees."""
+def test_needs_and_policies_set_graphs_of_equal_shapes_apart(model: TransformerDenoiser) -> None:
+    """Two policies have tensors of equal shapes; the scores differ only in what the head computes."""
     recorder = Recorder()
     worker = Worker(model, StepGraphs(model.device, recorder))
     kinds = [
@@ -324,7 +324,7 @@ def test_what_a_graph_holds_beside_shapes_sets_it_apart(model: TransformerDenois
     assert len(recorder.tapes) == len(kinds)
 
 
-def test_buffers_that_were_not_used_for_longest_give_way_to_the_budget(model: TransformerDenoiser) -> None:
+def test_the_least_recently_used_buffers_are_freed_to_keep_the_budget(model: TransformerDenoiser) -> None:
     sizes = [[make(0, 12)], [make(0, 70)], [make(0, 140)]]
 
     def twice(worker: Worker, canvases: list[Canvas]) -> None:
@@ -347,7 +347,7 @@ def test_buffers_that_were_not_used_for_longest_give_way_to_the_budget(model: Tr
     assert recorder.tapes[2].num_replays == 1 + 2 + 2
 
 
-def test_bursts_whose_working_memory_is_above_the_budget_are_captured_no_more(
+def test_bursts_above_the_memory_budget_are_not_captured_again(
     model: TransformerDenoiser,
 ) -> None:
     recorder = Recorder(num_bytes=1 << 30)

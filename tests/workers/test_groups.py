@@ -19,7 +19,7 @@ from remask.workers.rows.padding import Padding
 def test_a_canvas_reads_the_parameters_of_its_block(
     steps: list[list[float]], blocks: list[int], padding: Padding
 ) -> None:
-    """Canvases that have ended stand behind their last block."""
+    """The block index of an ended canvas is one past its last block."""
     block_R = torch.tensor([min(block, len(own)) for block, own in zip(blocks, steps, strict=False)])
     params = [{"steps": own} for own in steps]
     (group,) = group_policies([Schedule()] * len(steps), params, padding)

@@ -73,8 +73,8 @@ def nearly_sure(doubts: list[float], vocab: int, mask_share: float) -> Tensor:
 
 
 def exact(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the softmax of logits whose largest is the first: log p1, log(p1 - p2) and sum p log p, fp64 with no
-    digits lost."""
+    """log p1, log(p1 - p2) and sum p log p of the softmax, in fp64 without cancellation. The first logit must
+    be the largest."""
     gaps = logits[:, 1:].double() - logits[:, :1].double()
     others = gaps.exp().sum(1)
     moment = torch.nansum(gaps.exp() * gaps, 1)

@@ -68,7 +68,7 @@ def dense(normed: Tensor, head: Tensor, asked: HeadQuery, mask_id: int = MASK) -
 def fused(
     normed: Tensor, head: Tensor, asked: HeadQuery, live: Tensor | None = None, mask_id: int = MASK
 ) -> Statistics:
-    """Of the live rows (of all where not given); the others hold what they held before."""
+    """Statistics of the live rows (all rows if `live` is None). Other rows keep the sentinel."""
     count = len(normed)
     live = torch.arange(count) if live is None else live
     is_live = torch.zeros(count, dtype=torch.bool).index_fill(0, live, True)
@@ -222,7 +222,7 @@ def test_with_one_token_beside_the_mask_the_margin_is_its_probability() -> None:
     assert torch.equal(found.log_margin, found.log_top)
 
 
-def test_a_rows_numbers_are_the_same_to_the_bit_in_any_company_and_place() -> None:
+def test_a_rows_bits_depend_neither_on_other_rows_nor_on_its_place() -> None:
     normed, head = rows(40, scale=0.3)
     asked = query(40, heat=mixed_heat(40))
     whole = fused(normed, head, asked)
@@ -237,7 +237,7 @@ def test_a_rows_numbers_are_the_same_to_the_bit_in_any_company_and_place() -> No
 
 
 def products_ignore_places() -> bool:
-    """Whether numpy, which multiplies tiles in the interpreter, does so here with no eye to a row's place."""
+    """Whether numpy, which multiplies tiles in the interpreter, gives a row equal products at any place."""
     rng = np.random.default_rng(0)
     tile, other, order = rng.normal(size=(32, 32)), rng.normal(size=(32, 64)), rng.permutation(32)
     tile, other = tile.astype(np.float32), other.astype(np.float32)

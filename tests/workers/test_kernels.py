@@ -61,8 +61,8 @@ def test_a_quantized_row_has_its_largest_number_at_the_end_of_the_scale() -> Non
     assert (values.dtype, scales.shape) == (torch.float8_e4m3fn, (6, 1))
     torch.testing.assert_close(scales, x.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448)
     assert values.float().abs().amax(1).tolist() == [448, 448, 448, 0, 448, 448]
-    # Three bits behind the leading one, or the smallest step. Triton's interpreter does not round but cut,
-    # and loses the carry where it should round up to a power of two.
+    # fp8 keeps three bits behind the leading one: the error is at most 1/8 of the number, or one step.
+    # Triton's interpreter truncates, and loses the carry if it should round up to a power of two.
     error = (values.float() * scales - x).abs()
     assert float((error <= (x.abs() / 8).maximum(scales / 512) * 1.001).float().mean()) > 0.95
     if HAS_GPU:

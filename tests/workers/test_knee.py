@@ -39,7 +39,7 @@ def test_a_point_is_flat_that_gains_nothing_over_the_best(rates: list[float], ex
 
 
 def simulated(monkeypatch: pytest.MonkeyPatch, times: Iterator[float] | None = None) -> list[int]:
-    """Replaces the clock: a forward takes as long as 700 rows at least; returns the rows asked for."""
+    """Replaces the clock: fewer than 700 rows take as long as 700. Returns the numbers of rows measured."""
     asked: list[int] = []
 
     def seconds(_: object, batch: Any) -> float:
@@ -64,7 +64,7 @@ def test_measuring_stops_where_nothing_is_gained(
     assert len(asked) == 3 * len(points)
 
 
-def test_on_a_gpu_packing_does_not_count_and_a_step_is_one_that_was_captured(
+def test_on_a_gpu_only_captured_steps_are_timed_and_packing_is_not(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A burst takes 5 ms of packing and 2 ms a step, or 50 ms a step until its shape was met twice."""

@@ -111,7 +111,7 @@ def test_the_last_two_points_decide(points: list[tuple[int, int]], expected: int
 
 
 @pytest.mark.parametrize("smallest", [64, 1024, 100_000])
-def test_rows_grow_up_to_where_peaks_are_straight_and_twice_at_least(smallest: int) -> None:
+def test_rows_grow_until_peaks_are_linear_with_at_least_two_sizes(smallest: int) -> None:
     points, too_many = measure(lambda num_rows: num_rows * 3, smallest)
     sizes = [num_rows for num_rows, _ in points]
     assert too_many is None
@@ -130,7 +130,7 @@ def test_measuring_ends_with_what_does_not_fit() -> None:
 
 
 class Recorder(Denoiser):
-    """Proposes the same token everywhere and is sure of nothing; keeps what it was asked."""
+    """Proposes the same token in every row with low confidence, and records its calls."""
 
     def __init__(self) -> None:
         self.config, self.mask_id, self.device = CONFIG, CONFIG.mask_id, torch.device("cpu")
@@ -145,7 +145,7 @@ class Recorder(Denoiser):
         return found
 
 
-def test_a_demanding_burst_is_one_of_which_every_row_is_read_for_everything() -> None:
+def test_a_demanding_burst_reads_every_statistic_of_every_row() -> None:
     model = Recorder()
     batch = demanding_burst(CONFIG, 4 * ROWS_64)
     assert len(batch.specs) == 4

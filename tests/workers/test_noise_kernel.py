@@ -32,7 +32,7 @@ def noise(keys: Tensor, num_ids: int) -> tuple[Tensor, Tensor]:
 
 
 def key_of(word: int) -> int:
-    """The key of the stream that begins with a word: the generator backwards."""
+    """The key of the stream whose first word is given, from the inverse of the generator."""
 
     def unshift(x: int, bits: int) -> int:
         found = x

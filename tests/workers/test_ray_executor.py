@@ -1,4 +1,4 @@
-"""The executor on Ray by itself, with two workers: what it reads, whom it starts and whom it gives up."""
+"""The executor on Ray without an engine: results that it reads, workers that it starts or gives up."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def process_of(executor: RayExecutor, worker: int) -> int:
     return ray.get(executor._pool.held[worker].actor.__ray_call__.remote(lambda _: os.getpid()))
 
 
-def test_no_worker_starves_and_a_look_at_ray_serves_many_results(
+def test_no_worker_starves_and_one_ray_wait_serves_many_results(
     pair: RayExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thirty-two workers whose next result is always there when the last one is taken."""
@@ -158,7 +158,7 @@ def test_a_worker_whose_answers_nobody_has_read_is_not_replaced(
     pair.submit(probe(pair, 1), before[0])
     pair._pool.look_soon()
     assert pair._pool.look(2, is_idle=True) is None  # heartbeats are in flight
-    time.sleep(1)  # the engine has other things to do
+    time.sleep(1)  # the engine is busy elsewhere
     assert isinstance(pair.next_event(), Finished)
     pair._pool.look_soon()
     assert pair.next_event(timeout=0) is None

@@ -1,4 +1,4 @@
-"""Positions that are all but certain are told apart: whole steps over constructed rows, in both heads."""
+"""Nearly certain positions are ranked correctly, in whole steps over constructed rows with both heads."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def model_of(doubts: list[float], *, fused: bool) -> TransformerDenoiser:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["eager", "fused"])
 def nearly_sure(request: pytest.FixtureRequest) -> tuple[TransformerDenoiser, list[int]]:
-    """A model, and the slots in the order of its doubts: 1e-3, three times as little each, 1e-14."""
+    """A model, and its slots in ascending order of doubt, from 1e-14 to 1e-3 in factors of three."""
     order = np.random.default_rng(0).permutation(CANVAS)
     doubts = np.empty(CANVAS)
     doubts[order] = np.geomspace(1e-14, 1e-3, CANVAS)
@@ -96,7 +96,7 @@ def held(state: CanvasState) -> set[int]:
     return set(np.flatnonzero(tokens != MASK).tolist())
 
 
-COMMITS = {  # how many of the surest a first step commits; None: of that there are other tests
+COMMITS = {  # number of the surest slots that a first step commits; None: other tests check the number
     "schedule:4": 6,
     "schedule:4,score=margin": 6,
     "schedule:4,score=entropy": 6,

@@ -187,7 +187,7 @@ def test_each_row_is_edited_by_the_lists_of_its_canvas(
     assert torch.equal(logits, expected)
 
 
-def test_tables_are_as_long_as_what_the_canvases_bring_together() -> None:
+def test_tables_are_as_long_as_the_lists_of_all_canvases() -> None:
     def num_bytes(samplings: list[Sampling]) -> int:
         return sum(tensor.nbytes for tensor in tensors_of(SamplingTables(samplings)))
 
@@ -269,7 +269,7 @@ def test_a_neighbour_with_more_removed_tokens_changes_no_bit(width: int) -> None
     assert torch.equal(alone.reals, beside.reals)
 
 
-def test_where_nothing_else_may_be_proposed_what_was_removed_may() -> None:
+def test_removed_tokens_may_be_proposed_if_no_other_token_may() -> None:
     sampling = Sampling(allowed_ids=id_bytes([1, 2, MASK]))
     logits = torch.stack([row_of(13)] * 2)
     found = answer(logits, [sampling], [0, 0], removed=[[1, -1], [1, 2]])

@@ -1,4 +1,4 @@
-"""Static packing computes what compact packing does, without a look at the device."""
+"""Static packing gives the results of compact packing, without reading from the device on the host."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ VERIFYING = ["wino", "wino:tile=self", "oracle_loo", "low_prob", "random", None]
 
 @torch.inference_mode()
 def answers(model: TransformerDenoiser, own: list[Canvas], states: list[CanvasState]) -> dict[Any, Tensor]:
-    """All statistics of each slot that is asked about, by whether its main row answers and by its number."""
+    """All statistics of the requested rows, by (whether it is a main row, slot)."""
     state = BurstState([c.spec for c in own], states)
     (plan,) = plan_packs(state, model, model.pack_rows)
     rows, query = pack(plan, step_inputs(state, model.mask_id, frozenset({"margin", "entropy"})), model)
@@ -169,7 +169,7 @@ def answers(model: TransformerDenoiser, own: list[Canvas], states: list[CanvasSt
     ],
 )
 @pytest.mark.parametrize("num_steps", [3, 10], ids=["a whole block", "a shorter one"])
-def test_every_row_that_is_asked_has_the_same_answer_in_static_shapes(
+def test_every_requested_row_has_the_same_statistics_in_static_shapes(
     golden_model: TransformerDenoiser,
     dense_attention: AttentionBackend,
     num_steps: int,
@@ -197,7 +197,7 @@ def test_every_row_that_is_asked_has_the_same_answer_in_static_shapes(
     assert found.keys() == expected.keys()
     assert any(not is_main for is_main, _ in expected)
     for key, numbers in expected.items():
-        # Of rows that verify only the probability of the token that they verify is read.
+        # Of rows that verify, only the probability of the given token is read.
         read = [i for i in range(len(numbers)) if i != LOG_MARGIN] if key[0] else [GIVEN]
         torch.testing.assert_close(found[key][read], numbers[read], rtol=1e-4, atol=1e-5)
         if key[0]:
@@ -243,8 +243,8 @@ def test_no_step_of_any_policy_reads_from_the_device(fixed_model: TransformerDen
     assert state.num_forwards.tolist() == [4] * len(POLICIES)
 
 
-def test_every_step_runs_where_nothing_is_but_shapes(golden_checkpoint: Path) -> None:
-    """On the meta device whatever is made on the host, or looked at by it, is an error."""
+def test_every_step_runs_on_the_meta_device(golden_checkpoint: Path) -> None:
+    """On the meta device, an operation that makes a tensor on the host or reads a value raises an error."""
     meta = torch.device("meta")
     with meta:
         model = Transformer(read_config(golden_checkpoint)[1])

@@ -134,7 +134,7 @@ def test_every_canvas_fills_up_within_its_forwards_and_never_with_the_mask(
 
 @slow_model
 @given(canvases=st.lists(requests, min_size=2, max_size=4), num_steps=st.integers(1, 5))
-def test_company_and_bursts_change_no_token(
+def test_other_canvases_and_burst_lengths_change_no_token(
     golden_model: TransformerDenoiser, canvases: list[Canvas], num_steps: int
 ) -> None:
     together = finish(golden_model, canvases, num_steps)

@@ -26,7 +26,7 @@ DTYPES = [d for d in (torch.float32, torch.bfloat16) if multiplies(d, torch.devi
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_in", "num_out"), SHAPES)
-def test_a_row_has_the_same_product_in_any_company(dtype: torch.dtype, num_in: int, num_out: int) -> None:
+def test_other_rows_do_not_change_the_product_of_a_row(dtype: torch.dtype, num_in: int, num_out: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(num_out, num_in, generator=generator).to(dtype)
     rows = torch.randn(5 * TILE_ROWS, num_in, generator=generator).to(dtype)
@@ -86,7 +86,7 @@ def test_the_gate_of_a_row_is_the_same_in_any_number_of_rows() -> None:
 
 
 @pytest.mark.parametrize("is_possible", [True, False])
-def test_without_such_products_each_canvas_is_a_forward(
+def test_without_products_in_tiles_each_canvas_takes_its_own_forward(
     golden_checkpoint: Path, is_possible: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_possible:

@@ -1,4 +1,4 @@
-"""A worker that goes on with the canvases of its last burst computes what it would from their bytes."""
+"""A worker that keeps the canvases of its last burst gives the results that it gives for their bytes."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ class Mute(RuntimeError):
     [(Mute(), "Mute: "), (OSError("half: \ud800"), "OSError: half: ?")],
     ids=["raises", "not UTF-8"],
 )
-def test_an_error_whose_text_is_of_no_use_is_reported_all_the_same(
+def test_an_error_without_usable_text_is_reported(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     def forward(*_: object) -> None:
@@ -240,7 +240,7 @@ def test_an_error_whose_text_is_of_no_use_is_reported_all_the_same(
     ],
     ids=repr,
 )
-def test_what_ends_the_process_or_loses_the_gpu_is_raised(
+def test_errors_that_end_the_process_or_lose_the_gpu_are_raised(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def forward(*_: object) -> None:

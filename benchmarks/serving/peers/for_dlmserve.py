@@ -1,7 +1,7 @@
 """dlmserve (https://pypi.org/project/dlmserve), versions 0.1: LLaDA in bf16, texts only.
 
-It commits equally many tokens a step, so that only schedules can be compared; other policies are asked for as
-one token a step.
+dlmserve commits a constant number of tokens a step, so that only schedules can be compared. A request with
+another policy is sent as a schedule of one token a step.
 """
 
 from typing import Any

@@ -1,8 +1,9 @@
 """The peer's side of the exchange: JSON lines on its standard input and output.
 
-It begins with `{"ready": NAME}` when the model is loaded, or `{"error": TEXT}`. Then each line of the input
-is a list of requests and is answered by `{"answers": [...]}` of as many, or by `{"error": TEXT}`; the end of
-the input ends it. What libraries print goes to standard error. An adapter must not be called as its package.
+The peer first writes `{"ready": NAME}` when the model is loaded, or `{"error": TEXT}`. Each line of the input
+is a list of requests. The peer answers a line with `{"answers": [...]}`, one answer for each request, or with
+`{"error": TEXT}`. The peer exits at the end of the input. Output of libraries goes to standard error. An
+adapter must not have the name of the package that it imports.
 
 A request has `prompt` (ids), `text` (None where the prompt is made of ids), `max_tokens` and `block_length`
 (tokens), `steps` (denoising steps, where the policy is a schedule, else None) and `seed`. An answer has

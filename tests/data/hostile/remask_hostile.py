@@ -36,7 +36,7 @@ class RaiseZero(UnmaskPolicy, frozen=True, tag="raise_zero"):
 
 
 class RaiseLate(UnmaskPolicy, frozen=True, tag="raise_late"):
-    """Raises when a block has had so many steps, so that it depends on the canvas which of a kind raises."""
+    """Raises after `after` steps of a block, so that only some canvases under this policy raise."""
 
     after: Annotated[int, Meta(ge=0, le=2**31)] = 2
 
@@ -68,7 +68,7 @@ class Shapeless(UnmaskPolicy, frozen=True, tag="shapeless"):
 
 
 class Forgetful(RemaskPolicy, frozen=True, tag="forgetful"):
-    """Loses one of its numbers, after it has written another."""
+    """Returns its memory without one of the fields, after writing the other."""
 
     memory: ClassVar[tuple[MemoryField, ...]] = (
         MemoryField("kept", True, 0.0),
@@ -81,7 +81,7 @@ class Forgetful(RemaskPolicy, frozen=True, tag="forgetful"):
 
 
 class Unready(UnmaskPolicy, frozen=True, tag="unready"):
-    """Raises while a worker unpacks the burst, for blocks that nobody has tried when it was loaded."""
+    """Raises while a worker unpacks the burst, for a block length that the check at load time skips."""
 
     def block_params(self, block_lens: Sequence[int]) -> dict[str, list[float]]:
         if block_lens[0] == 5:
@@ -106,7 +106,7 @@ class ExceedHostMemory(UnmaskPolicy, frozen=True, tag="exceed_host_memory"):
 
 
 class ExceedTables(UnmaskPolicy, frozen=True, tag="exceed_tables"):
-    """Exceeds the memory while a worker unpacks the burst, for blocks that nobody has tried before."""
+    """Exceeds the memory while a worker unpacks the burst, for a block length that the check skips."""
 
     def block_params(self, block_lens: Sequence[int]) -> dict[str, list[float]]:
         if block_lens[0] == 5:

@@ -1,7 +1,7 @@
-"""Runs mixes of requests, and tells what became of them: `python run_mixes.py PLAN OUTPUT`.
+"""Runs mixes of requests and writes their outputs: `python run_mixes.py PLAN OUTPUT`.
 
-It runs in a process of its own, which finds the policies beside this file, as do the workers on Ray that it
-starts.
+The script runs in a separate process. That process and the workers on Ray that it starts find the policies in
+this file's directory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def result_of(output: Any) -> dict[str, Any]:
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
-    """By the name of an engine's runs: the outputs of the last of that name, and the seconds of each, by the
-    clock and of this process."""
+    """Results by the name of a run: the outputs of the last run with that name, and for each of them the wall
+    seconds and this process's CPU seconds."""
     results: dict[str, Any] = {}
     with LLM(plan["model"], device="cpu", dtype="float32", **plan["options"]) as llm:
         for name, places in plan["runs"]:
