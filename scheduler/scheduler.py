@@ -235,10 +235,11 @@ class Scheduler:
         gains = (s.num_forwards - c.state.num_forwards for c, s in pairs if c.goes_on)
         taken = max(gains, default=0)
         if taken > 0:
-            # Rows that canvases share are forwarded once, and the next steps may share none.
             num_rows = sum(canvas.num_rows for canvas in burst.canvases)
-            forwarded = result.num_rows // taken or num_rows
-            self._paces[burst.worker] = Pace(result.seconds / taken, min(num_rows, forwarded))
+            forwarded = result.num_rows // taken
+            if 0 < 2 * forwarded < num_rows:  # canvases share most rows, and may not in the next steps
+                num_rows = forwarded
+            self._paces[burst.worker] = Pace(result.seconds / taken, num_rows)
 
     def take_convicted(self) -> list[Request]:
         """Accused requests that end because no other request is live; they have a `failure`."""

@@ -271,6 +271,18 @@ def test_the_step_time_is_kept_for_each_worker_and_counts_only_steps_taken() -> 
             scheduler.update(msgspec.structs.replace(result, seconds=step_seconds))
 
 
+@pytest.mark.parametrize(("num_rows", "expected"), [(310, 5), (200, 5), (10, 1)])
+def test_a_step_of_shared_rows_does_not_promise_that_the_next_ones_are_as_fast(
+    num_rows: int, expected: int
+) -> None:
+    scheduler, requests, worker = scheduler_of(1000, 1, burst=None), Requests(), SimulatedWorker()
+    for _ in range(2):
+        scheduler.add(requests.make(10, 300))
+    result = worker.run(next_of(scheduler))
+    scheduler.update(msgspec.structs.replace(result, seconds=0.01, num_rows=num_rows))
+    assert next_of(scheduler).num_steps == expected, "50 ms, if a step of 310 rows takes 10"
+
+
 def test_a_running_canvas_that_was_displaced_counts_as_waiting() -> None:
     scheduler, requests = scheduler_of(50, 8, burst=None), Requests()
     scheduler.add(requests.make(10, 30, priority=1))
