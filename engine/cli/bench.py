@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from remask.cli.options import with_flags
-from remask.cli.progress import counting
 from remask.scheduler.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def serve_load(
     options.check()
 
     def run(keep: Keep) -> dict[str, Any]:
-        with counting("requests", num_prompts) as bar:
+        with _progress(num_prompts) as bar:
             return measure(options, lambda: bar.advance(bar.task_ids[0]), keep)
 
     report = measured(run, as_table, output, json)
@@ -194,7 +195,7 @@ def compare(
     options.check()
 
     def run(keep: Keep) -> dict[str, Any]:
-        with counting("requests") as bar:
+        with _progress(None) as bar:
             task = bar.task_ids[0]
             return measure(
                 options,
@@ -271,3 +272,12 @@ def _print(report: dict[str, Any], table: Table, json: bool) -> None:
     Console().print(table)
     for note in (*map(": ".join, report.get("crossovers", {}).items()), *report.get("notes", ())):
         Console().print(note)
+
+
+@contextmanager
+def _progress(total: int | None) -> Iterator[Progress]:
+    """A line on stderr with one task."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        bar.add_task("requests", total=total)
+        yield bar

@@ -1,11 +1,14 @@
-"""Attention that reads nothing but a layout's device part, as kernels do, in torch operations."""
+"""Attention in torch operations that reads only the device part of a layout, as kernels do; calls of SDPA."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from remask.workers.attention import sdpa
 from remask.workers.attention.varlen import AttentionBackend, DeviceLayout, DeviceShadows, VarlenLayout
 
 
@@ -56,3 +59,17 @@ def _shadows_see(shadows: DeviceShadows, num_main: int) -> Tensor:
     sees_main = span(main, main_first, main_end) & (main != shadows.holes.unsqueeze(1))
     sees_block = span(own, block_first, block_end) & shadows.sees_block.unsqueeze(1) & shadows.is_key
     return torch.cat([sees_main, sees_block | (own == own.unsqueeze(1))], dim=1)
+
+
+@pytest.fixture
+def sdpa_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sequences each call of torch's SDPA had."""
+    calls: list[int] = []
+    attend = sdpa.scaled_dot_product_attention
+
+    def counted(q: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        calls.append(len(q))
+        return attend(q, *others, **options)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", counted)
+    return calls

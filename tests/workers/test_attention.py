@@ -66,3 +66,22 @@ def test_packed_attention_equals_dense_masked_attention(heads: int, kv_heads: in
     weights = scores.masked_fill(~visible(cu, total), -torch.inf).softmax(-1)
     dense = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(heads // kv_heads, 1).double())
     torch.testing.assert_close(got.double(), dense[queries], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batches", [True, False])
+def test_sequences_of_equal_length_share_calls_and_may_share_keys(
+    batches: bool, sdpa_calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    cu_queries, cu_keys, keys_of = (0, 2, 4, 6, 9, 9, 11), (0, 5, 10, 14), (0, 1, 1, 2, 0, 0)
+    q, k, v = torch.randn(12, 4, 8), torch.randn(14, 2, 8), torch.randn(14, 2, 8)
+    own = VarlenLayout(cu_queries, cu_keys, (), keys_of=keys_of)
+    got = SdpaAttention(batches=batches).attend(q, k, v, own)
+    assert sdpa_calls == ([2, 1, 1, 1, 1] if batches else [1] * 6)
+    for (first, end), keys in zip(itertools.pairwise(cu_queries), keys_of, strict=True):
+        seen = slice(*cu_keys[keys : keys + 2])
+        own_k, own_v = (x[seen].repeat_interleave(2, 1).double() for x in (k, v))
+        weights = (torch.einsum("qhd,khd->hqk", q[first:end].double(), own_k) / 8**0.5).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, own_v)
+        torch.testing.assert_close(got[first:end].double(), expected, rtol=1e-5, atol=1e-5)
+    assert not got[11:].any(), "the last row is padding"

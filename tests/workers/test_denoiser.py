@@ -13,6 +13,7 @@ from remask import SamplingParams
 from remask.scheduler.canvas import CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.models.cpu import padded_len
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.transformer import Transformer
@@ -89,3 +90,20 @@ def test_a_dtype_that_the_cpu_cannot_multiply_is_computed_in_float32_unless_aske
     assert asked.embedding.dtype == torch.bfloat16
     for ours, theirs in zip(automatic.parameters(), asked.parameters(), strict=True):
         assert torch.equal(ours, theirs.to(ours.dtype)), "the same numbers"
+
+
+@pytest.mark.parametrize(("dtype", "batches"), [("float32", True), ("bfloat16", False)])
+def test_tiles_keep_sequences_in_one_call_only_if_it_rounds_alike(
+    golden_checkpoint: Path,
+    dtype: str,
+    batches: bool,
+    sdpa_calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("remask.workers.models.denoiser.ignores_places", lambda weight: True)
+    model = load_denoiser(golden_checkpoint, dtype=dtype, device="cpu")
+    assert model.use_tiles()
+    q = torch.zeros(6, 4, 48, dtype=model.model.embedding.dtype)
+    layout = VarlenLayout((0, 3, 6), (0, 3, 6), ())
+    model.attention.attend(q, q, q, layout)
+    assert sdpa_calls == ([2] if batches else [1, 1])
