@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -99,33 +100,27 @@ def figures(counts: NDArray[np.int64]) -> dict[str, float]:
 
 def measure(llm: LLM, policy: str, block_len: int, temperature: float, count: int) -> dict[str, Any]:
     """What `count` samples of one policy write."""
-    params = [
-        SamplingParams(
-            max_tokens=CANVAS_LEN,
-            block_length=block_len,
-            temperature=temperature,
-            rank="top",
-            n=SAMPLES_A_REQUEST,
-            seed=seed,
-            **POLICIES[policy],
-        )
-        for seed in range(count // SAMPLES_A_REQUEST)
-    ]
-    outputs = llm.generate([[START]] * len(params), params, use_tqdm=False)
+    params = SamplingParams(
+        max_tokens=CANVAS_LEN, block_length=block_len, temperature=temperature, rank="top", **POLICIES[policy]
+    )
+    setting = {"policy": policy, "block_length": block_len, "temperature": temperature}
+    return {**setting, **sampled(llm, params, count)}
+
+
+def sampled(llm: LLM, params: SamplingParams, count: int) -> dict[str, float]:
+    """The figures of `count` samples, and their mean forwards."""
+    sizes = [min(SAMPLES_A_REQUEST, count - first) for first in range(0, count, SAMPLES_A_REQUEST)]
+    each = [msgspec.structs.replace(params, n=size, seed=seed) for seed, size in enumerate(sizes)]
+    outputs = llm.generate([[START]] * len(each), each, use_tqdm=False)
     samples = [sample for output in outputs for sample in output.outputs]
-    return {
-        "policy": policy,
-        "block_length": block_len,
-        "temperature": temperature,
-        **figures(counts_of([tuple(sample.token_ids) for sample in samples])),
-        "nfe": round(float(np.mean([sample.nfe for sample in samples])), 2),
-    }
+    written = figures(counts_of([tuple(sample.token_ids) for sample in samples]))
+    return {**written, "nfe": round(float(np.mean([sample.nfe for sample in samples])), 2)}
 
 
-def sampled_chain(count: int) -> dict[str, Any]:
+def sampled_chain(count: int) -> dict[str, float]:
     """The figures of as many samples of the chain itself."""
     drawn = np.random.default_rng(0).multinomial(count, chain_distribution())
-    return {"policy": CHAIN, **figures(drawn)}
+    return figures(drawn)
 
 
 def table_cells(policy: str, results: list[dict[str, Any]]) -> list[str]:
@@ -153,7 +148,7 @@ def main() -> None:
     if args.count < SAMPLES_A_REQUEST or args.count % SAMPLES_A_REQUEST:
         parser.error(f"--count must be a multiple of {SAMPLES_A_REQUEST}")
     torch.set_num_threads(1)
-    results = [sampled_chain(args.count)]
+    results: list[dict[str, Any]] = [{"policy": CHAIN, **sampled_chain(args.count)}]
     settings = [
         (policy, block_len, temperature)
         for policy, block_len, temperature in itertools.product(POLICIES, BLOCK_LENS, TEMPERATURES)

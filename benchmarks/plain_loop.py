@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from remask.benchmarks.plain_canvas import Decoded, PlainCanvas
+from remask.benchmarks.plain_canvas import Decoded, PlainCanvas, Reals
 from remask.scheduler.params import SamplingParams
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
@@ -25,16 +26,22 @@ def decode(model: TransformerDenoiser, prompt: list[int], params: SamplingParams
     """Fills one canvas."""
     canvas = PlainCanvas(prompt, params, model.mask_id)
     while not canvas.finished:
-        rows = mapped(rows_of(canvas), lambda tensor: tensor.to(model.device))
-        logits = model.model.logits(model.model(rows, SdpaAttention()))
-        ids = torch.from_numpy(canvas.ids)
-        given = ids.to(model.device)[rows.positions_T]  # of a shadow row, the token at its position
-        proposal, confidence, verified = (
-            part.cpu().numpy() for part in dense_statistics(logits, given, model.mask_id)
-        )
-        own, shadow = slice(canvas.start, canvas.end), slice(len(ids), None)
-        canvas.step(proposal[own], confidence[own], verified[shadow] if canvas.verifies else None)
+        proposal, confidence, given = forward(model, canvas)
+        own, shadow = slice(canvas.start, canvas.end), slice(len(canvas.ids), None)
+        canvas.step(proposal[own], confidence[own], given[shadow] if canvas.verifies else None)
     return canvas.decoded()
+
+
+def forward(model: TransformerDenoiser, canvas: PlainCanvas) -> tuple[NDArray[np.int64], Reals, Reals]:
+    """One forward of a canvas. Proposal, its probability, and the probability of the token that stands there,
+    for every row: those of the sequence, then the shadow rows, which stand for the slots of the block."""
+    rows = mapped(_rows(canvas), lambda tensor: tensor.to(model.device))
+    logits = model.model.logits(model.model(rows, SdpaAttention()))
+    given = torch.from_numpy(canvas.ids).to(model.device)[rows.positions_T]
+    proposal, confidence, given_prob = (
+        part.cpu().numpy() for part in dense_statistics(logits, given, model.mask_id)
+    )
+    return proposal, confidence, given_prob
 
 
 def dense_statistics(logits_TV: Tensor, given_T: Tensor, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +55,7 @@ def dense_statistics(logits_TV: Tensor, given_T: Tensor, mask_id: int) -> tuple[
     return proposal_T, confidence_T, given_prob_T
 
 
-def rows_of(canvas: PlainCanvas) -> PackedRows:
+def _rows(canvas: PlainCanvas) -> PackedRows:
     """The whole sequence, then the shadow block; every row is a candidate."""
     length, width = len(canvas.ids), canvas.end - canvas.start if canvas.verifies else 0
     block = np.arange(canvas.start, canvas.start + width)

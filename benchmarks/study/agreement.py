@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from remask.benchmarks.plain_canvas import PlainCanvas
-from remask.benchmarks.plain_loop import dense_statistics, rows_of
+from remask.benchmarks.plain_loop import forward
 from remask.benchmarks.study.grid import Cell
 from remask.scheduler.params import resolve
 from remask.scheduler.policies import CappedThreshold, Factor, OracleLoo, Schedule, Threshold, Wino
@@ -87,13 +87,8 @@ def _compared(model: TransformerDenoiser, cell: Cell, prompt: list[int]) -> Row:
     )
     canvas, count, distance = PlainCanvas(prompt, params, model.mask_id), Counter[tuple[bool, bool]](), 0.0
     while not canvas.finished:
-        rows = rows_of(canvas)
-        logits = model.model.logits(model.model(rows, SdpaAttention()))
-        ids = torch.from_numpy(canvas.ids)
-        proposal, confidence, given = (
-            part.numpy() for part in dense_statistics(logits, ids[rows.positions_T], model.mask_id)
-        )
-        shadow = given[len(ids) :]
+        proposal, confidence, given = forward(model, canvas)
+        shadow = given[len(canvas.ids) :]
         committed = (~canvas.masked).nonzero()[0]
         loo = leave_one_out(model, canvas.ids, canvas.start + committed)
         count.update(zip((shadow[committed] < exact.t2).tolist(), (loo < exact.t2).tolist(), strict=True))

@@ -175,7 +175,7 @@ def _points(
 
 
 def _measures(task: StudyTask, num_samples: int) -> Measures:
-    """What is compared on a task with so many samples of each prompt."""
+    """The measures of a task that are compared if each prompt has `num_samples` samples."""
     found: Measures = {"score": mean_score}
     if num_samples > 1:
         found["unique_texts"] = unique_texts

@@ -245,7 +245,9 @@ def cells(grid: Grid, path: Path | str = "grid") -> list[Cell]:
     names = Counter(cell.name for cell in every)
     for name, count in names.items():
         if count > 1:
-            raise InvalidRequest(f"{path}, grid", name, "names two settings that differ in no digit shown")
+            raise InvalidRequest(
+                f"{path}, grid", name, "names two settings; their values must differ in six digits"
+            )
     return sorted(every, key=lambda cell: (cell.task, cell.temperature, cell.name))
 
 
@@ -271,33 +273,40 @@ def _check_names(name: str, entries: Sequence[str], known: Sequence[str], place:
 
 
 def _cells_of(grid: Grid, section: Section, tasks: Mapping[str, StudyTask]) -> Iterator[Cell]:
-    for task, name, temperature, block_length in itertools.product(
-        section.tasks, section.arms, section.temperatures, section.block_lengths
+    for task in section.tasks:
+        canvas_len = tasks[task].canvas_len
+        for setting in arm_settings(grid, section, canvas_len):
+            fields = {**setting, "task": task, "num_prompts": section.num_prompts, "canvas_len": canvas_len}
+            is_hot = setting["temperature"] > 0
+            for rank in section.ranks if is_hot else ("proposal",):
+                n = section.n if is_hot else 1  # others differ by their seeds alone
+                first = Cell(**fields, rank=rank, seed=section.seeds[0], n=n)
+                try:
+                    draws = _draws(resolve(first.params(0)))
+                except InvalidRequest as error:
+                    raise error.at(f"arm {setting['arm']!r}") from None
+                for seed in section.seeds if draws else section.seeds[:1]:
+                    yield msgspec.structs.replace(first, seed=seed)
+
+
+def arm_settings(grid: Grid, asked: Section | Posterior, canvas_len: int) -> Iterator[dict[str, Any]]:
+    """The product of arms, temperatures and block lengths, with the thresholds of each arm filled in. A block
+    length is None if it is the whole canvas."""
+    for name, temperature, block_length in itertools.product(
+        asked.arms, asked.temperatures, asked.block_lengths
     ):
-        arm, canvas_len = grid.arms[name], tasks[task].canvas_len
+        arm = grid.arms[name]
         whole = block_length == WHOLE or int(block_length) >= canvas_len
-        for threshold in section.thresholds if arm.has_threshold else (None,):
+        for threshold in asked.thresholds if arm.has_threshold else (None,):
             own = arm.at(threshold)
-            fields: dict[str, Any] = {
-                "task": task,
+            yield {
                 "arm": name,
                 "unmask": own.unmask,
                 "remask": own.remask,
                 "threshold": threshold,
                 "block_length": None if whole else int(block_length),
                 "temperature": temperature,
-                "num_prompts": section.num_prompts,
-                "canvas_len": canvas_len,
             }
-            for rank in section.ranks if temperature > 0 else ("proposal",):
-                n = section.n if temperature > 0 else 1  # others differ by their seeds alone
-                first = Cell(**fields, rank=rank, seed=section.seeds[0], n=n)
-                try:
-                    draws = _draws(resolve(first.params(0)))
-                except InvalidRequest as error:
-                    raise error.at(f"arm {name!r}") from None
-                for seed in section.seeds if draws else section.seeds[:1]:
-                    yield msgspec.structs.replace(first, seed=seed)
 
 
 def _draws(params: ResolvedParams) -> bool:

@@ -15,14 +15,14 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from remask import InvalidRequest
-from remask.benchmarks.exactness import CHAIN
+from remask.benchmarks.exactness import CHAIN, sampled_chain
 from remask.benchmarks.page import STYLE, picture
 from remask.benchmarks.study.analysis import COSTS, LEVEL, Curves, comparisons
 from remask.benchmarks.study.claims import Finding, findings
 from remask.benchmarks.study.costs import Cost
+from remask.benchmarks.study.files import read_json, write_json, write_table
 from remask.benchmarks.study.frontiers import frontiers, winners
 from remask.benchmarks.study.grid import WHOLE, Grid
-from remask.benchmarks.study.posterior import of_the_chain
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -84,7 +84,9 @@ def write_report(directory: Path) -> Path:
     if not (directory / "cells.parquet").exists():
         problem = "holds no finished run; start or continue it with `remask study run GRID --output DIR`"
         raise InvalidRequest("directory", str(directory), problem)
-    about, costs = (_read(directory, name) for name in ("study.json", "costs.json"))
+    about, costs, agreement, posterior = (
+        read_json(directory / f"{name}.json") for name in ("study", "costs", "agreement", "posterior")
+    )
     grid, costs = msgspec.convert(about["grid"], Grid), msgspec.convert(costs, list[Cost])
     samples = (
         pyarrow.parquet.read_table(directory / "samples.parquet").drop_columns("commit_steps").to_pylist()
@@ -94,34 +96,24 @@ def write_report(directory: Path) -> Path:
     compared = comparisons(grid, curves)
     if compared:
         table = pyarrow.Table.from_pylist(compared)
-        pyarrow.parquet.write_table(table, directory / "comparisons.parquet")
+        write_table(table, directory / "comparisons.parquet")
         pyarrow.csv.write_csv(table, directory / "comparisons.csv")
-    posterior = _read(directory, "posterior.json") or []
     summary = {
         "environment": about["environment"],
         "num_samples": sum(cell["num_samples"] for cell in cells),
         "num_failed": sum(cell["num_failed"] for cell in cells),
         "num_cells": len(cells),
-        "claims": [
-            own._asdict() for own in findings(curves, samples, _read(directory, "agreement.json") or [])
-        ],
+        "claims": [own._asdict() for own in findings(curves, samples, agreement or [])],
         "frontiers": frontiers(cells),
         "winners": winners(compared),
-        "posterior": [{"arm": CHAIN, **of_the_chain(posterior[0]["num_samples"])}, *posterior]
+        "posterior": [{"arm": CHAIN, **sampled_chain(posterior[0]["num_samples"])}, *posterior]
         if posterior
         else [],
     }
-    (directory / "summary.json").write_bytes(
-        msgspec.json.format(msgspec.json.encode(summary), indent=1) + b"\n"
-    )
+    write_json(summary, directory / "summary.json")
     page = directory / "report.html"
     page.write_text("\n".join(_page(directory, about, summary, cells, compared)), encoding="utf-8")
     return page
-
-
-def _read(directory: Path, name: str) -> Any:
-    path = directory / name
-    return msgspec.json.decode(path.read_bytes()) if path.exists() else None
 
 
 def _page(
@@ -135,9 +127,9 @@ def _page(
         f"{html.escape(about['grid']['model'])}; {summary['num_failed']:,} samples have failed.</p>"
     )
     yield f"<p>{METHOD}</p>"
-    for title, name, columns in SUMMARIES:
+    for heading, name, columns in SUMMARIES:
         if summary[name]:
-            yield f"<h2>{title}</h2>{_table(summary[name], columns)}"
+            yield f"<h2>{heading}</h2>{_table(summary[name], columns)}"
     for (task, temperature, rank), group in groupby(sorted(cells, key=_setting), key=_setting):
         own = list(group)
         drawn = f", temperature {temperature:g}, rank by {rank}" if temperature > 0 else ", greedy"

@@ -26,6 +26,7 @@ from remask import LLM, InvalidRequest, RequestOutput
 from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.study import agreement, posterior
 from remask.benchmarks.study.costs import Cost, key_of, measure, seconds_of
+from remask.benchmarks.study.files import read_json, write_json, write_table
 from remask.benchmarks.study.grid import Cell, cells, read_grid, tasks_of
 from remask.benchmarks.study.measures import cell_row
 from remask.benchmarks.study.samples import SCHEMA, rows_of, setting_of
@@ -258,14 +259,10 @@ class Study:
         write_table(found, self.cells_path)
 
     def _read(self, name: str) -> Any:
-        path = self.directory / name
-        return msgspec.json.decode(path.read_bytes()) if path.exists() else None
+        return read_json(self.directory / name)
 
     def _write(self, name: str, content: Any) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        own = self.directory / f"{name}.tmp"
-        own.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
-        own.replace(self.directory / name)
+        write_json(content, self.directory / name)
 
 
 def fingerprint(model: str) -> str:
@@ -286,11 +283,3 @@ def fingerprint(model: str) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
-
-
-def write_table(table: pyarrow.Table, path: Path) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_suffix(".tmp")
-    pyarrow.parquet.write_table(table, own, compression="zstd")
-    own.replace(path)

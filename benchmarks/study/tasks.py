@@ -24,12 +24,15 @@ class StudyTask(ABC):
     """What the study asks of a task.
 
     Attributes:
-        is_puzzle: whether answers are right, with a score of 1, or not; otherwise a text has a score.
         is_chat: whether a prompt is the message of a user.
     """
 
-    is_puzzle: bool = True
     is_chat: bool = False
+
+    @property
+    def is_puzzle(self) -> bool:
+        """Whether an answer is right, with a score of 1, or not; if False, a text has a score."""
+        return True
 
     @property
     @abstractmethod
@@ -70,7 +73,7 @@ class TinyTask(StudyTask):
         return self.task.answer_len + ROOM
 
     @property
-    def is_puzzle(self) -> bool:  # type: ignore[override]
+    def is_puzzle(self) -> bool:
         return isinstance(self.task, Puzzle)
 
     def texts(self, seed: int, count: int) -> list[str]:
@@ -92,7 +95,7 @@ class TinyTask(StudyTask):
 
 @dataclass(frozen=True)
 class OpenSudoku(TinyTask):
-    """Sudoku with so many blank cells that at least `SEVERAL` grids are right.
+    """Sudoku whose puzzles have at least `SEVERAL` right grids.
 
     Attributes:
         blanks: empty cells.

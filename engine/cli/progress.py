@@ -6,13 +6,12 @@ The rate is that of the last minute, so that the time left follows what the mach
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +19,9 @@ WINDOW_SECONDS = 60.0
 LINE_SECONDS = 10.0
 
 
-@contextmanager
-def counting(name: str, total: int | None = None) -> Iterator[Progress]:
-    """A line on stderr with one task, which counts."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        bar.add_task(name, total=total)
-        yield bar
+def log_to_stderr() -> None:
+    """Shows the engine's log as lines of the command."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="remask: %(message)s")
 
 
 class ProgressDisplay:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from remask.cli.options import with_flags
+from remask.cli.progress import ProgressDisplay, log_to_stderr
 from remask.scheduler.errors import InvalidRequest
 
 FAILED = 3  # exit status if lines have failed
@@ -46,11 +45,10 @@ def run_batch(
     """
     if invalid_lines not in ("refuse", "record"):
         raise InvalidRequest("--invalid-lines", invalid_lines, "must be refuse or record")
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="remask: %(message)s")
+    log_to_stderr()
 
     from remask.batch.run import BatchOptions
     from remask.batch.run import run_batch as run
-    from remask.cli.progress import ProgressDisplay
     from remask.llm import LLM
     from remask.options import EngineOptions
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +11,7 @@ import typer
 from rich.console import Console
 
 from remask.cli.options import with_flags
-from remask.cli.progress import ProgressDisplay
+from remask.cli.progress import ProgressDisplay, log_to_stderr
 from remask.cli.run_batch import INTERRUPTED
 from remask.scheduler.errors import InvalidRequest
 
@@ -47,7 +45,7 @@ def run(
     from remask.benchmarks.study.run import Study
     from remask.llm import LLM
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="remask: %(message)s")
+    log_to_stderr()
     torch.set_num_threads(1)  # as the workers on Ray have
     own = Study(grid, output)
     console = Console(stderr=True)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from remask import (
     SamplingParams,
 )
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.burst.state import BurstState
 from remask.workers.keyed_random import stream_keys
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.rows.pack import StepInputs
+from remask.workers.rows.pack import PackedRows, StepInputs
 from remask.workers.worker import Worker
 
 PROMPT = [33, 11, 12, 14]
@@ -37,6 +45,15 @@ def step_inputs(state: BurstState, mask_id: int, needs: frozenset[str] = frozens
         needs=needs,
         removed=state.removed,
     )
+
+
+def logits_of(model: TransformerDenoiser, tokens: NDArray[Any]) -> Tensor:
+    """Logits of all rows of a prompt with its canvas, without packing."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    every, bounds = torch.arange(len(ids)), (0, len(ids))
+    layout = VarlenLayout(bounds, bounds, ())
+    rows = PackedRows(ids, every, layout, every, layout, every, len(ids))
+    return model.model.logits(model.model(rows, model.attention))
 
 
 def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int = 1000) -> list[CanvasState]:

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from step_cases import logits_of
 
 from remask import (
     CappedThreshold,
@@ -25,9 +26,7 @@ from remask import (
 from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import resolve
-from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.rows.pack import PackedRows
 from remask.workers.worker import Worker
 
 PROMPT = [33, 11, 12, 14]
@@ -73,15 +72,6 @@ def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -
 
 def one_step(model: TransformerDenoiser, own: Canvas, state: CanvasState) -> StepResult:
     return Worker(model).run(StepBatch(burst_id=0, num_steps=1, specs=[own.spec], states=[state]))
-
-
-def logits_of(model: TransformerDenoiser, state: CanvasState) -> torch.Tensor:
-    """Logits of all rows of a prompt with its canvas, without packing."""
-    ids = torch.from_numpy(state.token_array().astype(np.int64))
-    every, bounds = torch.arange(len(ids)), (0, len(ids))
-    layout = VarlenLayout(bounds, bounds, ())
-    rows = PackedRows(ids, every, layout, every, layout, every, len(ids))
-    return model.model.logits(model.model(rows, model.attention))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -161,7 +151,7 @@ def test_log_probabilities_are_those_of_the_untempered_softmax_at_the_commit(
     own = canvas(**policy)
     state = own.state
     while not state.finished:
-        expected = logits_of(golden_model, state).double().log_softmax(-1)[4:]
+        expected = logits_of(golden_model, state.token_array()).double().log_softmax(-1)[4:]
         (state,) = one_step(golden_model, own, state).states
         now = np.frombuffer(state.commit_steps, TOKEN) == state.num_forwards
         found, tokens = np.frombuffer(state.logprobs, REAL), state.token_array()[4:]
@@ -228,7 +218,7 @@ def test_a_trace_tells_which_commits_are_of_the_most_probable_token(
     own = canvas(unmask="schedule:6", temperature=temperature, trace=True)
     state, found = own.state, []
     while not state.finished:
-        logits = logits_of(golden_model, state)
+        logits = logits_of(golden_model, state.token_array())
         logits[:, golden_model.mask_id] = -torch.inf
         top = logits.argmax(-1)[4:]
         result = one_step(golden_model, own, state)

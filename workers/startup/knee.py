@@ -152,7 +152,8 @@ def _seconds(worker: Worker, batch: StepBatch) -> float:
 
 
 def _examples(config: TransformerConfig, num_rows: int, count: int) -> list[Canvas]:
-    """Canvases of so many rows, whose prompts differ: equal sequences are computed once."""
+    """`count` canvases of `num_rows` rows each. Their prompts differ, because equal sequences are computed
+    once."""
     canvas_len, mask_id = max(1, num_rows // 2), config.mask_id
     # One token a step, so that no canvas finishes before the burst.
     params = resolve(SamplingParams(max_tokens=canvas_len, unmask="schedule"))

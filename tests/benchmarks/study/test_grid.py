@@ -89,7 +89,7 @@ def test_of_equal_settings_the_most_prompts_and_samples_count(tmp_path: Path) ->
         ({"colour": "[1]"}, "$.grid[0]", "colour"),
         ({"ranks": '["first"]'}, "$.grid[0].ranks", "first"),
         ({"seeds": "[0, 3000000000]"}, "$.grid[0].seeds", "21474836"),
-        ({"thresholds": "[0.5, 0.50000001]"}, "grid", "differ in no digit shown"),
+        ({"thresholds": "[0.5, 0.50000001]"}, "grid", "must differ in six digits"),
     ],
     ids=str,
 )

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from step_cases import logits_of
 
 from remask import InvalidRequest
 from remask.benchmarks.study import agreement, posterior
 from remask.benchmarks.study.grid import Arm, Cell, Grid, Posterior, cells, tasks_of
-from remask.workers.attention.varlen import VarlenLayout
 from remask.workers.models.denoiser import TransformerDenoiser
-from remask.workers.rows.pack import PackedRows
 
 ARMS = {"plain": Arm("capped_threshold:{t}"), "exact": Arm("capped_threshold:{t}", "oracle_loo:0.9")}
 POSTERIOR = Posterior(
@@ -46,16 +45,8 @@ def test_leave_one_out_probabilities_are_those_of_copies_without_the_token(
         copy[position] = golden_model.mask_id
         exact = agreement.leave_one_out(golden_model, copy, np.array([position]))
         assert float(exact[0]) != pytest.approx(float(value)), "that of the mask itself is another number"
-        rows = torch.from_numpy(copy)
-        logits = logits_of(golden_model, rows)[position]
+        logits = logits_of(golden_model, copy)[position]
         assert float(value) == pytest.approx(float(logits.double().softmax(-1)[ids[position]]), rel=1e-4)
-
-
-def logits_of(model: TransformerDenoiser, ids: torch.Tensor) -> torch.Tensor:
-    every, bounds = torch.arange(len(ids)), (0, len(ids))
-    layout = VarlenLayout(bounds, bounds, ())
-    rows = PackedRows(ids, every, layout, every, layout, every, len(ids))
-    return model.model.logits(model.model(rows, model.attention))
 
 
 @pytest.mark.parametrize(("t2", "share"), [(1e-9, 0.0), (1.0, 1.0)])
