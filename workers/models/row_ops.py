@@ -46,7 +46,8 @@ def silu_mul_anywhere(gate_up_T2F: Tensor) -> Tensor:
     """`silu_mul`, whose bits do not depend on the number of rows: torch's SiLU computes the last elements of
     each thread's part by another formula."""
     gate, up = gate_up_T2F.chunk(2, dim=-1)
-    return (gate / gate.neg().exp_().add_(1)).mul_(up)
+    out = gate.neg().exp_().add_(1)
+    return torch.div(gate, out, out=out).mul_(up)
 
 
 def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
