@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from remask.engine import Engine, Progress
     from remask.llm import LLM
     from remask.options import EngineOptions
+    from remask.scoring import Score
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "RequestOutput",
     "RequestTooLarge",
     "SamplingParams",
+    "Score",
     "Trace",
     "Unavailable",
     "UnmaskPolicy",
@@ -67,6 +69,7 @@ _LATE = {
     "Engine": "remask.engine",
     "EngineOptions": "remask.options",
     "Progress": "remask.engine",
+    "Score": "remask.scoring",
 }
 
 

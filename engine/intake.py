@@ -48,6 +48,7 @@ class Intake:
 
     Attributes:
         config: shape and special ids of the model.
+        options: options of the engine.
         decode: converts visible ids to text; None without a tokenizer.
 
     Raises:
@@ -57,7 +58,7 @@ class Intake:
     def __init__(
         self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
     ) -> None:
-        self.config, self._tokenizer, self._options = config, tokenizer, options
+        self.config, self.options, self._tokenizer = config, options, tokenizer
         self._max_len = config.max_len if options.max_model_len is None else options.max_model_len
         if not 2 <= self._max_len <= config.max_len:
             problem = f"must lie between 2 and the model's {config.max_len}"
@@ -84,8 +85,8 @@ class Intake:
         Raises:
             InvalidRequest: names the index of the first invalid prompt and its parameter.
         """
-        every = self._as_list(prompts)
-        check_num_prompts(self._options, len(every))
+        every = self.listed("prompts", prompts)
+        check_num_prompts(self.options, len(every))
         params = _one_each("sampling_params", sampling_params, len(every))
         own_priorities = _one_each("priority", priorities, len(every))
         if priorities is not None and listed(priorities, 0) is None:
@@ -95,7 +96,7 @@ class Intake:
         for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
             try:
                 checked.append(self.check(prompt, own, priority))
-                num_tokens = check_params(self._options, checked[-1].params, num_tokens)
+                num_tokens = check_params(self.options, checked[-1].params, num_tokens)
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
         first = self.reserve(len(checked))
@@ -106,6 +107,13 @@ class Intake:
         with self._lock:
             first = self._num_requests
             self._num_requests += num_requests
+        return first
+
+    def reserve_canvases(self, num_canvases: int) -> int:
+        """The number of the first of some canvases that follow each other."""
+        with self._lock:
+            first = self._num_canvases
+            self._num_canvases += num_canvases
         return first
 
     def check(
@@ -121,10 +129,10 @@ class Intake:
         Raises:
             InvalidRequest: names the invalid parameter.
         """
-        text, ids = self._read_prompt(prompt)
+        text, ids = self.read_prompt(prompt)
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
-        check_params(self._options, resolved)
-        self._check_lengths(ids, resolved)
+        check_params(self.options, resolved)
+        self.check_lengths(ids, resolved.max_tokens)
         return CheckedPrompt(text, ids, self._with_own_ids(self._with_stops(resolved)))
 
     def request(
@@ -141,12 +149,10 @@ class Intake:
         text, ids, params = checked
         if ordinal is None:
             ordinal = self.reserve()
-        with self._lock:
-            canvas_ordinal = self._num_canvases
-            self._num_canvases += params.n
+        canvas_ordinal = self.reserve_canvases(params.n)
         seed = params.seed
         if seed is None:
-            seed = _derived_seed(self._options.seed, ordinal if place is None else place)
+            seed = _derived_seed(self.options.seed, ordinal if place is None else place)
         request_id = str(ordinal)
         end_ids = [] if params.ignore_eos else self._end_ids
         stop_token_ids = frozenset(params.stop_token_ids).difference(end_ids)
@@ -193,7 +199,7 @@ class Intake:
             InvalidRequest: no tokenizer, no chat template, or a message without role and content.
         """
         self._check_template()
-        ceiling = self._options.max_prompts_per_call
+        ceiling = self.options.max_prompts_per_call
         given = None if isinstance(messages, Mapping) else _entries(messages, Mapping, self._max_len, ceiling)
         if not given:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
@@ -217,16 +223,22 @@ class Intake:
         if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
             raise InvalidRequest("messages", None, "the model's tokenizer has no chat template; use generate")
 
-    def _as_list(self, prompts: Any) -> list[Any]:
-        """A list of prompts from one (text, a dict, or ids) or a list, column or iterator of them."""
+    def listed(self, name: str, prompts: Any) -> list[Any]:
+        """A list of prompts from one (text, a dict, or ids) or a list, column or iterator of them; `name` is
+        what errors call it."""
         if isinstance(prompts, str | Mapping):
             return [prompts]
-        every = _entries(prompts, Integral, self._max_len, self._options.max_prompts_per_call)
+        every = _entries(prompts, Integral, self._max_len, self.options.max_prompts_per_call)
         if every is None:
-            raise InvalidRequest("prompts", prompts, "give a prompt or a list of prompts")
+            raise InvalidRequest(name, prompts, f"give a {name.removesuffix('s')} or a list of {name}")
         return [every] if every and all(isinstance(entry, Integral) for entry in every) else every
 
-    def _read_prompt(self, prompt: object) -> tuple[str | None, list[int]]:
+    def read_prompt(self, prompt: object) -> tuple[str | None, list[int]]:
+        """Text and ids of a prompt in any of its forms.
+
+        Raises:
+            InvalidRequest: the prompt is invalid.
+        """
         text: object = None
         prompt = plain(prompt)
         if isinstance(prompt, Mapping):
@@ -239,37 +251,52 @@ class Intake:
         else:
             ids = prompt
         if ids is None:
-            if not isinstance(text, str):
-                raise InvalidRequest("prompt", text, "must be text or a list of token ids")
-            if self._encoder is None:
-                raise InvalidRequest("prompt", text, "the model has no tokenizer; give token ids")
-            ids = self._encoder.encode(text, add_special_tokens=True) if text else []
-        return text if isinstance(text, str) else None, self._check_ids(ids)
+            ids = self._encoded("prompt", text, add_special_tokens=True)
+        return text if isinstance(text, str) else None, self._check_ids("prompt", ids)
 
-    def _check_ids(self, ids: object) -> list[int]:
+    def read_continuation(self, continuation: object) -> list[int]:
+        """Ids of what stands behind a prompt: text, without special tokens of its own, or ids.
+
+        Raises:
+            InvalidRequest: the continuation is invalid or empty.
+        """
+        name, ids = "continuation", plain(continuation)
+        if isinstance(ids, str):
+            ids = self._encoded(name, ids, add_special_tokens=False)
+        return self._check_ids(name, ids)
+
+    def _encoded(self, name: str, text: object, *, add_special_tokens: bool) -> list[int]:
+        if not isinstance(text, str):
+            raise InvalidRequest(name, text, "must be text or a list of token ids")
+        if self._encoder is None:
+            raise InvalidRequest(name, text, "the model has no tokenizer; give token ids")
+        return self._encoder.encode(text, name=name, add_special_tokens=add_special_tokens) if text else []
+
+    def _check_ids(self, name: str, ids: object) -> list[int]:
         if not isinstance(ids, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
             has_parts = isinstance(ids, list) and any(isinstance(i, str | Mapping) for i in ids)
             kind = "canvas prompts with holes are not supported yet; give" if has_parts else "must be"
-            raise InvalidRequest("prompt", ids, f"{kind} text or a list of token ids")
+            raise InvalidRequest(name, ids, f"{kind} text or a list of token ids")
         if not ids:
-            raise InvalidRequest("prompt", ids, "is empty; give at least one token")
+            raise InvalidRequest(name, ids, "is empty; give at least one token")
+        name = f"{name}_token_ids" if name == "prompt" else name
         outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
         if outside:
-            raise InvalidRequest(
-                "prompt_token_ids", outside[0], f"is outside the vocabulary 0..{self.config.vocab_size - 1}"
-            )
+            problem = f"is outside the vocabulary 0..{self.config.vocab_size - 1}"
+            raise InvalidRequest(name, outside[0], problem)
         if self.config.mask_id in ids:
             problem = "is the mask id, which a canvas alone may hold; leave it out"
-            raise InvalidRequest("prompt_token_ids", self.config.mask_id, problem)
+            raise InvalidRequest(name, self.config.mask_id, problem)
         return ids
 
-    def _check_lengths(self, ids: list[int], params: ResolvedParams) -> None:
+    def check_lengths(self, ids: list[int], max_tokens: int, name: str = "max_tokens") -> None:
+        """Raises InvalidRequest, for the parameter `name`, if prompt and canvas are longer than the model."""
         room = self._max_len - len(ids)
-        if params.max_tokens > room:
-            fix = f"use max_tokens <= {room}" if room > 0 else "shorten the prompt"
+        if max_tokens > room:
+            fix = f"use {name} <= {room}" if room > 0 else "shorten the prompt"
             raise InvalidRequest(
-                "max_tokens",
-                params.max_tokens,
+                name,
+                max_tokens,
                 f"prompt of {len(ids)} tokens and canvas exceed the model's length {self._max_len}; {fix}",
             )
 

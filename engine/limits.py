@@ -51,6 +51,27 @@ def check_params(options: EngineOptions, params: ResolvedParams, num_tokens_befo
     return num_tokens
 
 
+def check_score_size(
+    options: EngineOptions, num_samples: int, num_tokens: int, num_tokens_before: int = 0
+) -> int:
+    """Checks a score as `check_params` a request; its samples are canvases of the continuation's tokens.
+
+    Raises:
+        InvalidRequest: naming the parameter and the ceiling.
+    """
+    if options.max_n is not None and num_samples > options.max_n:
+        fix = f"is above the engine's max_n; use at most {options.max_n}"
+        raise InvalidRequest("num_samples", num_samples, fix)
+    total, ceiling = num_tokens_before + num_samples * num_tokens, options.max_tokens_per_call
+    if ceiling is not None and total > ceiling:
+        problem = (
+            f"the call asks for {total} tokens or more, above the engine's max_tokens_per_call {ceiling}; "
+            "use fewer samples, shorter continuations, or fewer prompts a call"
+        )
+        raise InvalidRequest("num_samples", num_samples, problem)
+    return total
+
+
 class Admission:
     """Counts the requests that have not ended; from any thread.
 

@@ -17,7 +17,10 @@ from remask.intake import Message, Prompt
 from remask.options import EngineOptions, call_signature
 from remask.outputs import RequestOutput
 from remask.scheduler.params import SamplingParams
+from remask.scoring import Score, ScoreParams, check_scores
 from remask.thread import EngineThread
+
+MAX_LIVE_SAMPLES = 8192  # of scores: a canvas each, made when the engine has room
 
 
 class LLM:
@@ -110,6 +113,56 @@ class LLM:
         The content of a message is text, or a list of parts `{"type": "text", "text": ...}`.
         """
         return self.generate(self.engine.intake.chat_prompts(messages), sampling_params, use_tqdm=use_tqdm)
+
+    def score(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        continuations: str | list[int] | Iterable[str | list[int]],
+        *,
+        num_samples: int = 128,
+        seed: int = 0,
+        check_greedy: bool = False,
+        use_tqdm: bool = True,
+    ) -> list[Score]:
+        """Estimates the log-likelihood of a continuation behind each prompt.
+
+        A sample masks a random part of the continuation's tokens; see `remask.scoring`. A score depends on
+        its prompt, its continuation and the seed only; continuations of equal lengths share their masks.
+
+        Args:
+            prompts: Prompts as in `generate`, or one prompt for all continuations.
+            continuations: Text or token ids behind each prompt. Text is encoded by itself, without special
+                tokens.
+            num_samples: Samples of each continuation, at least 2. `LLM(max_n)` is the ceiling.
+            seed: Random seed of the masks.
+            check_greedy: Also decode greedily, one token a step, and report whether that writes the
+                continuation. It takes a forward for each token.
+            use_tqdm: Show progress on a terminal.
+
+        Returns:
+            One score for each continuation, in order.
+
+        Raises:
+            InvalidRequest: A parameter is invalid, or a continuation is empty; the error names it and the
+                prompt's index. Nothing of the call has run.
+            Overloaded: The engine's queue is full.
+            EngineDead: The engine was closed, possibly from another thread, or has failed.
+            Unavailable: No worker is running and none can be started.
+        """
+        self.engine.check_alive()
+        intake = self.engine.intake
+        params = ScoreParams.parse(num_samples=num_samples, seed=seed, check_greedy=check_greedy)
+        checked = check_scores(intake, prompts, continuations, params)
+        first = intake.reserve(len(checked))
+        requests = (own.request(intake, first + index) for index, own in enumerate(checked))
+        scores: dict[int, Score] = {}
+        with _progress_bar(use_tqdm) as bar:
+            task = bar.add_task("scoring", total=len(checked), rate="")
+            for output in self.engine.serve(requests, max_live=MAX_LIVE_SAMPLES):
+                index = int(output.request_id) - first
+                scores[index] = checked[index].score(output)
+                bar.update(task, advance=1)
+        return [scores[index] for index in range(len(checked))]
 
     def scale(self, num_workers: int) -> None:
         """Changes the number of workers on Ray; may be called from any thread, while requests run.

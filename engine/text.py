@@ -47,8 +47,9 @@ class PromptEncoder:
         self._mask_as_text = tokenizer.encode(self._mask, add_special_tokens=False, split_special_tokens=True)
         tokenizer.encode("", add_special_tokens=False)  # which takes the setting back
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of a prompt. The mask token's text is encoded as plain characters.
+    def encode(self, text: str, *, add_special_tokens: bool, name: str = "prompt") -> list[int]:
+        """Ids of a prompt, or of what errors call `name`. The mask token's text is encoded as plain
+        characters.
 
         Raises:
             InvalidRequest: the text is not valid Unicode, or the tokenizer has no other ids for the mask's
@@ -57,13 +58,13 @@ class PromptEncoder:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise InvalidRequest("prompt", text, "is not valid Unicode; give UTF-8 text") from None
+            raise InvalidRequest(name, text, "is not valid Unicode; give UTF-8 text") from None
         ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if self._mask_id not in ids:
             return ids
         if self._mask_id in self._mask_as_text:
             problem = f"holds the mask token {self._mask!r}, which a canvas alone may hold; leave it out"
-            raise InvalidRequest("prompt", text, problem)
+            raise InvalidRequest(name, text, problem)
         return [i for own in ids for i in (self._mask_as_text if own == self._mask_id else (own,))]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import queue
@@ -89,17 +88,25 @@ class EngineThread:
     def serve(
         self, requests: Iterable[Request], *, max_live: int | None = None
     ) -> Generator[RequestOutput, None, None]:
-        """Yields outputs in the order in which requests finish; at most `max_live` requests are live at once.
+        """Yields outputs in the order in which requests finish. No request is taken while `max_live` samples
+        or more have not ended.
 
         Closing the generator, or an error in it, aborts the requests that have not finished.
         """
         source = iter(requests)
         ended: queue.SimpleQueue[Progress | RemaskError] = queue.SimpleQueue()
-        live: set[str] = set()
+        live: dict[str, int] = {}  # samples of each request
+        num_live = 0
         try:
             while True:
-                more = list(itertools.islice(source, None if max_live is None else max_live - len(live)))
-                live.update(request.request_id for request in more)
+                more = []
+                while max_live is None or num_live < max_live:
+                    request = next(source, None)
+                    if request is None:
+                        break
+                    more.append(request)
+                    live[request.request_id] = len(request.canvases)
+                    num_live += len(request.canvases)
                 if not live:
                     return
                 if more:
@@ -108,7 +115,7 @@ class EngineThread:
                 if isinstance(progress, RemaskError):
                     self.check_alive()
                     raise progress
-                live.discard(progress.request_id)
+                num_live -= live.pop(progress.request_id)
                 assert progress.output is not None, "it has ended"
                 yield progress.output
         finally:

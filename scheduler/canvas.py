@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remask.scheduler.params import ResolvedParams, resolve
-from remask.scheduler.policies import MemoryField, RemaskPolicy, UnmaskPolicy, registry
+from remask.scheduler.policies import MemoryField, RemaskPolicy, Schedule, UnmaskPolicy, registry
 from remask.scheduler.sampling import TOKEN as TOKEN
 from remask.scheduler.sampling import Sampling, id_array, id_bytes
 
@@ -57,6 +57,7 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stop_ids: bytes  # int32, ascending: a finished block with one of them ends the canvas
     pause_at_blocks: bool  # a burst ends at the end of a block, so that the engine can look for stop strings
     trace: bool = False  # whether its events are recorded
+    targets: bytes = b""  # int32 [G]: the tokens to commit, whatever the model proposes; empty: the proposals
 
     @cached_property
     def canvas_len(self) -> int:
@@ -265,14 +266,56 @@ def new_canvas(
         pause_at_blocks=bool(params.stop),
         trace=params.trace,
     )
-    state = CanvasState(
-        tokens=np.array(prompt + [mask_id] * canvas_len, dtype=TOKEN).tobytes(),
-        confidences=np.zeros(canvas_len, dtype=REAL).tobytes(),
-        logprobs=np.zeros(canvas_len, dtype=REAL).tobytes(),
-        commit_steps=np.zeros(canvas_len, dtype=TOKEN).tobytes(),
+    tokens = np.array(prompt + [mask_id] * canvas_len, dtype=TOKEN)
+    return Canvas(request_id, ordinal, spec, _new_state(spec, tokens))
+
+
+def new_scored_canvas(
+    request_id: str,
+    ordinal: int,
+    tokens: NDArray[np.int32],
+    slots: NDArray[np.int32],
+    *,
+    seed: int,
+    sample: int,
+    mask_id: int,
+) -> Canvas:
+    """A canvas of one forward, whose `logprobs` are those of given tokens.
+
+    Args:
+        request_id: id of the request.
+        ordinal: number of the canvas.
+        tokens: the whole sequence [L].
+        slots: positions [G] of the tokens that are masked and whose log-probabilities are wanted.
+        seed, sample: see `CanvasSpec`; nothing is drawn.
+        mask_id: M.
+    """
+    spec = CanvasSpec(
+        slots=slots.astype(TOKEN).tobytes(),
+        block_length=len(slots),
+        unmask=Schedule(steps=1),
+        remask=None,
+        sampling=Sampling(),
+        seed=seed,
+        sample=sample,
+        stop_ids=b"",
+        pause_at_blocks=False,
+        targets=tokens[slots].astype(TOKEN).tobytes(),
+    )
+    masked = tokens.astype(TOKEN)
+    masked[slots] = mask_id
+    return Canvas(request_id, ordinal, spec, _new_state(spec, masked))
+
+
+def _new_state(spec: CanvasSpec, tokens: NDArray[np.int32]) -> CanvasState:
+    """The state of a canvas before its first step."""
+    return CanvasState(
+        tokens=tokens.tobytes(),
+        confidences=np.zeros(spec.canvas_len, dtype=REAL).tobytes(),
+        logprobs=np.zeros(spec.canvas_len, dtype=REAL).tobytes(),
+        commit_steps=np.zeros(spec.canvas_len, dtype=TOKEN).tobytes(),
         memory=initial_memory(spec),
     )
-    return Canvas(request_id, ordinal, spec, state)
 
 
 def new_probe(mask_id: int) -> Canvas:

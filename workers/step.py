@@ -138,7 +138,14 @@ def _update(
     logprob = torch.where(
         takes_top, main.top_logprob.view(slots.shape), main.proposal_logprob.view(slots.shape)
     )
-    confidence = prob(torch.where(takes_top, view.log_top, view.log_confidence)).float()
+    log_confidence = torch.where(takes_top, view.log_top, view.log_confidence)
+    if blocks.is_target is not None:
+        proposal = torch.where(blocks.is_target, blocks.given, proposal)
+        log_given = main.log_given.view(slots.shape)
+        logprob, log_confidence = (
+            torch.where(blocks.is_target, log_given, own) for own in (logprob, log_confidence)
+        )
+    confidence = prob(log_confidence).float()
     if len(state.events.canvases):
         top_token = main.top_token.view(slots.shape)
         _record(state, slots, blocks, view, outcome, proposal, confidence, top_token)

@@ -2,20 +2,31 @@
 
 A file may mix two kinds of lines. A line in OpenAI's batch format has `custom_id`, `method`, `url` and
 `body`. A plain line is the body: `prompt` (or `prompt_token_ids`) or `messages`, parameters, and an optional
-`custom_id`, which defaults to the unit and number of the line (`line-3`).
+`custom_id`, which defaults to the unit and number of the line (`line-3`). A plain line with a `continuation`
+asks for its likelihood.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from remask.batch.source import Content, decode
 from remask.intake import CheckedPrompt, Intake
-from remask.openai.bodies import CHAT_URL, COMPLETION_URL, Asked, read_body
+from remask.openai.bodies import (
+    CHAT_URL,
+    COMPLETION_URL,
+    SCORE_URL,
+    Asked,
+    AskedScore,
+    read_body,
+    read_score_body,
+)
 from remask.scheduler.errors import InvalidRequest
+from remask.scoring import CheckedScore, check_score
 
-KINDS: dict[str, Literal["chat", "completion"]] = {CHAT_URL: "chat", COMPLETION_URL: "completion"}
+Kind: TypeAlias = Literal["chat", "completion", "score"]
+KINDS: dict[str, Kind] = {CHAT_URL: "chat", COMPLETION_URL: "completion", SCORE_URL: "score"}
 ENVELOPE = ("custom_id", "method", "url", "body")
 
 
@@ -24,8 +35,8 @@ class Line(NamedTuple):
 
     number: int
     custom_id: str
-    kind: Literal["chat", "completion"]
-    checked: CheckedPrompt | None  # None: the line is invalid
+    kind: Kind
+    checked: CheckedPrompt | CheckedScore | None  # None: the line is invalid
     fault: InvalidRequest | None
 
 
@@ -55,6 +66,7 @@ class LineReader:
     def read(self, number: int, content: Content) -> Line:
         """Parses the line with this number. If it is invalid, `fault` says why."""
         custom_id, kind = f"{self._unit}-{number}", "completion"
+        asked: Asked | AskedScore
         try:
             fields = decode(content)
             enveloped = not fields.keys().isdisjoint(ENVELOPE[1:])
@@ -65,12 +77,15 @@ class LineReader:
             else:
                 body = {name: value for name, value in fields.items() if name != "custom_id"}
                 kind = self._plain_kind(body)
-            asked = read_body(kind, body, model_names=self._model_names, defaults=self._defaults)
+            if kind == "score":
+                asked = read_score_body(body, model_names=self._model_names)
+            else:
+                asked = read_body(kind, body, model_names=self._model_names, defaults=self._defaults)
             return Line(number, custom_id, kind, self._check(asked), None)
         except InvalidRequest as error:
             return Line(number, custom_id, kind, None, error)
 
-    def _plain_kind(self, body: dict[str, Any]) -> Literal["chat", "completion"]:
+    def _plain_kind(self, body: dict[str, Any]) -> Kind:
         """Kind of request of a plain line. Normalizes `prompt_token_ids` and `--chat`."""
         forms = ("prompt", "prompt_token_ids", "messages")
         given = [name for name in forms if body.get(name) is not None]
@@ -80,13 +95,20 @@ class LineReader:
         content = [body.pop(name, None) for name in forms][forms.index(given[0])]
         if given == ["prompt_token_ids"] and not isinstance(content, list):
             raise InvalidRequest("prompt_token_ids", content, "must be a list of token ids")
+        if body.get("continuation") is not None:
+            if given == ["messages"]:
+                raise InvalidRequest("continuation", body["continuation"], "needs a prompt, not messages")
+            body["prompt"] = content
+            return "score"
         if self._chat and isinstance(content, str):
             content, given = [{"role": "user", "content": content}], ["messages"]
         kind = "chat" if given == ["messages"] else "completion"
         body["messages" if kind == "chat" else "prompt"] = content
         return kind
 
-    def _check(self, asked: Asked) -> CheckedPrompt:
+    def _check(self, asked: Asked | AskedScore) -> CheckedPrompt | CheckedScore:
+        if isinstance(asked, AskedScore):
+            return check_score(self._intake, asked.prompt, asked.continuation, asked.params)
         prompt = self._intake.chat_prompt(asked.content) if asked.kind == "chat" else asked.content
         return self._intake.check(prompt, asked.params)
 
@@ -100,7 +122,7 @@ def _custom_id(fields: dict[str, Any], derived: str, *, required: bool) -> str:
     return custom_id
 
 
-def _kind_of(fields: dict[str, Any]) -> Literal["chat", "completion"]:
+def _kind_of(fields: dict[str, Any]) -> Kind:
     for name in fields:
         if name not in ENVELOPE:
             raise InvalidRequest(name, fields[name], f"unknown key; a line has {', '.join(ENVELOPE)}")

@@ -81,7 +81,8 @@ def read_ids(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_rows(records: Iterable[bytes], target: Path) -> None:
-    """Writes the lines of a journal as Parquet, a row for each sample (one row without text for an error)."""
+    """Writes the lines of a journal as Parquet: a row for each sample, and one without text for a score or an
+    error."""
     import pyarrow
     import pyarrow.parquet
 
@@ -100,6 +101,10 @@ def write_rows(records: Iterable[bytes], target: Path) -> None:
             "seed": pyarrow.int64(),
             "prompt_tokens": pyarrow.int32(),
             "completion_tokens": pyarrow.int32(),
+            "logprob": pyarrow.float64(),
+            "standard_error": pyarrow.float64(),
+            "num_samples": pyarrow.int32(),
+            "is_greedy": pyarrow.bool_(),
             "error": pyarrow.string(),
         }
     )
@@ -123,6 +128,15 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     body = response["body"]
     if "error" in body:
         yield {**common, "error": body["error"]["message"]}
+        return
+    if body["object"] == "score":
+        score = body["score"]
+        names = ("logprob", "standard_error", "num_samples", "is_greedy")
+        yield {
+            **common,
+            **{name: score[name] for name in names},
+            "prompt_tokens": body["usage"]["prompt_tokens"],
+        }
         return
     for choice in body["choices"]:
         yield {

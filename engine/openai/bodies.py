@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 from remask.scheduler.errors import InvalidRequest, did_you_mean, shown
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.policies import PRESETS
+from remask.scoring import ScoreParams
 from remask.text import content_text
 
-CHAT_URL, COMPLETION_URL = "/v1/chat/completions", "/v1/completions"
+CHAT_URL, COMPLETION_URL, SCORE_URL = "/v1/chat/completions", "/v1/completions", "/v1/score"
 ROLES = ("system", "developer", "user", "assistant")
 LABELS = ("user", "safety_identifier", "prompt_cache_key")  # accepted with any value, without effect
 
@@ -55,6 +56,14 @@ COMPLETION_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
 }
 
 
+class AskedScore(NamedTuple):
+    """A parsed body that asks for the likelihood of a continuation, which is no endpoint of OpenAI's."""
+
+    prompt: Any
+    continuation: Any
+    params: ScoreParams
+
+
 class Asked(NamedTuple):
     """A parsed body: a prompt or a conversation, and fields of `SamplingParams`."""
 
@@ -91,9 +100,34 @@ def read_body(
     place = "messages" if kind == "chat" else "prompt"
     if place not in fields:
         raise InvalidRequest(place, None, f"is missing; a {kind} needs it")
+    if "preset" in fields and fields["preset"] not in list(PRESETS):
+        problem = "is no published preset; use " + ", ".join(PRESETS)
+        raise InvalidRequest("preset", fields["preset"], problem)  # and never a file that a client names
     content = fields.pop(place)
     content = _plain_messages(content) if kind == "chat" else _one_prompt(content)
     return Asked(kind, content, with_defaults(_own_names(fields), defaults))
+
+
+def read_score_body(body: object, *, model_names: Collection[str]) -> AskedScore:
+    """Parses the body of a request for a likelihood: `prompt`, `continuation` and fields of `ScoreParams`.
+
+    Raises:
+        InvalidRequest: a field is unknown, invalid or missing.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("body", body, "must be a JSON object")
+    known = ("model", "prompt", "continuation", *ScoreParams.__struct_fields__)
+    for name, value in body.items():
+        if name not in known:
+            close = did_you_mean(name, list(known))
+            raise InvalidRequest(name, value, f"unknown field of a score; {close}")
+    fields = {name: value for name, value in body.items() if value is not None}
+    _check_model(fields.pop("model", None), model_names)
+    for name in ("prompt", "continuation"):
+        if name not in fields:
+            raise InvalidRequest(name, None, "is missing; a score needs it")
+    prompt, continuation = _one_prompt(fields.pop("prompt")), fields.pop("continuation")
+    return AskedScore(prompt, continuation, ScoreParams.parse(**fields))
 
 
 def with_defaults(fields: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

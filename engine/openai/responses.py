@@ -12,6 +12,7 @@ import msgspec
 
 from remask.outputs import CompletionOutput, RequestOutput
 from remask.scheduler.errors import InvalidRequest
+from remask.scoring import CheckedScore, Score
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +65,26 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChoice] | list[TextChoice]
     usage: Usage
+
+
+class ScoreResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """The likelihood of a continuation; see `remask.scoring.Score`."""
+
+    id: str
+    object: Literal["score"] = "score"
+    created: int  # Unix seconds
+    model: str
+    score: Score
+    usage: Usage
+
+
+def score_response(
+    checked: CheckedScore, output: RequestOutput, *, id: str, created: int, model: str
+) -> ScoreResponse:
+    """The response to a score that has finished. Usage has no completion."""
+    num_prompt = len(checked.ids) + len(checked.continuation)
+    usage = Usage(prompt_tokens=num_prompt, completion_tokens=0, total_tokens=num_prompt)
+    return ScoreResponse(id=id, created=created, model=model, score=checked.score(output), usage=usage)
 
 
 def completion(

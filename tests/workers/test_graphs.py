@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from tapes import Recorder
 
 from remask import SamplingParams
-from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
+from remask.scheduler.canvas import Canvas, CanvasState, new_canvas, new_scored_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.varlen import AttentionBackend
@@ -27,62 +26,6 @@ from remask.workers.burst.enqueue import AHEAD_STEPS
 from remask.workers.burst.graphs import Graph, StepGraphs, capture_cuda
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.worker import Worker
-
-
-def storages(tree: Any) -> set[int]:
-    return {x.untyped_storage().data_ptr() for x in tree_flatten(tree)[0] if isinstance(x, Tensor)}
-
-
-class Tape(TorchDispatchMode):
-    """A recorded step. As with CUDA, recording it changes nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        self.made: set[int] = set()
-        self.num_replays = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for x in tree_flatten((args, kwargs))[0]:
-            if isinstance(x, Tensor):
-                place = x.untyped_storage().data_ptr()
-                if place not in self.made and place not in self.before:
-                    whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
-                    self.before[place] = (whole, whole.clone())
-        out = func(*args, **kwargs)
-        self.made |= storages(out) - storages((args, kwargs))
-        self.calls.append((func, args, kwargs, out))
-        return out
-
-    def restore(self) -> None:
-        for whole, copy in self.before.values():
-            whole.copy_(copy)
-        self.before.clear()
-
-    def replay(self) -> None:
-        self.num_replays += 1
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
-                if isinstance(old, Tensor) and not storages(old) & storages((args, kwargs)):
-                    old.copy_(new)
-
-
-class Recorder:
-    """Captures on tapes, of a given number of bytes each."""
-
-    def __init__(self, num_bytes: int = 1) -> None:
-        self.tapes: list[Tape] = []
-        self.num_bytes = num_bytes
-
-    def __call__(self, step: Callable[[], int]) -> tuple[Graph, int, int]:
-        with (tape := Tape()):
-            num_rows = step()
-        tape.restore()
-        self.tapes.append(tape)
-        return tape, num_rows, self.num_bytes
 
 
 @pytest.fixture
@@ -146,6 +89,20 @@ def test_one_graph_serves_other_canvases_and_writes_what_the_plain_path_writes(
         assert result.num_rows >= plain.num_rows
     (tape,) = recorder.tapes
     assert tape.num_replays == 4 + 5 + 5, "the first burst runs plainly, the second takes one step so"
+
+
+def test_a_graph_of_targets_serves_other_targets(
+    golden_model: TransformerDenoiser, model: TransformerDenoiser
+) -> None:
+    recorder = Recorder()
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    for i in range(3):
+        tokens = np.array([5, 11, 7, 20 + i, 21, 22, 23 - i], dtype=np.int32)
+        slots = np.array([3, 5, 6] if i % 2 else [3, 4, 6], dtype=np.int32)
+        asked = [new_scored_canvas("r", 0, tokens, slots, seed=0, sample=0, mask_id=0)]
+        same(worker.run(burst(asked)).states, Worker(golden_model).run(burst(asked)).states)
+    assert len(recorder.tapes) == 1
+    same(worker.run(burst([make(0, 7)])).states, Worker(golden_model).run(burst([make(0, 7)])).states)
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from remask import SamplingParams
-from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
+from remask.scheduler.canvas import Canvas, CanvasState, new_canvas, new_scored_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.sdpa import SdpaAttention
@@ -80,6 +81,13 @@ def canvas(fields: dict[str, Any], canvas_len: int, block_len: int, prompt_len: 
     return new_canvas("r", 0, prompt, params, seed=seed, sample=0, mask_id=0, stop_ids=[3])
 
 
+def scored(prompt_len: int, canvas_len: int) -> Canvas:
+    """A canvas that asks for the probabilities of every other token."""
+    tokens = np.array(([33, 11, 12, 14, 40, 7] * 9)[: prompt_len + canvas_len], dtype=np.int32)
+    slots = np.arange(prompt_len, prompt_len + canvas_len, 2, dtype=np.int32)
+    return new_scored_canvas("r", 0, tokens, slots, seed=0, sample=0, mask_id=0)
+
+
 @pytest.fixture(scope="module")
 def fixed_model(golden_model: TransformerDenoiser) -> TransformerDenoiser:
     return TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
@@ -130,6 +138,18 @@ def test_every_policy_writes_in_static_shapes_what_it_writes_in_compact_packs(
 ) -> None:
     own = [canvas(fields, 21, 8, 4), canvas({"unmask": "threshold:0.5"}, 10, 4, 9), canvas(fields, 9, 5, 2)]
     same(finish(fixed_model, own, 3), finish(golden_model, own, 3))
+
+
+def test_targets_are_written_and_scored_in_static_shapes_too(
+    golden_model: TransformerDenoiser, fixed_model: TransformerDenoiser
+) -> None:
+    own = [scored(4, 9), canvas({"unmask": "threshold:0.5", "temperature": 1.0}, 10, 4, 9), scored(2, 20)]
+    states = finish(golden_model, own, 2)
+    same(finish(fixed_model, own, 3), states)
+    for written, state in zip(own, states, strict=True):
+        if written.spec.targets:
+            assert written.spec.canvas_tokens(state).tobytes() == written.spec.targets
+            assert state.num_forwards == 1
 
 
 @pytest.mark.slow
@@ -293,7 +313,7 @@ def test_the_fused_head_answers_as_whole_logits_do(
     fused = TransformerDenoiser(
         golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True, kernels=True
     )
-    own = [canvas(POLICIES[i], 8, 4, 3) for i in (1, 3, 12, 13)]
+    own = [*(canvas(POLICIES[i], 8, 4, 3) for i in (1, 3, 12, 13)), scored(3, 7)]
     same(finish(fused, own, 4), finish(fixed_model, own, 4))
 
 

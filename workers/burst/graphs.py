@@ -257,6 +257,7 @@ def _constants(state: BurstState, plans: list[Plan]) -> Hashable:
     return (
         tuple(group.kind for group in (*state.unmask, *state.remask)),
         state.needs,
+        state.targets is not None,
         state.random_streams,
         state.sampling.any_hot,
         state.max_block_len,

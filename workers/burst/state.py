@@ -29,6 +29,7 @@ class BurstState(HoldsTensors):
         cu_tokens: boundaries of the sequences in `tokens` (a host list, R + 1).
         tokens: int64 [sum of L + 1]: all sequences concatenated, then an entry that padding writes to.
         slot_rows: int64 [R, G + 1]: index of each slot in `tokens`.
+        targets: int64 [R, G + 1]: the tokens to commit, -1 for the proposals; None: no canvas has targets.
         confidences, logprobs, commit_steps: [R, G + 1].
         block, num_forwards, block_forwards, num_query_rows: int64 [R].
         finished: bool [R].
@@ -59,6 +60,13 @@ class BurstState(HoldsTensors):
             self.cu_tokens[:-1], canvas_lens
         )
         self.slot_rows = slot_table(rows, is_slot, np.int64, fill=self.cu_tokens[-1])
+        self.targets: Tensor | None = None
+        if any(spec.targets for spec in specs):
+            tokens = [
+                np.frombuffer(spec.targets, TOKEN) if spec.targets else np.full(spec.canvas_len, -1, TOKEN)
+                for spec in specs
+            ]
+            self.targets = slot_table(np.concatenate(tokens), is_slot, np.int64, fill=-1)
         self.confidences, self.logprobs = (
             slot_table(np.frombuffer(b"".join(parts), REAL), is_slot, np.float32)
             for parts in ([s.confidences for s in states], [s.logprobs for s in states])
@@ -132,7 +140,13 @@ class BurstState(HoldsTensors):
         rows = torch.where(valid, rows, len(self.tokens) - 1)
         tokens = self.tokens[rows]
         masked = valid & (tokens == mask_id)
-        return ActiveBlocks(rows, valid, tokens, masked, masked | (valid & self.reads_committed.unsqueeze(1)))
+        given, is_target = tokens, None
+        if self.targets is not None:
+            targets = self.targets.gather(1, slots)
+            is_target = masked & (targets >= 0)
+            given = torch.where(is_target, targets, tokens)
+        read = masked | (valid & self.reads_committed.unsqueeze(1))
+        return ActiveBlocks(rows, valid, tokens, masked, read, given, is_target)
 
     def rows_of_forward(self, blocks: ActiveBlocks) -> Tensor:
         """Rows of each canvas in the forward of this step, int64 [R]."""

@@ -136,6 +136,8 @@ class ActiveBlocks:
         tokens: ids in the slots.
         masked: valid slots that hold M.
         read: slots whose main row the head reads: masked slots, and committed ones if a policy reads them.
+        given: the tokens whose probability is needed: targets of masked slots, else the tokens in the slots.
+        is_target: masked slots with a target; None: there are none.
     """
 
     rows: Tensor
@@ -143,6 +145,8 @@ class ActiveBlocks:
     tokens: Tensor
     masked: Tensor
     read: Tensor
+    given: Tensor
+    is_target: Tensor | None
 
     @cached_property
     def committed(self) -> Tensor:
@@ -187,7 +191,7 @@ class StepInputs:
         return HeadQuery(
             owners=owners,
             sampling=self.sampling,
-            given=self.blocks.tokens.flatten()[slots_N],
+            given=self.blocks.given.flatten()[slots_N],
             # Proposals of rows that verify are not used.
             temperature=torch.where(is_main, self.sampling.temperature[owners], 0.0),
             keys=self.keys.flatten()[slots_N] if self.keys is not None else None,
