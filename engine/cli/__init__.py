@@ -7,6 +7,7 @@ import sys
 import typer
 
 from remask.cli.bench import bench
+from remask.cli.evaluate import evaluate
 from remask.cli.generate import generate
 from remask.cli.plan import plan
 from remask.cli.run_batch import run_batch
@@ -21,6 +22,7 @@ app.command()(generate)
 app.command()(run_batch)
 app.command()(plan)
 app.command()(trace)
+app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate)
 app.add_typer(bench, name="bench")
 app.add_typer(study, name="study")
 
