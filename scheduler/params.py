@@ -15,8 +15,9 @@ from msgspec import Meta
 
 from remask.scheduler.errors import InvalidRequest, cut, did_you_mean, invalid_field, shown
 from remask.scheduler.plain import plain
-from remask.scheduler.policies import PRESETS, RemaskPolicy, Threshold, UnmaskPolicy, tag
+from remask.scheduler.policies import RemaskPolicy, Threshold, UnmaskPolicy, tag
 from remask.scheduler.policies.parsing import parse_policy
+from remask.scheduler.policies.presets import preset_fields
 from remask.scheduler.sampling import Sampling, bias_bytes, id_bytes
 
 DEFAULT_BLOCK_LENGTH = 32
@@ -102,10 +103,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SamplingParams:
-        """Published settings by name (`PRESETS` in `remask.scheduler.policies`); overrides win.
+        """Published settings by name (`PRESETS` in `remask.scheduler.policies`), or settings from a TOML
+        file, whose path has a separator or ends in `.toml`; overrides win.
 
         Raises:
-            InvalidRequest: no such preset, or an override that is no field.
+            InvalidRequest: no such preset, a file that cannot be read, or a field that does not exist.
         """
         fields = with_preset(name, overrides)
         _check_names(fields)
@@ -141,14 +143,14 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     trace: bool
 
 
-def with_preset(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
+def with_preset(name: object, overrides: dict[str, Any]) -> dict[str, Any]:
     """The fields of a preset with `overrides` on top; its block length is cut to the canvas."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise InvalidRequest("preset", name, f"unknown preset; {did_you_mean(name, PRESETS)}")
-    fields = {"max_tokens": SamplingParams().max_tokens, **PRESETS[name], **plain(overrides)}
+    preset = preset_fields(name)
+    fields = {"max_tokens": SamplingParams().max_tokens, **preset, **plain(overrides)}
+    block_length = preset.get("block_length")
     if "block_length" not in overrides and isinstance(fields["max_tokens"], int):
-        block_length = PRESETS[name].get("block_length")
-        fields["block_length"] = None if block_length is None else min(block_length, fields["max_tokens"])
+        is_longer = isinstance(block_length, int) and block_length > fields["max_tokens"]
+        fields["block_length"] = fields["max_tokens"] if is_longer else block_length
     return fields
 
 

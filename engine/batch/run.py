@@ -1,7 +1,7 @@
 """One run of a batch file: checks all lines, finds the results that exist, runs the rest, names the output.
 
-Memory grows by 17 bytes for each line: at most `max_live` requests are in the engine, and each result is
-written when it is finished.
+Memory grows by 17 bytes for each line: about `max_live` samples are in the engine at a time, and each result
+is written when it is finished.
 """
 
 from __future__ import annotations
@@ -20,15 +20,25 @@ from remask.batch.journal import BatchStopped, Journal
 from remask.batch.lines import Line, LineReader
 from remask.batch.parquet import is_parquet, require_pyarrow, write_rows
 from remask.batch.source import Source
-from remask.openai.responses import Completion, completion, error_body, failure_body
+from remask.openai.responses import (
+    Completion,
+    ScoreResponse,
+    completion,
+    error_body,
+    failure_body,
+    score_response,
+)
 from remask.options import EngineOptions
 from remask.outputs import RequestOutput
+from remask.scheduler.policies.presets import is_file, preset_fields
 from remask.scheduler.request import Request
+from remask.scoring import CheckedScore
 
 if TYPE_CHECKING:
     from remask.llm import LLM
 
 OK, REFUSED = 200, 400  # HTTP
+ID_PREFIXES = {"chat": "chatcmpl", "completion": "cmpl", "score": "score"}
 DECISIVE = ("dtype", "quantization", "batch_invariant", "seed")  # engine options that determine results
 
 
@@ -41,7 +51,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model_names: Sequence[str] = ()  # further names of the model; results have the first
     resume: bool = False
     record_invalid: bool = False  # invalid lines become results instead of an error
-    max_live: int = 2048  # maximum requests in the engine
+    max_live: int = 2048  # samples in the engine from which on no further line is read
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +77,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 class _Response(msgspec.Struct, frozen=True):
     status_code: int
     request_id: str
-    body: Completion | dict[str, Any]
+    body: Completion | ScoreResponse | dict[str, Any]
 
 
 class _Result(msgspec.Struct, frozen=True):
@@ -110,6 +120,7 @@ def run_batch(
                     **{name: getattr(options.engine, name) for name in DECISIVE},
                     "defaults": options.defaults,
                     "chat": options.chat,
+                    **_file_preset(options.defaults),
                 }
             ),
         )
@@ -119,6 +130,12 @@ def run_batch(
             return Summary(num_lines=num_lines, num_done_before=num_lines)
         with make_llm() as llm:
             return _Run(lines, journal, run, llm, options, report).work()
+
+
+def _file_preset(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file of a preset says, which may change between two runs."""
+    preset = defaults.get("preset")
+    return {"preset": preset_fields(preset)} if is_file(preset) else {}
 
 
 class _Run:
@@ -186,8 +203,12 @@ class _Run:
                 self._num_refused += 1
                 self._write(index, line, REFUSED, error_body(line.fault))
                 continue
-            request = self._engine.intake.request(line.checked, place=index)
-            self._live[request.request_id] = (index, line._replace(checked=None))
+            if isinstance(line.checked, CheckedScore):
+                request = line.checked.request(self._engine.intake)
+            else:
+                request = self._engine.intake.request(line.checked, place=index)
+                line = line._replace(checked=None)  # only scores are read from it
+            self._live[request.request_id] = (index, line)
             yield request
 
     def _write_output(self, index: int, line: Line, output: RequestOutput) -> None:
@@ -197,16 +218,21 @@ class _Run:
             self._num_failed += 1
             self._write(index, line, output.error_status, failure_body(output))
             return
-        body = completion(
-            line.kind,
-            output,
-            id=f"{'chatcmpl' if line.kind == 'chat' else 'cmpl'}-{''.join(self._run)}-{index}",
-            created=int(time.time()),
-            model=self._names[0],
-        )
+        about = {
+            "id": f"{ID_PREFIXES[line.kind]}-{''.join(self._run)}-{index}",
+            "created": int(time.time()),
+            "model": self._names[0],
+        }
+        if isinstance(line.checked, CheckedScore):
+            body = score_response(line.checked, output, **about)
+        else:
+            assert line.kind != "score", "a score was checked as one"
+            body = completion(line.kind, output, **about)
         self._write(index, line, OK, body)
 
-    def _write(self, index: int, line: Line, status: int, body: Completion | dict[str, Any]) -> None:
+    def _write(
+        self, index: int, line: Line, status: int, body: Completion | ScoreResponse | dict[str, Any]
+    ) -> None:
         response = _Response(status, f"{''.join(self._run)}-{index}", body)
         result = _Result(self._run.id(index), line.custom_id, response)
         self._journal.append(self._encoder.encode(result) + b"\n")

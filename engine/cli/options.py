@@ -24,7 +24,7 @@ from remask.scheduler.policies import PRESETS
 
 SHORT = {"distributed_executor_backend": "--executor", "n": "-n"}
 NOT_TEXT = ("placement_group",)  # an object of Ray's
-PRESET_HELP = f"Published settings: {', '.join(PRESETS)}."
+PRESET_HELP = f"Published settings ({', '.join(PRESETS)}), or a TOML file of settings."
 
 Command = Callable[..., Any]
 

@@ -7,7 +7,8 @@ each policy computes is specified by the papers and reference decoders named in 
 
 from remask.scheduler.policies import remask, unmask
 from remask.scheduler.policies.base import MemoryField, Policy, RemaskPolicy, UnmaskPolicy, tag
-from remask.scheduler.policies.registry import PRESETS, registry
+from remask.scheduler.policies.presets import PRESETS
+from remask.scheduler.policies.registry import registry
 from remask.scheduler.policies.remask import *  # noqa: F403
 from remask.scheduler.policies.unmask import *  # noqa: F403
 

@@ -1,4 +1,4 @@
-"""The registry of policies: those of remask and of installed packages, and presets by name.
+"""The registry of policies: those of remask and of installed packages.
 
 A package adds policies with entry points of the group `remask.strategies`. The name of the entry point is the
 policy's; its value is the spec, a subclass of `UnmaskPolicy` or `RemaskPolicy` with a `kernel`. Entry points
@@ -11,28 +11,15 @@ import logging
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from remask.scheduler.policies import remask, unmask
 from remask.scheduler.policies.base import Policy, RemaskPolicy, UnmaskPolicy, tag
 from remask.scheduler.policies.checking import PolicyFault, check_policy
-from remask.scheduler.policies.remask import Rcr, Remdm, Saber, Wino
-from remask.scheduler.policies.unmask import CappedThreshold, Dream, Schedule, Threshold
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "remask.strategies"
-WHOLE_CANVAS = 2**31 - 1  # a preset's block length is cut to the canvas
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "llada": {"unmask": Schedule()},
-    "fast-dllm": {"unmask": Threshold(0.9)},
-    "wino": {"unmask": CappedThreshold(0.6), "remask": Wino(0.9), "block_length": 128},
-    "dream": {"unmask": Dream(steps=512, alg="origin")},
-    "rcr": {"unmask": Schedule(), "remask": Rcr(), "block_length": WHOLE_CANVAS},
-    "saber": {"remask": Saber(), "block_length": WHOLE_CANVAS},
-    "remdm": {"remask": Remdm(), "temperature": 1.0, "top_p": 0.9, "block_length": WHOLE_CANVAS},
-}
 
 
 class Registry(NamedTuple):

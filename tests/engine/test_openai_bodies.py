@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +122,10 @@ def test_every_parameter_is_known_in_a_body() -> None:
     for name in SamplingParams.__struct_fields__:
         if name not in ("logprobs", "trace"):  # of another type in a chat, and not told in a response
             assert read(**{name: "a value"}).params == {name: "a value"}
+
+
+def test_a_body_names_no_file_as_its_preset(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text('unmask = "threshold:0.5"')
+    with pytest.raises(InvalidRequest, match="preset: is no published preset"):
+        read(preset=str(path))
