@@ -109,13 +109,17 @@ def measure(
 
 def _measured(llm: LLM, cell: Cell, task: StudyTask, seed: int) -> tuple[float, float]:
     """Microseconds of a forward in a batch of one cell, and mean forwards of a sample."""
-    prompts = task.prompts(llm, task.texts(seed, BATCH))
-    params = [msgspec.structs.replace(cell.params(i), n=1, trace=False) for i in range(BATCH)]
+    texts = task.texts(seed, min(BATCH, task.num_prompts or BATCH))
+    prompts = task.prompts(llm, texts)
+    params = [
+        msgspec.structs.replace(cell.params(i, task.canvas_of(text)), n=1, trace=False)
+        for i, text in enumerate(texts)
+    ]
     started = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - started
     forwards = sum(output.outputs[0].nfe for output in outputs)
-    return 1e6 * seconds / max(1, forwards), forwards / BATCH
+    return 1e6 * seconds / max(1, forwards), forwards / len(texts)
 
 
 def seconds_of(cells: Iterable[Cell], costs: Iterable[Cost]) -> float:

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from remask import InvalidRequest, SamplingParams
+from remask.benchmarks.study.task_files import DEFAULT_CHECKER, FileTask
 from remask.benchmarks.study.tasks import STUDY_TASKS, GymTask, StudyTask
 from remask.scheduler.errors import did_you_mean, invalid_field
 from remask.scheduler.params import ResolvedParams, resolve
@@ -100,17 +101,42 @@ class Posterior(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OwnTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A task that reasoning-gym generates.
+    """A task that reasoning-gym generates, or that a file holds.
 
     Attributes:
         reasoning_gym: Name of a dataset of reasoning-gym.
-        max_tokens: Tokens of a canvas.
         options: Settings of the dataset.
+        file: JSON lines of prompts and answers (`remask.benchmarks.study.task_files`), relative to the grid.
+        checker: Checker of the rows that do not say.
+        max_tokens: Tokens of a canvas. A file may leave it out: those of the longest answer, and 4 more.
     """
 
-    reasoning_gym: str
-    max_tokens: Positive
+    reasoning_gym: str | None = None
     options: dict[str, Any] = {}
+    file: str | None = None
+    checker: str = DEFAULT_CHECKER
+    max_tokens: Positive | None = None
+
+    def task(self, grid: Grid, folder: Path, allow_code: bool) -> StudyTask:
+        """The task of a grid in this folder.
+
+        Raises:
+            InvalidRequest: a field is missing or does not go with another.
+        """
+        if self.file is not None:
+            if self.reasoning_gym is not None or self.options:
+                problem = "is not for the rows of a file; leave it out"
+                raise InvalidRequest("reasoning_gym", self.reasoning_gym or self.options, problem)
+            return FileTask(
+                folder / self.file,
+                grid.model,
+                max_tokens=self.max_tokens,
+                checker=self.checker,
+                allow_code=allow_code,
+            )
+        if self.reasoning_gym is None or self.max_tokens is None:
+            raise InvalidRequest("tasks", None, "give reasoning_gym and max_tokens, or a file")
+        return GymTask(self.reasoning_gym, self.max_tokens, self.options)
 
 
 class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -162,11 +188,17 @@ class Cell(msgspec.Struct, frozen=True, order=True):
             parts.append(self.rank)
         return "/".join([*parts, f"seed={self.seed}"])
 
-    def params(self, prompt: int) -> SamplingParams:
-        """Parameters for a prompt. Cells of equal seeds share the random numbers of a prompt."""
+    def params(self, prompt: int, canvas_len: int | None = None) -> SamplingParams:
+        """Parameters for a prompt. Cells of equal seeds share the random numbers of a prompt.
+
+        Args:
+            prompt: its number.
+            canvas_len: tokens of its canvas; None: as the cell.
+        """
+        canvas_len = canvas_len or self.canvas_len
         return SamplingParams(
-            max_tokens=self.canvas_len,
-            block_length=self.block_length or self.canvas_len,
+            max_tokens=canvas_len,
+            block_length=min(self.block_length or canvas_len, canvas_len),
             unmask=self.unmask,
             remask=self.remask,
             temperature=self.temperature,
@@ -205,8 +237,13 @@ def read_grid(path: Path) -> Grid:
     return grid
 
 
-def tasks_of(grid: Grid, path: Path | str = "grid") -> dict[str, StudyTask]:
+def tasks_of(grid: Grid, path: Path | str = "grid", *, allow_code: bool = False) -> dict[str, StudyTask]:
     """The tasks of a grid by name.
+
+    Args:
+        grid: the grid.
+        path: its file.
+        allow_code: whether checkers of the user's may run.
 
     Raises:
         InvalidRequest: a task of the grid is invalid; the error names the place.
@@ -216,20 +253,24 @@ def tasks_of(grid: Grid, path: Path | str = "grid") -> dict[str, StudyTask]:
         if name in STUDY_TASKS:
             raise InvalidRequest(f"{path}, tasks", name, "is the name of a built-in task; choose another")
         try:
-            found[name] = GymTask(own.reasoning_gym, own.max_tokens, own.options)
+            found[name] = own.task(grid, Path(path).parent, allow_code)
         except InvalidRequest as error:
             raise error.at(f"{path}, tasks.{name}") from None
     return found
 
 
-def cells(grid: Grid, path: Path | str = "grid") -> list[Cell]:
+def cells(grid: Grid, tasks: Mapping[str, StudyTask], path: Path | str = "grid") -> list[Cell]:
     """The cells of a grid, each once, in a fixed order. Of equal settings the most prompts and samples count.
+
+    Args:
+        grid: the grid.
+        tasks: from `tasks_of`.
+        path: the grid's file.
 
     Raises:
         InvalidRequest: policies are invalid or do not go together; the error names the place.
     """
     found: dict[Cell, tuple[int, int]] = {}
-    tasks = tasks_of(grid, path)
     for index, section in enumerate(grid.grid):
         try:
             for cell in _cells_of(grid, section, tasks):
@@ -274,6 +315,10 @@ def _check_names(name: str, entries: Sequence[str], known: Sequence[str], place:
 
 def _cells_of(grid: Grid, section: Section, tasks: Mapping[str, StudyTask]) -> Iterator[Cell]:
     for task in section.tasks:
+        available = tasks[task].num_prompts
+        if available is not None and section.num_prompts > available:
+            problem = f"is more than the {available:,} prompts of {task!r}"
+            raise InvalidRequest("num_prompts", section.num_prompts, problem)
         canvas_len = tasks[task].canvas_len
         for setting in arm_settings(grid, section, canvas_len):
             fields = {**setting, "task": task, "num_prompts": section.num_prompts, "canvas_len": canvas_len}

@@ -30,10 +30,11 @@ from remask.benchmarks.study.files import read_json, write_json, write_table
 from remask.benchmarks.study.grid import Cell, cells, read_grid, tasks_of
 from remask.benchmarks.study.measures import cell_row
 from remask.benchmarks.study.samples import SCHEMA, rows_of, setting_of
+from remask.benchmarks.study.task_files import FileTask
 from remask.embedded import model_directory
 from remask.workers.models.denoiser import load_denoiser
 
-MAX_LIVE = 512  # requests in the engine at a time
+MAX_LIVE = 4096  # samples in the engine at a time
 FLUSH_SECONDS = 10.0  # what an interrupt may cost
 MAX_PART_ROWS = 4096
 
@@ -46,6 +47,7 @@ class Study:
     Args:
         path: TOML file of the grid.
         directory: where the run is; None: `runs/` and the name of the file.
+        allow_code: whether checkers of the user's may run.
 
     Attributes:
         grid, cells: what is run.
@@ -55,13 +57,16 @@ class Study:
         InvalidRequest: the grid is invalid, or the directory holds a run of another grid or model.
     """
 
-    def __init__(self, path: Path, directory: Path | None = None) -> None:
+    def __init__(self, path: Path, directory: Path | None = None, *, allow_code: bool = False) -> None:
         self.grid = read_grid(path)
-        self.tasks, self.cells = tasks_of(self.grid, path), cells(self.grid, path)
+        self.tasks = tasks_of(self.grid, path, allow_code=allow_code)
+        self.cells = cells(self.grid, self.tasks, path)
         posterior.settings(self.grid)
         self.directory = directory or Path("runs") / path.stem
         content = msgspec.json.decode(msgspec.json.encode(self.grid))  # as the file will give it
         self._identity = {"grid": content, "model": fingerprint(self.grid.model)}
+        if files := {name: task.digest for name, task in self.tasks.items() if isinstance(task, FileTask)}:
+            self._identity["task file"] = files
         about = self._read("study.json")
         for name, own in self._identity.items():
             if about is not None and about.get(name) != own:
@@ -186,7 +191,8 @@ class Study:
         for index in range(max(cell.num_prompts for cell in self.cells)):
             for cell in self.cells:
                 if index < cell.num_prompts and (cell.name, index) not in done:
-                    checked = intake.check(prompts[cell.task][index], cell.params(index))
+                    canvas_len = self.tasks[cell.task].canvas_of(texts[cell.task][index])
+                    checked = intake.check(prompts[cell.task][index], cell.params(index, canvas_len))
                     request = intake.request(checked)
                     waiting[request.request_id] = cell, index
                     yield request

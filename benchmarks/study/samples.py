@@ -10,6 +10,7 @@ import pyarrow
 
 from remask import CompletionOutput, RequestOutput, Trace
 from remask.benchmarks.study.grid import Cell
+from remask.benchmarks.study.sandbox import CheckFailed
 from remask.benchmarks.study.tasks import StudyTask
 
 SETTINGS = {
@@ -31,7 +32,7 @@ SCHEMA = pyarrow.schema(
         "sample": pyarrow.int32(),
         "seed": pyarrow.int64(),  # of the request
         "text": pyarrow.string(),
-        "score": pyarrow.float64(),  # of puzzles 1 or 0; null: the request failed
+        "score": pyarrow.float64(),  # of puzzles 1 or 0; null: the request or the checker failed
         "error": pyarrow.string(),
         "nfe": pyarrow.int32(),
         "num_query_rows": pyarrow.int64(),
@@ -83,10 +84,11 @@ def rows_of(
         output: what the engine returned.
         answers: token ids of the prompt's right answers; empty if they are unknown.
     """
-    num_keys = len(output.prompt_token_ids) + cell.canvas_len
     rows = []
     for sample in output.outputs:
-        failed = output.error is not None
+        assert sample.trace is not None, "the study traces every sample"
+        num_keys = len(output.prompt_token_ids) + sample.trace.canvas_len
+        score, error = _judged(task, text, sample, output.error)
         rows.append(
             {
                 **setting_of(cell),
@@ -94,8 +96,8 @@ def rows_of(
                 "sample": sample.index,
                 "seed": sample.seed,
                 "text": sample.text,
-                "score": None if failed else task.score(text, sample.text or ""),
-                "error": output.error,
+                "score": score,
+                "error": error,
                 "nfe": sample.nfe,
                 "num_query_rows": sample.num_query_rows,
                 "num_query_key_pairs": sample.num_query_rows * num_keys,
@@ -104,6 +106,18 @@ def rows_of(
             }
         )
     return rows
+
+
+def _judged(
+    task: StudyTask, prompt: str, sample: CompletionOutput, error: str | None
+) -> tuple[float | None, str | None]:
+    """The score of a sample, or the error of its request or of its checker."""
+    if error is not None:
+        return None, error
+    try:
+        return task.score(prompt, sample.text or ""), None
+    except CheckFailed as failure:
+        return None, f"checker: {failure}"
 
 
 def revisions(sample: CompletionOutput, answers: Sequence[Sequence[int]]) -> dict[str, Any]:

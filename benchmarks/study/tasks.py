@@ -39,13 +39,27 @@ class StudyTask(ABC):
     def canvas_len(self) -> int:
         """Tokens of a canvas."""
 
+    def canvas_of(self, text: str) -> int:
+        """Tokens of the canvas of one prompt, at most `canvas_len`."""
+        return self.canvas_len
+
+    @property
+    def num_prompts(self) -> int | None:
+        """Number of its prompts; None: as many as are asked for."""
+        return None
+
     @abstractmethod
     def texts(self, seed: int, count: int) -> list[str]:
-        """The first `count` prompts for the seed of a grid; more prompts leave the first ones as they are."""
+        """The first `count` prompts for the seed of a grid; more prompts leave the first ones as they are.
+        They differ from each other."""
 
     @abstractmethod
     def score(self, prompt: str, answer: str) -> float:
-        """How good an answer to one of `texts` is, from 0 to 1."""
+        """How good an answer to one of `texts` is, from 0 to 1.
+
+        Raises:
+            CheckFailed: the answer cannot be judged.
+        """
 
     def valid_answers(self, prompt: str) -> tuple[str, ...]:
         """All right answers, ascending; empty if they are unknown."""

@@ -60,7 +60,7 @@ def run_batch(
         model_names=served_model_name or (),
         resume=resume,
         record_invalid=invalid_lines == "record",
-        max_live=2 * parsed.max_num_seqs,
+        max_live=2 * parsed.max_num_seqs * parsed.data_parallel_size,
     )
 
     try:

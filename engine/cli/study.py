@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +21,7 @@ study = typer.Typer(help="Find out when remasking helps.", no_args_is_help=True)
 
 FIXED = {"dtype": "float32", "batch_invariant": True}  # so that equal grids give equal rows
 MODULES = ("pyarrow", "matplotlib")
+AllowCode = Annotated[bool, typer.Option(help="Run checkers of task files that are Python code.")]
 
 
 @study.callback()
@@ -36,6 +39,7 @@ def run(
     output: Annotated[
         Path | None, typer.Option(help="Directory of the run.  [default: runs/NAME-OF-THE-GRID]")
     ] = None,
+    allow_code: AllowCode = False,
     *,
     engine: dict[str, Any],
 ) -> None:
@@ -47,7 +51,7 @@ def run(
 
     log_to_stderr()
     torch.set_num_threads(1)  # as the workers on Ray have
-    own = Study(grid, output)
+    own = Study(grid, output, allow_code=allow_code)
     console = Console(stderr=True)
     console.print(f"{own.num_samples:,} samples in {len(own.cells):,} settings")
     try:
@@ -75,3 +79,69 @@ def report(
     from remask.benchmarks.study.report import write_report
 
     typer.echo(f"report: {write_report(directory)}")
+
+
+@study.command()
+@with_flags(engine_except=["model"])
+def tune(
+    model: Annotated[str, typer.Option(help="Checkpoint directory, or 'tiny'.")],
+    tasks: Annotated[Path, typer.Option(help="JSON lines with prompts and answers.")],
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Canvas of rows that do not say.  [default: tokens of the longest answer, and 4]"
+        ),
+    ] = None,
+    max_forwards: Annotated[
+        float | None, typer.Option(help="Seek the best accuracy with at most so many forwards a sample.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Seek the fewest forwards from this accuracy on, 0 to 1.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time to take, with loading.")] = 5.0,
+    output: Annotated[
+        Path | None, typer.Option(help="Preset file to write.  [default: NAME-OF-THE-TASKS.toml]")
+    ] = None,
+    checker: Annotated[str, typer.Option(help="Checker of rows that do not say.")] = "exact",
+    allow_code: AllowCode = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Find the settings to use for a task, and whether remasking earns its cost there.
+
+    Without a bound it seeks the fewest forwards at most one point below the best accuracy. The picture stands
+    beside the preset file, with the suffix .png.
+    """
+    started = time.monotonic()
+    if max_forwards is not None and min_accuracy is not None:
+        raise InvalidRequest("--min-accuracy", min_accuracy, "and --max-forwards are two goals; give one")
+    if max_forwards is not None and max_forwards < 1:
+        raise InvalidRequest("--max-forwards", max_forwards, "must be at least 1")
+    if min_accuracy is not None and not 0 <= min_accuracy <= 1:
+        raise InvalidRequest("--min-accuracy", min_accuracy, "must lie between 0 and 1")
+    if minutes <= 0:
+        raise InvalidRequest("--minutes", minutes, "must be above 0")
+    output = output or Path(f"{tasks.stem}.toml")
+    if output.exists():
+        raise InvalidRequest("--output", str(output), "exists already; give another name, or remove it")
+    if not output.parent.is_dir():
+        raise InvalidRequest("--output", str(output), "is in no directory; make it first")
+
+    from remask.benchmarks.study import tune_report
+    from remask.benchmarks.study.task_files import FileTask
+    from remask.benchmarks.study.tune import MIN_ROWS, Goal, Tuner
+    from remask.llm import LLM
+
+    log_to_stderr()
+    task = FileTask(tasks, model, max_tokens=max_tokens, checker=checker, allow_code=allow_code)
+    task.check(MIN_ROWS)
+    with LLM(model, **engine) as llm, ProgressDisplay("samples") as show:
+        goal = Goal(max_forwards, min_accuracy)
+        tuned = Tuner(llm, task, goal, started + 60 * minutes, show).run()
+    tune_report.draw(tuned, output.with_suffix(".png"))
+    output.write_text(tune_report.preset(tuned.chosen, model, tasks), encoding="utf-8")
+    Console(width=None if sys.stdout.isatty() else 120).print(tune_report.table(tuned))
+    for line in tune_report.lines(tuned):
+        typer.echo(line)
+    typer.echo(f"picture: {output.with_suffix('.png')}")
+    typer.echo(f"preset: {output}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from remask import InvalidRequest
-from remask.benchmarks.study.grid import Cell, cells, read_grid
+from remask.benchmarks.study.grid import Cell, cells, read_grid, tasks_of
 
 STUDY = Path(__file__).parents[3] / "benchmarks" / "study"
 ARMS = """
@@ -38,8 +38,12 @@ def written(path: Path, *sections: str, arms: str = ARMS) -> Path:
 
 
 def cells_of(path: Path, *sections: str) -> list[Cell]:
-    file = written(path, *sections)
-    return cells(read_grid(file), file)
+    return cells_in(written(path, *sections))
+
+
+def cells_in(file: Path) -> list[Cell]:
+    grid = read_grid(file)
+    return cells(grid, tasks_of(grid, file), file)
 
 
 def test_a_section_is_the_product_of_its_lists(tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def test_an_invalid_grid_is_refused_with_its_place(
 def test_invalid_arms_are_refused(tmp_path: Path, arms: str, problem: str) -> None:
     file = written(tmp_path, section(), arms=arms)
     with pytest.raises(InvalidRequest, match=problem):
-        cells(read_grid(file), file)
+        cells_in(file)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -127,5 +131,5 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "expected"), [("smoke", 30), ("default", 333), ("full", 1183)])
 def test_the_grids_of_the_repository_are_valid(name: str, expected: int) -> None:
     path = STUDY / f"{name}.toml"
-    found: list[Any] = cells(read_grid(path), path)
+    found: list[Any] = cells_in(path)
     assert len(found) == expected

@@ -117,5 +117,5 @@ def test_a_posterior_of_an_invalid_arm_is_refused_by_name() -> None:
 def test_grids_without_these_stages_have_none() -> None:
     grid = Grid(arms=ARMS, grid=())
     assert posterior.settings(grid) == []
-    assert agreement.exact_cells(cells(grid)) == []
+    assert agreement.exact_cells(cells(grid, tasks_of(grid))) == []
     assert "sudoku4x4_open" in tasks_of(grid)
