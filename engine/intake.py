@@ -69,10 +69,11 @@ class Intake:
         self._special = {} if tokenizer is None else special_tokens(tokenizer)
         self._num_requests = self._num_canvases = 0  # under the lock
         self._lock = threading.Lock()
-        eot = config.eot_id
-        if eot is None and tokenizer is not None:
-            eot = tokenizer.get_vocab().get("<|eot_id|>")
-        self._end_ids: list[int] = sorted({*config.eos_ids, *(() if eot is None else (eot,))})
+        turn_ends = [] if config.eot_id is None else [config.eot_id]
+        if not turn_ends and tokenizer is not None:
+            vocabulary = tokenizer.get_vocab()
+            turn_ends = [vocabulary[text] for text in config.turn_ends if text in vocabulary]
+        self._end_ids: list[int] = sorted({*config.eos_ids, *turn_ends})
 
     def requests(
         self,
@@ -165,6 +166,7 @@ class Intake:
             sample=0,
             mask_id=self.config.mask_id,
             stop_ids=[*end_ids, *stop_token_ids],
+            shift=self.config.shift,
         )
         more = [
             Canvas(

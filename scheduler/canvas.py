@@ -57,6 +57,7 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stop_ids: bytes  # int32, ascending: a finished block with one of them ends the canvas
     pause_at_blocks: bool  # a burst ends at the end of a block, so that the engine can look for stop strings
     trace: bool = False  # whether its events are recorded
+    shift: int = 0  # the row that predicts a position stands so many rows before it
     targets: bytes = b""  # int32 [G]: the tokens to commit, whatever the model proposes; empty: the proposals
 
     @cached_property
@@ -110,8 +111,14 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return all(policy.always_commits for policy in self.policies)
 
     @cached_property
+    def shadow_rows_per_slot(self) -> int:
+        """Shadow rows that verify a slot. With shifted logits the row before the slot answers for it, so that
+        this row has a copy that does not see the slot, beside a mask in the place of the slot."""
+        return 1 + (self.shift > 0) if self.remask is not None and self.remask.needs_shadow_rows() else 0
+
+    @cached_property
     def num_shadow_rows(self) -> int:
-        return self.block_length if self.remask is not None and self.remask.needs_shadow_rows() else 0
+        return self.block_length * self.shadow_rows_per_slot
 
     @cached_property
     def shadows_see_each_other(self) -> bool:
@@ -143,8 +150,8 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def forward_rows(self, sequence_len: int) -> tuple[int, int, int]:
         """The rows of a forward: a constant, rows for each slot of the active block, and rows for each of
         its committed slots."""
-        shadow_rows, copy_rows = self.num_shadow_rows > 0, sequence_len if self.num_copies else 0
-        return sequence_len * (1 + self.is_guided), int(shadow_rows), copy_rows
+        copy_rows = sequence_len if self.num_copies else 0
+        return sequence_len * (1 + self.is_guided), self.shadow_rows_per_slot, copy_rows
 
     def num_rows(self, sequence_len: int) -> int:
         """Maximum number of rows of a forward."""
@@ -251,6 +258,7 @@ def new_canvas(
     sample: int,
     mask_id: int,
     stop_ids: list[int],
+    shift: int = 0,
 ) -> Canvas:
     """A canvas of `params.max_tokens` masks behind a prompt."""
     canvas_len = params.max_tokens
@@ -265,6 +273,7 @@ def new_canvas(
         stop_ids=id_bytes(stop_ids),
         pause_at_blocks=bool(params.stop),
         trace=params.trace,
+        shift=shift,
     )
     tokens = np.array(prompt + [mask_id] * canvas_len, dtype=TOKEN)
     return Canvas(request_id, ordinal, spec, _new_state(spec, tokens))

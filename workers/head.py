@@ -116,10 +116,12 @@ def _guided_logits(
     hidden_HD: Tensor, logits_of: Callable[[Tensor], Tensor], query: HeadQuery, rows: slice
 ) -> Tensor:
     """fp32 logits of a chunk of the slots; u + (w + 1)(l - u) if the canvas has a second copy."""
-    if query.guidance is None:
+    if query.hidden is None:
         return logits_of(hidden_HD[rows]).float()
-    logits_NV = logits_of(hidden_HD[query.guidance.first[rows]]).float()
-    second = query.guidance.second[rows]
+    logits_NV = logits_of(hidden_HD[query.hidden.first[rows]]).float()
+    if query.hidden.second is None:
+        return logits_NV
+    second = query.hidden.second[rows]
     guided = _flagged_rows(second >= 0, query)
     scale = query.sampling.cfg_scale[query.owners[rows][guided]].unsqueeze(1) + 1
     unguided = logits_of(hidden_HD[second[guided].clamp(min=0)]).float()

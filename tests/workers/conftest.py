@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from remask.workers.attention import sdpa
-from remask.workers.attention.varlen import AttentionBackend, DeviceLayout, DeviceShadows, VarlenLayout
+from remask.workers.attention.varlen import (
+    ITS_BLOCK,
+    ITS_PAIR,
+    AttentionBackend,
+    DeviceLayout,
+    DeviceShadows,
+    VarlenLayout,
+)
 
 
 class DenseAttention(AttentionBackend):
@@ -56,9 +63,13 @@ def _shadows_see(shadows: DeviceShadows, num_main: int) -> Tensor:
         """Which rows [S, rows] the tile of each shadow row spans."""
         return in_tile.T @ ((rows >= start) & (rows < stop)).float() > 0
 
-    sees_main = span(main, main_first, main_end) & (main != shadows.holes.unsqueeze(1))
-    sees_block = span(own, block_first, block_end) & shadows.sees_block.unsqueeze(1) & shadows.is_key
-    return torch.cat([sees_main, sees_block | (own == own.unsqueeze(1))], dim=1)
+    holes, in_pair = shadows.holes.unsqueeze(1), (shadows.sees == ITS_PAIR).unsqueeze(1)
+    hidden = (main == holes) | ((main == holes - 1) & in_pair)
+    sees_main = span(main, main_first, main_end) & ~hidden
+    in_block = (shadows.sees == ITS_BLOCK).unsqueeze(1)
+    sees_block = span(own, block_first, block_end) & in_block & shadows.is_key
+    sees_next = (own == own.unsqueeze(1) + 1) & in_pair
+    return torch.cat([sees_main, sees_block | sees_next | (own == own.unsqueeze(1))], dim=1)
 
 
 @pytest.fixture

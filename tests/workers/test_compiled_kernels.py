@@ -142,7 +142,7 @@ def _launches(torch: Any, capability: int, num_rows: int = 64) -> Iterator[tuple
                 tiles=torch.empty(2, 6, dtype=torch.int32),
                 holes=torch.empty(num_rows, dtype=torch.int32),
                 is_key=torch.empty(num_rows, dtype=torch.bool),
-                sees_block=torch.empty(num_rows, dtype=torch.bool),
+                sees=torch.empty(num_rows, dtype=torch.int8),
                 spans=(),
             ),
         )

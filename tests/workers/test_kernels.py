@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from remask.workers.attention.varlen import DeviceShadows, shadow_mask
+from remask.workers.attention.varlen import ITS_BLOCK, ITS_PAIR, ITSELF, DeviceShadows, shadow_mask
 from remask.workers.kernels.elementwise import quantize_rows, rms_norm, rotate_halves, silu_mul
 from remask.workers.kernels.shadow_attention import shadow_attention
 from remask.workers.models import row_ops
@@ -69,9 +69,10 @@ def test_a_quantized_row_has_its_largest_number_at_the_end_of_the_scale() -> Non
         assert torch.equal(values.view(torch.uint8), row_ops.quantize_rows(x)[0].view(torch.uint8))
 
 
+@pytest.mark.parametrize("sees", [[ITS_BLOCK] * 40, [ITS_PAIR, ITSELF] * 20], ids=["block", "pairs"])
 @pytest.mark.parametrize("head_dim", [16, 24])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: int) -> None:
+def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: int, sees: list[int]) -> None:
     # Sequences of 70, 1 and 9 main rows with 40, 3 and no shadow rows, and two rows of no tile.
     tiles = [(0, 32, 0, 70, 0, 40), (32, 40, 0, 70, 0, 40), (0, 0, 0, 0, 0, 0), (40, 43, 70, 71, 40, 43)]
     holes = [*range(3, 43), 70, 70, 70, 0, 0]
@@ -80,19 +81,17 @@ def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: in
         tiles=torch.tensor(tiles, dtype=torch.int32, device=DEVICE),
         holes=torch.tensor(holes, dtype=torch.int32, device=DEVICE),
         is_key=(torch.rand(45, generator=generator) < 0.7).to(DEVICE),
-        sees_block=torch.tensor([True] * 40 + [False] * 5, device=DEVICE),
+        sees=torch.tensor(sees + [ITSELF] * 5, dtype=torch.int8, device=DEVICE),
         spans=((0, 0, 70, 0, 40), (1, 70, 71, 40, 43)),
     )
     q = random(80 + 45, 4, head_dim, dtype=dtype)
     k, v = random(80 + 45, 6, head_dim, dtype=dtype, seed=1)[:, :4].split(2, dim=1)
     found = shadow_attention(q[80:], k[:80], v[:80], k[80:], v[80:], shadows)
     for own, main in ((slice(0, 40), slice(0, 70)), (slice(40, 43), slice(70, 71))):
-        mask = shadow_mask(
-            shadows.holes[own].long() - main.start, main.stop - main.start, shadows.sees_block[own]
-        )
-        mask[:, main.stop - main.start :] &= shadows.is_key[own] | torch.eye(
-            len(mask), dtype=torch.bool, device=DEVICE
-        )
+        length, by_block = main.stop - main.start, (shadows.sees[own] == ITS_BLOCK).unsqueeze(1)
+        mask = shadow_mask(shadows.holes[own].long() - main.start, length, shadows.sees[own])
+        itself = torch.eye(len(mask), dtype=torch.bool, device=DEVICE)
+        mask[:, length:] &= shadows.is_key[own] | itself | ~by_block
         queries, keys, values = (
             x.float().transpose(0, 1)
             for x in (q[80:][own], torch.cat([k[main], k[80:][own]]), torch.cat([v[main], v[80:][own]]))
@@ -108,4 +107,4 @@ def only(shadows: DeviceShadows) -> DeviceShadows:
     """The second sequence's shadow rows by themselves."""
     tiles = torch.tensor([(0, 3, 0, 1, 0, 3)], dtype=torch.int32, device=DEVICE)
     own = slice(40, 43)
-    return DeviceShadows(tiles, shadows.holes[own] - 70, shadows.is_key[own], shadows.sees_block[own], ())
+    return DeviceShadows(tiles, shadows.holes[own] - 70, shadows.is_key[own], shadows.sees[own], ())

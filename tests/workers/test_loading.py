@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from remask import InvalidRequest
-from remask.workers.models import llada
+from remask.workers.models.families import llada
 from remask.workers.models.loading import destinations, load_checkpoint, read_config
 from remask.workers.models.row_ops import rms_norm
 from remask.workers.models.transformer import Transformer

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 SHADOW_TILE = 32  # rows of a tile of shadow rows
+# The shadow rows of its sequence that a shadow row sees: itself; all that are keys; itself and the next one.
+ITSELF, ITS_BLOCK, ITS_PAIR = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class DeviceShadows:
     """The S shadow rows of a pack with static shapes. Each is a query and a key; those of a sequence are
     contiguous.
 
-    A shadow row sees itself and the main rows of its sequence except one. If it sees its block, it also sees
-    all shadow rows of the sequence that are keys.
+    A shadow row sees the main rows of its sequence except one, and of the shadow rows what `sees` says. With
+    `ITS_PAIR` it does not see the main row before that one either.
 
     Attributes:
         tiles: int32 [tiles, 6]: three ranges for each tile (start, exclusive end): its shadow rows, at most
@@ -51,7 +53,7 @@ class DeviceShadows:
             counts from the first row of its kind. A tile may be empty.
         holes: int32 [S]: the main row that each shadow row does not see.
         is_key: bool [S]: whether other shadow rows may see it.
-        sees_block: bool [S]: whether it sees the other shadow rows.
+        sees: int8 [S]: `ITSELF`, `ITS_BLOCK` or `ITS_PAIR`.
         spans: on the host, for each sequence with shadow rows: its index in the pack, the range of its main
             rows and the range of its shadow rows.
     """
@@ -59,7 +61,7 @@ class DeviceShadows:
     tiles: Tensor
     holes: Tensor
     is_key: Tensor
-    sees_block: Tensor
+    sees: Tensor
     spans: tuple[tuple[int, int, int, int, int], ...]
 
     @cached_property
@@ -68,9 +70,10 @@ class DeviceShadows:
         segments = []
         for sequence, main_first, main_end, first, end in self.spans:
             own, length = slice(first, end), main_end - main_first
-            mask = shadow_mask(self.holes[own].long() - main_first, length, self.sees_block[own])
+            mask = shadow_mask(self.holes[own].long() - main_first, length, self.sees[own])
+            by_block = (self.sees[own] == ITS_BLOCK).unsqueeze(1)
             itself = torch.eye(end - first, dtype=torch.bool, device=mask.device)
-            mask[:, length:] &= self.is_key[own] | itself
+            mask[:, length:] &= self.is_key[own] | itself | ~by_block
             segments.append(ShadowSegment(sequence, (first, end), (first, end), mask))
         return tuple(segments)
 
@@ -119,22 +122,21 @@ class VarlenLayout:
         return self.device.shadows.segments
 
 
-def shadow_mask(holes_K: Tensor, length: int, sees_block: Tensor) -> Tensor:
+def shadow_mask(holes_K: Tensor, length: int, sees_K: Tensor) -> Tensor:
     """Mask of the shadow rows of a sequence over its main rows, then its shadow rows: bool [K, length + K].
-
-    A shadow row sees all main rows except the one at its own position. Of the shadow rows it sees all if it
-    sees its block, else only itself.
 
     Args:
         holes_K: int64 [K]: the main row that each shadow row does not see.
         length: number of main rows.
-        sees_block: bool [K], or [1] for all.
+        sees_K: int8 [K]: `ITSELF`, `ITS_BLOCK` (here all are keys) or `ITS_PAIR`.
     """
     count = len(holes_K)
-    main = torch.ones(count, length, dtype=torch.bool, device=holes_K.device)
-    main.scatter_(1, holes_K.unsqueeze(1), False)
-    itself = torch.eye(count, dtype=torch.bool, device=holes_K.device)
-    return torch.cat([main, sees_block.unsqueeze(1) | itself], dim=1)
+    holes_K1, sees_K1 = holes_K.unsqueeze(1), sees_K.unsqueeze(1)
+    rows, own = (torch.arange(size, device=holes_K.device) for size in (length, count))
+    hidden = (rows == holes_K1) | ((rows == holes_K1 - 1) & (sees_K1 == ITS_PAIR))
+    next_one = (own == own.unsqueeze(1) + 1) & (sees_K1 == ITS_PAIR)
+    seen = (own == own.unsqueeze(1)) | (sees_K1 == ITS_BLOCK) | next_one
+    return torch.cat([~hidden, seen], dim=1)
 
 
 class AttentionBackend(ABC):

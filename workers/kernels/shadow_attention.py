@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from remask.workers.attention.varlen import SHADOW_TILE, DeviceShadows
+from remask.workers.attention.varlen import ITS_BLOCK, ITS_PAIR, SHADOW_TILE, DeviceShadows
 from remask.workers.kernels.sizes import attention_sizes
 
 
@@ -57,12 +57,14 @@ def shadow_attention(
         shadows.tiles,
         shadows.holes,
         shadows.is_key,
-        shadows.sees_block,
+        shadows.sees,
         *(stride for x in (q_SHd, k_MKd, v_MKd, k_shadow_SKd, v_shadow_SKd) for stride in x.stride()[:2]),
         num_heads,
         num_heads // k_MKd.shape[1],
         head_dim,
         head_dim**-0.5 / math.log(2),
+        SHARED=ITS_BLOCK,
+        PAIR=ITS_PAIR,
         QUERIES=SHADOW_TILE,
         KEYS=sizes.keys,
         BLOCK=max(16, triton.next_power_of_2(head_dim)),
@@ -101,7 +103,7 @@ def _attend(
     tiles_ptr,
     holes_ptr,
     is_key_ptr,
-    sees_block_ptr,
+    sees_ptr,
     q_stride,
     q_head_stride,
     k_stride,
@@ -116,6 +118,8 @@ def _attend(
     group_size,
     head_dim,
     scale,
+    SHARED: tl.constexpr,
+    PAIR: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -137,7 +141,8 @@ def _attend(
     is_query = queries < end
     q = _rows(q_ptr + head * q_head_stride, queries, q_stride, is_query, dims, head_dim)
     holes = tl.load(holes_ptr + queries, mask=is_query, other=-1)
-    sees_block = tl.load(sees_block_ptr + queries, mask=is_query, other=0)
+    sees = tl.load(sees_ptr + queries, mask=is_query, other=0)
+    in_pair, in_block = sees == PAIR, sees == SHARED
 
     acc = tl.zeros([QUERIES, BLOCK], dtype=tl.float32)
     norm = tl.zeros([QUERIES], dtype=tl.float32)
@@ -148,7 +153,10 @@ def _attend(
         is_row = keys < main_end
         k = _rows(k_ptr, keys, k_stride, is_row, dims, head_dim)
         v = _rows(v_ptr, keys, v_stride, is_row, dims, head_dim)
-        seen = is_row[None, :] & (keys[None, :] != holes[:, None])
+        hidden = (keys[None, :] == holes[:, None]) | (
+            (keys[None, :] == holes[:, None] - 1) & in_pair[:, None]
+        )
+        seen = is_row[None, :] & ~hidden
         acc, top, norm = _absorb(acc, top, norm, q, k, v, seen, scale)
     for start in range(shadow_first, shadow_end, KEYS):
         keys = start + tl.arange(0, KEYS)
@@ -157,7 +165,9 @@ def _attend(
         v = _rows(v_shadow_ptr, keys, v_shadow_stride, is_row, dims, head_dim)
         is_key = tl.load(is_key_ptr + keys, mask=is_row, other=0)
         seen = is_row[None, :] & (
-            (keys[None, :] == queries[:, None]) | (sees_block[:, None] & is_key[None, :])
+            (keys[None, :] == queries[:, None])
+            | (in_block[:, None] & (is_key != 0)[None, :])
+            | (in_pair[:, None] & (keys[None, :] == queries[:, None] + 1))
         )
         acc, top, norm = _absorb(acc, top, norm, q, k, v, seen, scale)
 

@@ -119,7 +119,7 @@ class TransformerDenoiser(Denoiser):
         from remask.workers.kernels.head import fused_statistics
 
         assert query.live is not None, "shapes are static"
-        hidden_ND = hidden_HD if query.guidance is None else hidden_HD[query.guidance.first]
+        hidden_ND = hidden_HD if query.hidden is None else hidden_HD[query.hidden.first]
         live = query.live
         if query.special is not None:
             live = live.index_fill(0, query.special, False)
@@ -138,7 +138,7 @@ class TransformerDenoiser(Denoiser):
         )
         if query.special is not None:
             asked = query.select(query.special)
-            hidden = hidden_HD if asked.guidance is not None else hidden_HD[query.special]
+            hidden = hidden_HD if asked.hidden is not None else hidden_HD[query.special]
             out.put(query.special, self._whole_logits(hidden, asked))
         return out
 

@@ -50,10 +50,10 @@ def dummy_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") ->
     num_queries_and_keys = (config.num_heads + config.num_kv_heads) * config.head_dim
     scales = {"head": HEAD_SCALE, "attn_out": ATTENTION_SCALE}
     for path, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # norms
-            parameter.fill_(1.0)
-            continue
         kind = path.rpartition(".")[2]
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if kind == "qkv_bias" else 1.0)  # norms are 1
+            continue
         # Deviation 1/sqrt(inputs) keeps activations at the size of a row of the embedding, 1.
         deviation = 1.0 if kind == "embedding" else parameter.shape[1] ** -0.5
         numbers = torch.empty(parameter.shape, device=device).normal_(0.0, deviation, generator=generator)

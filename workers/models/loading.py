@@ -12,9 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from remask.scheduler.errors import InvalidRequest
-from remask.workers.models import llada
 from remask.workers.models.config import TransformerConfig
+from remask.workers.models.families import Family, families
 from remask.workers.models.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -34,27 +32,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
 MAX_LISTED = 20  # names listed in an error
 COMPARED_ROWS = 4096  # of two tensors at a time
-
-
-@dataclass(frozen=True)
-class Family:
-    """A model family: its config and the names of its tensors.
-
-    Attributes:
-        embedding, head: names of the two tensors that `weight_tying` makes one.
-    """
-
-    parse_config: Callable[[dict[str, Any], str], TransformerConfig]
-    tensor_names: Callable[[TransformerConfig], dict[str, str]]
-    embedding: str
-    head: str
-
-
-FAMILIES: dict[str, Family] = {
-    architecture: Family(module.parse_config, module.tensor_names, module.EMBEDDING, module.HEAD)
-    for module in (llada,)
-    for architecture in module.ARCHITECTURES
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,11 +89,11 @@ def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
     if raw.get("eos_token_id") is None and generation.is_file():
         raw["eos_token_id"] = read_json(generation).get("eos_token_id")
     name = architecture_of(raw)
-    if name not in FAMILIES:
-        raise InvalidRequest(
-            "model", str(path), f"architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[name], FAMILIES[name].parse_config(raw, str(path))
+    family = families().get(name or "")
+    if family is None:
+        problem = f"architecture {name!r} is not supported; supported: {', '.join(families())}"
+        raise InvalidRequest("model", str(path), problem)
+    return family, family.parse_config(raw, str(path))
 
 
 def pick_dtype(requested: str, checkpoints: str, source: str) -> torch.dtype:
@@ -132,8 +109,10 @@ def destinations(model: Transformer, names: dict[str, str]) -> dict[str, Tensor]
     """Checkpoint name -> the (part of a) parameter it fills; parts are views into fused parameters."""
     config = model.config
     kv_size = config.num_kv_heads * config.head_dim
+    qkv_sizes = (config.num_heads * config.head_dim, kv_size, kv_size)
     part_sizes = {
-        "qkv": (config.num_heads * config.head_dim, kv_size, kv_size),
+        "qkv": qkv_sizes,
+        "qkv_bias": qkv_sizes,
         "gate_up": (config.ffn_size, config.ffn_size),
     }
     parameters = dict(model.named_parameters())

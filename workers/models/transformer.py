@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.config import TransformerConfig
-from remask.workers.models.fp8 import ScaledWeight, add_linear, linear
+from remask.workers.models.fp8 import add_linear, linear
 from remask.workers.models.row_ops import EAGER, RowOps
 from remask.workers.rows.pack import PackedRows
 
@@ -44,7 +44,9 @@ class Block(nn.Module):
         self.sizes = (heads, kv_heads, kv_heads)
         self.head_dim, self.eps = head_dim, config.norm_eps
         self.attn_norm = _empty(d)
-        self.qkv = _empty((heads + 2 * kv_heads) * head_dim, d)
+        qkv_size = (heads + 2 * kv_heads) * head_dim
+        self.qkv = _empty(qkv_size, d)
+        self.qkv_bias = _empty(qkv_size) if config.qkv_bias else None
         self.attn_out = _empty(d, heads * head_dim)
         self.ffn_norm = _empty(d)
         self.gate_up = _empty(2 * config.ffn_size, d)
@@ -59,7 +61,7 @@ class Block(nn.Module):
         ops: RowOps,
     ) -> Tensor:
         """Output [T, D] of the layer for all rows."""
-        qkv = self._heads(ops.rms_norm(x_TD, self.attn_norm, self.eps), self.qkv, ops)
+        qkv = self._heads(ops.rms_norm(x_TD, self.attn_norm, self.eps), slice(None), ops)
         q_and_k, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=1)
         q, k = ops.rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
         attended = attention.attend(q, k, v, layout).flatten(1)
@@ -77,15 +79,19 @@ class Block(nn.Module):
         """Output [N, D] of the layer for some rows; all rows give keys and values."""
         normed_TD = ops.rms_norm(x_TD, self.attn_norm, self.eps)
         q_size = self.sizes[0] * self.head_dim
-        q = self._heads(normed_TD[rows_N], self.qkv[:q_size], ops)
-        k, v = self._heads(normed_TD, self.qkv[q_size:], ops).split(self.sizes[1:], dim=1)
+        q = self._heads(normed_TD[rows_N], slice(q_size), ops)
+        k, v = self._heads(normed_TD, slice(q_size, None), ops).split(self.sizes[1:], dim=1)
         cos, sin = rope
         q, k = ops.rotate_halves(q, cos[rows_N], sin[rows_N]), ops.rotate_halves(k, cos, sin)
         attended = attention.attend(q, k, v, layout).flatten(1)
         return self._ffn(add_linear(x_TD[rows_N], attended, self.attn_out, ops), ops)
 
-    def _heads(self, x_TD: Tensor, weight: Tensor | ScaledWeight, ops: RowOps) -> Tensor:
-        return linear(x_TD, weight, ops).unflatten(-1, (-1, self.head_dim))
+    def _heads(self, x_TD: Tensor, part: slice, ops: RowOps) -> Tensor:
+        """Queries, keys and values of some rows, or a part of them, [T, heads, head_dim]."""
+        heads = linear(x_TD, self.qkv[part], ops)
+        if self.qkv_bias is not None:
+            heads += self.qkv_bias[part]
+        return heads.unflatten(-1, (-1, self.head_dim))
 
     def _ffn(self, x_TD: Tensor, ops: RowOps) -> Tensor:
         gate_up = linear(ops.rms_norm(x_TD, self.ffn_norm, self.eps), self.gate_up, ops)

@@ -16,8 +16,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from remask.workers.attention.varlen import ShadowSegment, VarlenLayout, shadow_mask
-from remask.workers.rows.pack import ActiveBlocks, Guidance
+from remask.workers.attention.varlen import ITS_BLOCK, ShadowSegment, VarlenLayout, shadow_mask
+from remask.workers.rows.pack import ActiveBlocks, HiddenStates
 from remask.workers.rows.plan import Plan, Spare
 
 
@@ -32,11 +32,13 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
         plan = _live_copies(plan, is_copied, len(num_candidates))
         num_candidates += [1] * len(plan.copies.slots)
     is_read = committed[plan.shadows.slots]
+    is_read.view(-1, spare.rows_of_slot)[:, 1:] = False  # of the rows of a slot the first answers
     every: tuple[ShadowSegment, ...] = ()
     verifying: tuple[ShadowSegment, ...] = ()
     if len(is_read):
         plan, every, verifying = _live_shadows(plan, spare, blocks, is_read)
-    is_answered = torch.cat([is_candidate[: plan.num_main_slots], is_copied, is_read])
+    answers = is_read.view(-1, spare.rows_of_slot)[:, 0]
+    is_answered = torch.cat([is_candidate[: plan.num_main_slots], is_copied, answers])
     cu_keys, cu_queries = plan.layout.cu_keys, _bounds(num_candidates)
     return replace(
         plan,
@@ -44,8 +46,8 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
         candidate_layout=VarlenLayout(cu_queries, cu_keys, verifying),
         num_main_slots=int(is_candidate[: plan.num_main_slots].sum()),
         main=plan.main.select(is_candidate),
-        guidance=_guidance(plan.guidance, torch.cat([is_candidate, is_copied, is_read]), is_answered)
-        if plan.guidance is not None
+        hidden=_hidden(plan.hidden, torch.cat([is_candidate, is_copied, is_read]), is_answered)
+        if plan.hidden is not None and plan.hidden.second is not None
         else None,
         slots_N=plan.slots_N[is_answered],
         spare=None,
@@ -98,9 +100,10 @@ def _live_shadows(
     bounds = spare.cu_shadows
     num_read = _counts(is_read, bounds)
     # Rows that the head does not read are keys of the others.
-    is_key = spare.sees_block & (num_read > 0).repeat_interleave(bounds.diff())
-    is_shadow = is_read | (blocks.valid.flatten()[plan.shadows.slots] & is_key)
-    shadows, sees_block = plan.shadows.select(is_shadow), spare.sees_block[is_shadow]
+    is_key = (spare.sees == ITS_BLOCK) & (num_read > 0).repeat_interleave(bounds.diff())
+    is_whole = is_read.view(-1, spare.rows_of_slot)[:, :1].expand(-1, spare.rows_of_slot).flatten()
+    is_shadow = is_whole | (blocks.valid.flatten()[plan.shadows.slots] & is_key)
+    shadows, sees = plan.shadows.select(is_shadow), spare.sees[is_shadow]
     holes = blocks.rows.flatten()[shadows.slots] + shadows.shifts
     cu_keys, cu_read = (_bounds(counts.tolist()) for counts in (_counts(is_shadow, bounds), num_read))
     is_read = is_read[is_shadow]
@@ -111,18 +114,19 @@ def _live_shadows(
         own = slice(*keys)
         if keys[0] == keys[1]:
             continue
-        mask = shadow_mask(holes[own] - first, last - first, sees_block[own])
+        mask = shadow_mask(holes[own] - first, last - first, sees[own])
         every.append(ShadowSegment(sequence, keys, keys, mask))
         read.append(ShadowSegment(sequence, queries, keys, mask[is_read[own]]))
     plan = replace(plan, shadows=shadows, read_shadows=is_read.nonzero().squeeze(1))
     return plan, tuple(every), tuple(read)
 
 
-def _guidance(guidance: Guidance, is_kept: Tensor, is_answered: Tensor) -> Guidance:
-    """The hidden states that belong together, numbered among those that are kept."""
+def _hidden(hidden: HiddenStates, is_kept: Tensor, is_answered: Tensor) -> HiddenStates:
+    """The hidden states of slots that are answered for, numbered among those that are kept."""
     numbers = is_kept.cumsum(0) - 1
-    second = guidance.second[is_answered]
-    return Guidance(
-        first=numbers[guidance.first[is_answered]],
+    assert hidden.second is not None, "a canvas is guided"
+    second = hidden.second[is_answered]
+    return HiddenStates(
+        first=numbers[hidden.first[is_answered]],
         second=torch.where(second >= 0, numbers[second], -1),
     )

@@ -75,7 +75,7 @@ class HeadQuery:
         temperature: fp32 [N]: of the proposal; 0: the most probable token.
         keys: int64 [N]: keys of the token stream; None: no canvas draws tokens.
         needs: statistics that policies read, of "margin" and "entropy".
-        guidance: None: no canvas is guided, and the hidden states are those of the N slots.
+        hidden: the hidden states of the slots; None: they are one after another.
         removed: int64 [N, K]: ids that may not be proposed, padded with -1; None: there are none.
         live: bool [N]: slots whose statistics are read, with static shapes; None: all.
         special: int64: with static shapes, the slots that are answered from whole logits: all live slots
@@ -88,7 +88,7 @@ class HeadQuery:
     temperature: Tensor
     keys: Tensor | None
     needs: frozenset[str]
-    guidance: Guidance | None = None
+    hidden: HiddenStates | None = None
     removed: Tensor | None = None
     live: Tensor | None = None
     special: Tensor | None = None
@@ -99,14 +99,14 @@ class HeadQuery:
         def part(values: Tensor | None) -> Any:
             return values[slots] if values is not None else None
 
-        guided = self.guidance
+        hidden = self.hidden
         return replace(
             self,
             owners=self.owners[slots],
             given=self.given[slots],
             temperature=self.temperature[slots],
             keys=part(self.keys),
-            guidance=Guidance(guided.first[slots], guided.second[slots]) if guided is not None else None,
+            hidden=HiddenStates(hidden.first[slots], part(hidden.second)) if hidden is not None else None,
             removed=part(self.removed),
             live=part(self.live),
             special=None,
@@ -114,16 +114,17 @@ class HeadQuery:
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """The hidden states of guided canvases, which are in a pack twice.
+class HiddenStates:
+    """Which of the hidden states of a pack belong to the slots.
 
     Attributes:
         first: int64 [N]: index of the hidden state of each slot.
-        second: int64 [N]: index of the hidden state of the slot in the second copy; -1: there is none.
+        second: int64 [N]: index of the hidden state of the slot in the second copy of a guided canvas; -1:
+            there is none; None: no canvas is guided.
     """
 
     first: Tensor
-    second: Tensor
+    second: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class StepInputs:
         self,
         slots_N: Tensor,
         num_main_slots: int,
-        guidance: Guidance | None,
+        hidden: HiddenStates | None,
         *,
         live: Tensor | None = None,
         special: Tensor | None = None,
@@ -196,7 +197,7 @@ class StepInputs:
             temperature=torch.where(is_main, self.sampling.temperature[owners], 0.0),
             keys=self.keys.flatten()[slots_N] if self.keys is not None else None,
             needs=self.needs,
-            guidance=guidance,
+            hidden=hidden,
             removed=self.removed.flatten(0, 1)[slots_N] if self.removed is not None else None,
             live=live,
             special=special,
@@ -214,3 +215,30 @@ def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) 
         groups[-1].append(canvas)
         used += num_rows[canvas]
     return groups
+
+
+def hidden_states(
+    num_first: int,
+    num_main: int,
+    num_copies: int,
+    num_verified: int,
+    rows_of_slot: int,
+    is_guided: Tensor | None,
+) -> HiddenStates:
+    """The hidden states of all slots, if they are not one after another.
+
+    Args:
+        num_first: slots of first copies.
+        num_main: slots of first and second copies.
+        num_copies: slots of copies that verify.
+        num_verified: slots that shadow rows verify.
+        rows_of_slot: shadow rows of each of these; the first answers.
+        is_guided: bool [num_first]: slots with a second copy; None: there are none.
+    """
+    copies = num_main + torch.arange(num_copies)
+    shadows = num_main + num_copies + rows_of_slot * torch.arange(num_verified)
+    first, second = torch.cat([torch.arange(num_first), copies, shadows]), None
+    if is_guided is not None:
+        second = torch.full_like(first, -1)
+        second[:num_first][is_guided] = torch.arange(num_first, num_main)
+    return HiddenStates(first, second)

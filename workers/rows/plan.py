@@ -22,8 +22,23 @@ import torch
 from torch import Tensor
 
 from remask.scheduler.canvas import TOKEN, CanvasSpec
-from remask.workers.attention.varlen import SHADOW_TILE, DeviceLayout, DeviceShadows, VarlenLayout
-from remask.workers.rows.pack import ActiveBlocks, Guidance, HeadQuery, PackedRows, StepInputs
+from remask.workers.attention.varlen import (
+    ITS_BLOCK,
+    ITS_PAIR,
+    ITSELF,
+    SHADOW_TILE,
+    DeviceLayout,
+    DeviceShadows,
+    VarlenLayout,
+)
+from remask.workers.rows.pack import (
+    ActiveBlocks,
+    HeadQuery,
+    HiddenStates,
+    PackedRows,
+    StepInputs,
+    hidden_states,
+)
 from remask.workers.rows.padding import NO_PADDING, Padding
 
 
@@ -59,7 +74,8 @@ class Spare:
     """What a plan knows of rows that may not be live. A compact plan has none.
 
     Attributes:
-        tiles, sees_block, spans: see `DeviceShadows`.
+        tiles, sees, spans: see `DeviceShadows`.
+        rows_of_slot: shadow rows of a slot, one after another; the first answers.
         special: int64: which of the N slots are of canvases that `needs_logits`; None: none.
         max_special: how many of them can be live at a time. The host does not know how many are, so whole
             logits are made of as many slots, the live ones first. A slot is masked or committed: where its
@@ -68,7 +84,8 @@ class Spare:
     """
 
     tiles: Tensor
-    sees_block: Tensor
+    sees: Tensor
+    rows_of_slot: int
     spans: tuple[tuple[int, int, int, int, int], ...]
     special: Tensor | None
     max_special: int
@@ -97,9 +114,10 @@ class Plan:
         copies: the slot that each copy verifies.
         shadows: slots of shadow rows; their shifts lead to rows of the main sequence.
         read_shadows: int64: the shadow rows that are candidates; None: all.
-        guidance: which hidden states belong together; None if no canvas is guided.
+        hidden: the hidden states of the slots; None: they are one after another.
         slots_N: int64 [N]: the slots that are answered for: of first copies, of copies and of shadow rows.
         spare: None: all rows are live.
+        shift: the row that answers for a position stands so many rows before it.
     """
 
     token_index: Tensor
@@ -112,9 +130,10 @@ class Plan:
     copies: Slots
     shadows: Slots
     read_shadows: Tensor | None
-    guidance: Guidance | None
+    hidden: HiddenStates | None
     slots_N: Tensor
     spare: Spare | None
+    shift: int
 
     @cached_property
     def cu_main(self) -> Tensor:
@@ -128,10 +147,11 @@ class Plan:
         ids, positions = step.tokens[self.token_index], self.positions
         if self.is_hidden is not None:
             ids = ids.masked_fill(self.is_hidden, step.mask_id)
-        candidates = [self.main.places(valid, places) + self.main.shifts]
+        candidates = [self._answering(self.main.places(valid, places) + self.main.shifts)]
         if len(self.copies.slots):
-            candidates.append(self.copies.places(valid, places) + self.copies.shifts)
-            ids = ids.scatter(0, candidates[-1], step.mask_id)
+            copied = self.copies.places(valid, places) + self.copies.shifts
+            candidates.append(self._answering(copied))
+            ids = ids.scatter(0, copied, step.mask_id)
         layout, candidate_layout = self.layout, self.candidate_layout
         if len(self.shadows.slots):
             verified = self.shadows.places(valid, places)
@@ -144,8 +164,13 @@ class Plan:
             candidates.append(
                 (torch.arange(len(verified), device=ids.device) if read is None else read) + len(ids)
             )
-            ids = torch.cat([ids, torch.full_like(verified, step.mask_id)])
-            positions = torch.cat([positions, verified - self.shadows.starts])
+            masks, at = torch.full_like(verified, step.mask_id), verified - self.shadows.starts
+            if self.shift:  # pairs: the row before a slot, with its token, and a mask in the slot
+                is_first = torch.arange(len(verified), device=ids.device) % 2 == 0
+                before = (verified - self.shift).clamp(min=0)
+                masks = torch.where(is_first, step.tokens[before], masks)
+                at = torch.where(is_first, at - self.shift, at)
+            ids, positions = torch.cat([ids, masks]), torch.cat([positions, at])
         live = special = None
         if self.spare is not None:
             live = self._live(step.blocks)
@@ -159,7 +184,12 @@ class Plan:
             slots_N=self.slots_N,
             num_main_slots=self.num_main_slots,
         )
-        return rows, step.ask(self.slots_N, self.num_main_slots, self.guidance, live=live, special=special)
+        return rows, step.ask(self.slots_N, self.num_main_slots, self.hidden, live=live, special=special)
+
+    def _answering(self, rows: Tensor) -> Tensor:
+        """The rows that answer for the positions of some rows. (A slot that is not valid stands at the
+        beginning of its sequence, where there may be no row before it.)"""
+        return (rows - self.shift).clamp(min=0) if self.shift else rows
 
     def _live(self, blocks: ActiveBlocks) -> Tensor:
         """Which of the slots are answered for, bool [N]."""
@@ -193,6 +223,8 @@ def plan_pack(
     num_blocks, num_copies = len(canvases) + len(guided), len(copies_of)
     # A canvas without rows, with which bursts are padded, has no candidates either.
     block_lens = np.array([specs[c].block_length for c in sequences[:num_blocks]]) * (lens[:num_blocks] > 0)
+    shift = max(specs[c].shift for c in canvases)  # what fills up a burst has none
+    rows_of_slot = 1 + (shift > 0)  # shadow rows, which follow each other
     num_shadows = np.array([specs[c].num_shadow_rows for c in canvases])
     cu_shadows = _bounds(num_shadows)
 
@@ -213,7 +245,8 @@ def plan_pack(
     main = slots_of(*_counted(block_lens), padding.slots)
     copy_numbers = [i for c in canvases for i in range(specs[c].num_copies)]
     copies = slots_of(np.arange(num_copies) + num_blocks, np.array(copy_numbers, dtype=np.int64))
-    shadows = slots_of(*_counted(num_shadows), padding.shadow_rows)
+    owners, numbers = _counted(num_shadows)
+    shadows = slots_of(owners, numbers // rows_of_slot, padding.shadow_rows)
     spans = tuple(
         (
             place,
@@ -224,10 +257,20 @@ def plan_pack(
         )
         for place in num_shadows.nonzero()[0].tolist()
     )
-    sees_block = np.zeros(len(shadows.slots), dtype=bool)
-    sees_block[: cu_shadows[-1]] = np.repeat([specs[c].shadows_see_each_other for c in canvases], num_shadows)
+    sees = np.full(len(shadows.slots), ITSELF, dtype=np.int8)
+    if shift:
+        sees[: cu_shadows[-1] : 2] = ITS_PAIR
+    else:
+        see_each_other = np.array([specs[c].shadows_see_each_other for c in canvases])
+        sees[: cu_shadows[-1]] = np.repeat(np.where(see_each_other, ITS_BLOCK, ITSELF), num_shadows)
     num_first = int(block_lens[: len(canvases)].sum()) if guided else len(main.slots)
-    slots_N = torch.cat([main.slots[:num_first], copies.slots, shadows.slots])
+    slots_N = torch.cat([main.slots[:num_first], copies.slots, shadows.slots[::rows_of_slot]])
+    hidden = None
+    if guided or shift:
+        is_guided = np.repeat([specs[c].is_guided for c in canvases], block_lens[: len(canvases)])
+        num_answers = len(slots_N) - num_first - num_copies
+        own = torch.from_numpy(is_guided) if guided else None
+        hidden = hidden_states(num_first, len(main.slots), num_copies, num_answers, rows_of_slot, own)
     special = [c for c in canvases if specs[c].needs_logits]
     is_special = np.isin(slots_N.numpy() // width, special)
     owners, numbers = _counted(lens)
@@ -261,27 +304,27 @@ def plan_pack(
         copies=copies,
         shadows=shadows,
         read_shadows=None,
-        guidance=_guidance(specs, canvases, block_lens.tolist(), len(main.slots), len(slots_N))
-        if guided
-        else None,
+        hidden=hidden,
         slots_N=slots_N,
         spare=Spare(
             tiles=_tiles(
                 spans,
                 num_tiles=padding.shadow_rows // SHADOW_TILE + len(canvases) if padding.shadow_rows else 0,
             ),
-            sees_block=torch.from_numpy(sees_block),
+            sees=torch.from_numpy(sees),
+            rows_of_slot=rows_of_slot,
             spans=spans,
             special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
             max_special=sum(map(_max_live, (specs[c] for c in special))),
         ),
+        shift=shift,
     )
 
 
 def _with_shadows(layout: VarlenLayout, spare: Spare, holes: Tensor, is_key: Tensor) -> VarlenLayout:
     """A layout with the shadow rows of a step."""
     assert layout.device is not None, "the device decides which shadow rows there are"
-    shadows = DeviceShadows(spare.tiles, holes, is_key, spare.sees_block, spare.spans)
+    shadows = DeviceShadows(spare.tiles, holes, is_key, spare.sees, spare.spans)
     return replace(layout, device=replace(layout.device, shadows=shadows))
 
 
@@ -336,16 +379,3 @@ def _tiles(spans: Sequence[tuple[int, int, int, int, int]], num_tiles: int) -> T
     ]
     tiles += [(0,) * 6] * (num_tiles - len(tiles))
     return torch.tensor(tiles, dtype=torch.int32).view(-1, 6)
-
-
-def _guidance(
-    specs: Sequence[CanvasSpec], canvases: Sequence[int], block_lens: Sequence[int], num_main: int, count: int
-) -> Guidance:
-    """Second copies have their slots in the order of the guided among the first."""
-    num_first = sum(block_lens[: len(canvases)])
-    first = torch.arange(count)
-    first[num_first:] += num_main - num_first
-    is_guided = np.repeat([specs[c].is_guided for c in canvases], block_lens[: len(canvases)])
-    second = torch.full((count,), -1)
-    second[:num_first][torch.from_numpy(is_guided)] = torch.arange(num_first, num_main)
-    return Guidance(first, second)

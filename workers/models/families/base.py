@@ -1,0 +1,31 @@
+"""What a model family is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from remask.workers.models.config import TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family.
+
+    Attributes:
+        name: of the family, in messages.
+        architectures: its names in `architectures` of a `config.json`.
+        parse_config: the shape in a parsed `config.json`, whose path is given for errors; raises
+            InvalidRequest for anything that the transformer does not compute.
+        tensor_names: checkpoint name -> parameter of `remask.workers.models.transformer`.
+            `blocks.3.qkv[1]` is the second part of a fused matrix (q, k, v; or gate, up).
+        embedding, head: names of the two tensors that tied embeddings make one.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    parse_config: Callable[[dict[str, Any], str], TransformerConfig]
+    tensor_names: Callable[[TransformerConfig], dict[str, str]]
+    embedding: str
+    head: str
