@@ -13,25 +13,32 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from remask.byte_pairs import byte_pair_tokenizer
 from remask.scheduler.errors import InvalidRequest
 
 MAX_REASON_LEN = 200  # characters of what a chat template says
 
 
 def load_tokenizer(directory: Path, required: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a directory (`tokenizer.json`), never looked up online; None if there is none.
+    """The tokenizer in a directory, never looked up online; None if there is none.
+
+    It is read from `tokenizer.json`, or from `vocab.json` and `merges.txt` as published with Dream and
+    DiffuCoder. No code of a checkpoint runs.
 
     Raises:
         InvalidRequest: it cannot be read, or is missing and required.
     """
-    if not (directory / "tokenizer.json").is_file():
-        if required:
-            raise InvalidRequest("tokenizer", str(directory), "holds no tokenizer.json")
-        return None
     try:
-        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        if (directory / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+            return byte_pair_tokenizer(directory)
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
         raise InvalidRequest("tokenizer", str(directory), f"cannot be read: {error}") from None
+    if required:
+        problem = "holds no tokenizer.json, nor vocab.json and merges.txt"
+        raise InvalidRequest("tokenizer", str(directory), problem)
+    return None
 
 
 class PromptEncoder:
