@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 from remask import InvalidRequest
-from remask.workers.models.families import Family, dream, llada, load
-from remask.workers.models.loading import destinations
+from remask.workers.models.denoiser import load_denoiser
+from remask.workers.models.families import Family, dream, llada, llada_moe, load
+from remask.workers.models.loading import destinations, read_config
 from remask.workers.models.transformer import Transformer
 
+MOE_TINY = Path(__file__).parents[1] / "data" / "golden" / "lladamoe-tiny"
 DREAM_7B = {
     "architectures": ["DreamModel"],
     "model_type": "Dream",
@@ -95,6 +98,96 @@ def test_what_dream_does_not_have_is_refused(changes: dict[str, Any], problem: s
     assert problem in str(caught.value)
 
 
+LLADA_MOE = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "model_type": "llada",
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "expert_intermediate_size": 1024,
+    "dense_intermediate_size": 8192,
+    "moe_layer_freq": [1] * 16,
+    "shared_expert_intermediate_size": None,
+    "vocab_size": 157184,
+    "tie_word_embeddings": False,
+    "qk_layernorm": True,
+    "rope_theta": 50000,
+    "max_position_embeddings": 8192,
+    "partial_rotary_factor": 1,
+    "rope_scaling": None,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "norm_topk_prob": None,
+    "mask_token_id": 156895,
+    "eos_token_id": 156892,
+}
+
+
+def test_llada_moe_7b_has_its_3219_tensors_and_7_4_billion_parameters() -> None:
+    config = llada_moe.parse_config(LLADA_MOE, "config.json")
+    with torch.device("meta"):
+        model = Transformer(config)
+    places = destinations(model, llada_moe.tensor_names(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
+    assert len(shapes) == 3219
+    first = "model.layers.15."
+    assert shapes[f"{first}self_attn.q_norm.weight"] == (128,)
+    assert shapes[f"{first}mlp.gate.weight"] == (64, 2048)
+    assert shapes[f"{first}mlp.experts.63.up_proj.weight"] == (1024, 2048)
+    assert shapes[f"{first}mlp.experts.63.down_proj.weight"] == (2048, 1024)
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert count == sum(parameter.numel() for parameter in model.parameters()) == 7_356_880_896
+    with_shared = {**LLADA_MOE, "shared_expert_intermediate_size": 512}
+    assert len(llada_moe.tensor_names(llada_moe.parse_config(with_shared, "config.json"))) == 3219 + 48
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_experts_per_tok": 65}, "num_experts_per_tok 65 is above num_experts 64"),
+        ({"moe_layer_freq": [1] * 15 + [0]}, "'moe_layer_freq' must be 1 for each of the 16 layers"),
+        ({"moe_layer_freq": [1]}, "'moe_layer_freq' must be 1 for each of the 16 layers"),
+        ({"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias = True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_scaling": {"factor": 2.0}}, "this LLaDA-MoE variant is not supported: rope_scaling"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"rope_theta": None}, "'rope_theta' must be a positive number"),
+        ({"num_experts": None}, "'num_experts' must be a positive integer"),
+    ],
+)
+def test_what_llada_moe_does_not_have_is_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        llada_moe.parse_config({**LLADA_MOE, **changes}, "config.json")
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 155, "content": "<|mask|>"}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"155": {"content": "<|mask|>"}}}),
+    ],
+)
+def test_a_mask_id_that_the_config_lacks_is_the_tokenizers(
+    tmp_path: Path, name: str, content: dict[str, Any]
+) -> None:
+    config = json.loads((MOE_TINY / "config.json").read_text())
+    del config["mask_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidRequest, match="'mask_token_id' must be an id below 160, not None"):
+        read_config(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    assert read_config(tmp_path)[1].mask_id == 155
+
+
+def test_experts_are_not_quantized() -> None:
+    with pytest.raises(InvalidRequest, match="quantization: is not supported for experts"):
+        load_denoiser(MOE_TINY, dtype="bfloat16", device="cpu", quantization="fp8")
+
+
 OWN = Family(
     name="Own",
     architectures=("OwnModel",),
@@ -125,8 +218,6 @@ def test_a_package_adds_a_family(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
-    from remask.workers.models.loading import read_config
-
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    with pytest.raises(InvalidRequest, match="supported: LLaDAModelLM, DreamModel"):
+    with pytest.raises(InvalidRequest, match="supported: LLaDAModelLM, DreamModel, LLaDAMoEModelLM"):
         read_config(tmp_path)

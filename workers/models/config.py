@@ -33,12 +33,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The experts of each layer.
+
+    Attributes:
+        count, num_active: experts, and how many of them a row is sent to.
+        size: hidden size of an expert.
+        shared_size: that of an MLP that every row takes as well; None: there is none.
+    """
+
+    count: int
+    num_active: int
+    size: int
+    shared_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
     """The shape of a masked diffusion transformer.
 
     Attributes:
         embedding_size: rows of the embedding and the head; at least `vocab_size`.
+        ffn_size: hidden size of the MLPs; with experts that of one expert.
         qkv_bias: whether queries, keys and values have biases.
+        qk_norm: whether each head's queries and keys are normalised before RoPE.
+        experts: None: every layer has one MLP.
         dtype: "float32", "bfloat16" or "float16"; None: not said, the tensors' own.
     """
 
@@ -54,6 +73,8 @@ class TransformerConfig(ModelConfig):
     norm_eps: float
     dtype: str | None
     qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: ExpertsConfig | None = None
 
 
 class ConfigReader:

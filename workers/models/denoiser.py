@@ -90,7 +90,9 @@ class TransformerDenoiser(Denoiser):
         self._padded_len: Callable[[int], int] | None = padded_len if pads else None
 
     def use_tiles(self) -> bool:
-        usable = self.device.type == "cpu" and all(map(ignores_places, self.model.products()))
+        # The rows of an expert's product depend on the other canvases of a pack.
+        is_dense = self.device.type == "cpu" and self.config.experts is None
+        usable = is_dense and all(map(ignores_places, self.model.products()))
         logger.info("batch invariance by %s", "tiles" if usable else "a forward for each canvas")
         if usable:
             self.ops, self._padded_len = TILED, tile_len
@@ -193,6 +195,12 @@ def denoiser_of(
         model = model.float()
     weight, head_dim = model.embedding, model.config.head_dim
     attention = pick_attention(attention_backend, device=weight.device, dtype=weight.dtype, head_dim=head_dim)
+    if model.config.experts is not None:
+        if quantization is not None:
+            problem = "is not supported for experts; leave it out"
+            raise InvalidRequest("quantization", quantization, problem)
+        if weight.device.type != "cpu":
+            raise InvalidRequest("device", str(weight.device), "runs no experts yet; use cpu")
     if quantization == "fp8":
         quantize_layers(model.blocks)
     on_cpu = weight.device.type == "cpu"

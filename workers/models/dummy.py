@@ -55,7 +55,7 @@ def dummy_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") ->
             parameter.fill_(0.0 if kind == "qkv_bias" else 1.0)  # norms are 1
             continue
         # Deviation 1/sqrt(inputs) keeps activations at the size of a row of the embedding, 1.
-        deviation = 1.0 if kind == "embedding" else parameter.shape[1] ** -0.5
+        deviation = 1.0 if kind == "embedding" else parameter.shape[-1] ** -0.5
         numbers = torch.empty(parameter.shape, device=device).normal_(0.0, deviation, generator=generator)
         numbers *= scales.get(kind, 1.0)
         if kind == "qkv":

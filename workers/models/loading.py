@@ -90,10 +90,27 @@ def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
         raw["eos_token_id"] = read_json(generation).get("eos_token_id")
     name = architecture_of(raw)
     family = families().get(name or "")
+    if family is not None and family.mask_token is not None and raw.get("mask_token_id") is None:
+        raw["mask_token_id"] = added_token_id(directory, family.mask_token)
     if family is None:
         problem = f"architecture {name!r} is not supported; supported: {', '.join(families())}"
         raise InvalidRequest("model", str(path), problem)
     return family, family.parse_config(raw, str(path))
+
+
+def added_token_id(directory: Path, text: str) -> int | None:
+    """The id of a special token in the files of a tokenizer; None: it is in none."""
+    config, tokenizer = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    if config.is_file():
+        listed = read_json(config).get("added_tokens_decoder") or {}
+        for token_id, token in listed.items() if isinstance(listed, dict) else ():
+            if isinstance(token, dict) and token.get("content") == text and str(token_id).isdecimal():
+                return int(token_id)
+    if tokenizer.is_file():
+        for token in read_json(tokenizer).get("added_tokens") or ():
+            if isinstance(token, dict) and token.get("content") == text:
+                return token.get("id")
+    return None
 
 
 def pick_dtype(requested: str, checkpoints: str, source: str) -> torch.dtype:
@@ -109,21 +126,21 @@ def destinations(model: Transformer, names: dict[str, str]) -> dict[str, Tensor]
     """Checkpoint name -> the (part of a) parameter it fills; parts are views into fused parameters."""
     config = model.config
     kv_size = config.num_kv_heads * config.head_dim
-    qkv_sizes = (config.num_heads * config.head_dim, kv_size, kv_size)
-    part_sizes = {
-        "qkv": qkv_sizes,
-        "qkv_bias": qkv_sizes,
-        "gate_up": (config.ffn_size, config.ffn_size),
-    }
+    qkv_sizes = [config.num_heads * config.head_dim, kv_size, kv_size]
     parameters = dict(model.named_parameters())
     result = {}
     for theirs, ours in names.items():
-        match = re.fullmatch(r"(.*\.(\w+))\[(\d)\]", ours)
+        match = re.fullmatch(r"(.*\.(\w+))\[(?:(\d+),)?(\d)\]", ours)
         if match is None:
             result[theirs] = parameters[ours]
+            continue
+        path, kind, expert, part = match.groups()
+        whole = parameters[path] if expert is None else parameters[path][int(expert)]
+        if kind.startswith("qkv"):
+            sizes = qkv_sizes
         else:
-            path, kind, part = match.groups()
-            result[theirs] = parameters[path].split(part_sizes[kind])[int(part)]
+            sizes = [len(whole) // 2] * 2 if kind.endswith("gate_up") else [len(whole)]
+        result[theirs] = whole.split(sizes)[int(part)]
     return result
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.config import TransformerConfig
+from remask.workers.models.experts import Experts
 from remask.workers.models.fp8 import add_linear, linear
 from remask.workers.models.row_ops import EAGER, RowOps
 from remask.workers.rows.pack import PackedRows
@@ -48,9 +49,12 @@ class Block(nn.Module):
         self.qkv = _empty(qkv_size, d)
         self.qkv_bias = _empty(qkv_size) if config.qkv_bias else None
         self.attn_out = _empty(d, heads * head_dim)
+        self.q_norm, self.k_norm = (_empty(head_dim) if config.qk_norm else None for _ in range(2))
         self.ffn_norm = _empty(d)
-        self.gate_up = _empty(2 * config.ffn_size, d)
-        self.down = _empty(d, config.ffn_size)
+        self.experts = None if config.experts is None else Experts(config.experts, d)
+        if self.experts is None:
+            self.gate_up = _empty(2 * config.ffn_size, d)
+            self.down = _empty(d, config.ffn_size)
 
     def forward(
         self,
@@ -63,6 +67,9 @@ class Block(nn.Module):
         """Output [T, D] of the layer for all rows."""
         qkv = self._heads(ops.rms_norm(x_TD, self.attn_norm, self.eps), slice(None), ops)
         q_and_k, v = qkv.split((self.sizes[0] + self.sizes[1], self.sizes[2]), dim=1)
+        if self.q_norm is not None:
+            q, k = q_and_k.split(self.sizes[:2], dim=1)
+            q_and_k = torch.cat([self._normed(q, self.q_norm, ops), self._normed(k, self.k_norm, ops)], dim=1)
         q, k = ops.rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
         attended = attention.attend(q, k, v, layout).flatten(1)
         return self._ffn(add_linear(x_TD, attended, self.attn_out, ops), ops)
@@ -81,6 +88,8 @@ class Block(nn.Module):
         q_size = self.sizes[0] * self.head_dim
         q = self._heads(normed_TD[rows_N], slice(q_size), ops)
         k, v = self._heads(normed_TD, slice(q_size, None), ops).split(self.sizes[1:], dim=1)
+        if self.q_norm is not None:
+            q, k = self._normed(q, self.q_norm, ops), self._normed(k, self.k_norm, ops)
         cos, sin = rope
         q, k = ops.rotate_halves(q, cos[rows_N], sin[rows_N]), ops.rotate_halves(k, cos, sin)
         attended = attention.attend(q, k, v, layout).flatten(1)
@@ -93,9 +102,17 @@ class Block(nn.Module):
             heads += self.qkv_bias[part]
         return heads.unflatten(-1, (-1, self.head_dim))
 
+    def _normed(self, heads_THd: Tensor, weight: Tensor | None, ops: RowOps) -> Tensor:
+        """Heads, each normalised by itself."""
+        assert weight is not None, "queries and keys are both normalised"
+        rows = heads_THd.reshape(-1, self.head_dim)
+        return ops.rms_norm(rows, weight, self.eps).view(heads_THd.shape)
+
     def _ffn(self, x_TD: Tensor, ops: RowOps) -> Tensor:
-        gate_up = linear(ops.rms_norm(x_TD, self.ffn_norm, self.eps), self.gate_up, ops)
-        return add_linear(x_TD, ops.silu_mul(gate_up), self.down, ops)
+        normed_TD = ops.rms_norm(x_TD, self.ffn_norm, self.eps)
+        if self.experts is not None:
+            return self.experts(normed_TD, ops).add_(x_TD)
+        return add_linear(x_TD, ops.silu_mul(linear(normed_TD, self.gate_up, ops)), self.down, ops)
 
 
 class Transformer(nn.Module):

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-from remask.workers.models.families import dream, llada
+from remask.workers.models.families import dream, llada, llada_moe
 from remask.workers.models.families.base import Family
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "remask.models"
-OWN = (llada.FAMILY, dream.FAMILY)
+OWN = (llada.FAMILY, dream.FAMILY, llada_moe.FAMILY)
 
 __all__ = ["Family", "families", "load"]
 

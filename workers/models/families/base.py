@@ -19,8 +19,11 @@ class Family:
         parse_config: the shape in a parsed `config.json`, whose path is given for errors; raises
             InvalidRequest for anything that the transformer does not compute.
         tensor_names: checkpoint name -> parameter of `remask.workers.models.transformer`.
-            `blocks.3.qkv[1]` is the second part of a fused matrix (q, k, v; or gate, up).
+            `blocks.3.qkv[1]` is the second part of a fused matrix (q, k, v; or gate, up), and
+            `blocks.3.experts.gate_up[7,1]` that of expert 7.
         embedding, head: names of the two tensors that tied embeddings make one.
+        mask_token: text of the mask token, whose id the tokenizer gives if `config.json` has no
+            `mask_token_id`; None: `config.json` must have it.
     """
 
     name: str
@@ -29,3 +32,4 @@ class Family:
     tensor_names: Callable[[TransformerConfig], dict[str, str]]
     embedding: str
     head: str
+    mask_token: str | None = None
