@@ -6,7 +6,9 @@ two thresholds whose mean costs enclose the arm's, each prompt's value is interp
 than every threshold of the base is compared with the most expensive one, and `beyond` says so; one that costs
 less, with the cheapest.
 
-Intervals are percentiles of a bootstrap over prompts. Pairs of right and wrong answers are tested by
+Intervals are percentiles of a bootstrap over prompts. A time is measured, too: `low_if_slower` is the lower
+end of the interval if the arm's forwards take as much longer than the base's as repetitions of the two
+differ. Pairs of right and wrong answers are tested by
 McNemar's exact test, everything else by a z test of the mean difference. Holm's correction counts all
 comparisons of one kind and measure.
 """
@@ -29,7 +31,8 @@ from remask.benchmarks.study.tasks import StudyTask
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-COSTS = ("nfe", "query_rows", "milliseconds")
+TIME = "milliseconds"
+COSTS = ("nfe", "query_rows", TIME)
 
 Values = NDArray[np.float64]  # one for each prompt
 
@@ -68,7 +71,7 @@ class Curves:
 
     def __init__(self, grid: Grid, samples: Iterable[Sample], costs: Sequence[Cost]) -> None:
         self._tasks = tasks_of(grid)
-        self._microseconds = {cost.key: cost.microseconds for cost in costs}
+        self._costs = {cost.key: cost for cost in costs}
         self._curves: dict[tuple[Setting, str], Curve] = {}
         for sample in samples:
             if sample["error"] is None:
@@ -99,7 +102,14 @@ class Curves:
 
     def _cost(self, setting: Setting, arm: str) -> float:
         """Microseconds of a forward."""
-        return self._microseconds[Key(setting.task, arm, setting.block_length, setting.temperature > 0)]
+        return self._measured(setting, arm).microseconds
+
+    def time_error(self, setting: Setting, *arms: str) -> float:
+        """By how much the ratio of the arms' times may be wrong, as a share."""
+        return math.prod(1 + self._measured(setting, arm).scatter for arm in arms) - 1
+
+    def _measured(self, setting: Setting, arm: str) -> Cost:
+        return self._costs[Key(setting.task, arm, setting.block_length, setting.temperature > 0)]
 
 
 def comparisons(grid: Grid, curves: Curves) -> list[dict[str, Any]]:
@@ -120,6 +130,7 @@ def comparisons(grid: Grid, curves: Curves) -> list[dict[str, Any]]:
                     "threshold": point.threshold,
                     "measure": measure,
                     "num_prompts": len(values),
+                    "low_if_slower": None,
                     "value": float(values.mean()),
                 }
                 for other in base_points:
@@ -129,6 +140,10 @@ def comparisons(grid: Grid, curves: Curves) -> list[dict[str, Any]]:
                 for cost in COSTS if len(base_points) > 1 else ():
                     at_cost, beyond = interpolated(base_points, cost, point.costs[cost], measure)
                     found = compared(values, at_cost, rng)
+                    if cost == TIME:
+                        slower = point.costs[cost] * (1 + curves.time_error(setting, name, base))
+                        pessimistic, _ = interpolated(base_points, cost, slower, measure)
+                        found["low_if_slower"] = interval(resampled_means(values - pessimistic, rng))[0]
                     rows.append({**common, "equal": cost, "beyond": beyond, **found})
     _correct(rows)
     return rows

@@ -36,8 +36,8 @@ Row = dict[str, Any]
 Range = tuple[float, float]
 
 NO_GAIN: Range = (-math.inf, 1.0)  # points: the published gain at short blocks is half of it
-GAIN: Range = (0.0, math.inf)
-LOSS: Range = (-math.inf, 0.0)
+GAIN: Range = (math.ulp(0.0), math.inf)  # no difference is neither
+LOSS: Range = (-math.inf, -math.ulp(0.0))
 FLIP_FLOPS: Range = (75.0, 95.0)  # percent, as published
 AGREEMENT: Range = (97.0, 100.0)  # percent, as published
 

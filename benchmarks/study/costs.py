@@ -19,6 +19,7 @@ from remask.benchmarks.study.tasks import StudyTask
 
 BATCH = 64  # canvases
 ENOUGH_SECONDS = 10.0
+ONE_REPETITION = 0.1  # what a single repetition may be wrong by, as a share
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -45,6 +46,13 @@ class Cost(msgspec.Struct, frozen=True):
     def seconds(self) -> float:
         """What its batches took."""
         return sum(self.repetitions) * self.nfe * BATCH / 1e6
+
+    @property
+    def scatter(self) -> float:
+        """How much slower the slowest repetition is than the fastest, as a share; `ONE_REPETITION` of one."""
+        if len(self.repetitions) < 2:
+            return ONE_REPETITION
+        return max(self.repetitions) / min(self.repetitions) - 1
 
     @property
     def key(self) -> Key:

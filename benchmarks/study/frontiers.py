@@ -43,13 +43,15 @@ def frontiers(cells: Sequence[Row]) -> list[Row]:
 
 
 def winners(compared: Sequence[Row]) -> list[Row]:
-    """The comparisons at equal time in which an arm has a higher score than its base, after correction."""
+    """The comparisons at equal time in which an arm has a higher score than its base, after correction, and
+    also if its forwards take longer by the scatter of the measured times."""
     return [
         row
         for row in compared
         if row["equal"] == "milliseconds"
         and row["measure"] == "score"
         and row["low"] > 0
+        and row["low_if_slower"] > 0
         and row["p_holm"] < SIGNIFICANT
         and not row["beyond"]
     ]

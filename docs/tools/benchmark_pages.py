@@ -17,6 +17,7 @@ from remask.benchmarks import (
     ray_workers,
     scaling,
     scheduling,
+    study_speed,
     throughput,
 )
 from remask.benchmarks.gpu import figures
@@ -169,6 +170,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
         ),
         [scheduling.cells(result) for result in found["results"]],
     ),
+    "study_speed": lambda found: Table(
+        study_speed.HEADER, [study_speed.cells_of(result) for result in found["results"]]
+    ),
     "step_cost": _milliseconds(
         {
             "model_ms": "the model, ms a step",
@@ -212,13 +216,16 @@ def benchmark_index() -> str:
 def stamp(name: str) -> str:
     """A sentence that names a measurement's file, machine, versions, date and commit."""
     found = report(name)
-    environment = found["environment"]
+    repeated = f" {found['repetitions']} repetitions." if "repetitions" in found else ""
+    return source(f"benchmarks/results/{name}.json", found["environment"]) + repeated
+
+
+def source(path: str, environment: dict[str, Any]) -> str:
+    """A sentence that names a file and where its figures were measured."""
     machine = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} thread(s)"
     packages = ("torch", "triton", "transformers", "ray")
     versions = [f"{p} {environment['versions'][p]}" for p in packages if environment["versions"].get(p)]
-    repeated = f" {found['repetitions']} repetitions." if "repetitions" in found else ""
     return (
-        f"Source: `benchmarks/results/{name}.json`, measured on {environment['date']} at commit "
-        f"`{environment['commit']}` on {machine} (Python {environment['python']}, {', '.join(versions)})."
-        f"{repeated}"
+        f"Source: `{path}`, measured on {environment['date']} at commit `{environment['commit']}` on "
+        f"{machine} (Python {environment['python']}, {', '.join(versions)})."
     )

@@ -15,14 +15,17 @@ from collections.abc import Callable
 import benchmark_facts
 import benchmark_pages
 import reference
+import study_page
 from jinja2 import Environment, StrictUndefined
 from snippets import pages
 
 PART = re.compile(r"<!-- generate: (.*?) -->\n.*?<!-- end -->", re.DOTALL)
 BUILT = re.compile(r"<!-- build: (.*?) -->")
 FACTS = {name: value for name, value in vars(benchmark_facts).items() if callable(value)}
+STUDY = {name: value for name, value in vars(study_page).items() if name.startswith("study_")}
 FUNCTIONS: dict[str, Callable[..., str]] = {
     **FACTS,
+    **STUDY,
     "benchmark": benchmark_pages.benchmark,
     "benchmark_index": benchmark_pages.benchmark_index,
     "autoclasses": reference.autoclasses,

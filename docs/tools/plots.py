@@ -21,6 +21,7 @@ mpl.use("agg")
 
 from benchmark_pages import ROOT, report
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -75,6 +76,48 @@ def throughput() -> Figure:
     axes.set(xlabel="visible tokens a second, one CPU thread", xlim=(0, 1.12 * max(rates)))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def study() -> Figure:
+    """What WINO adds to a capped threshold: greedy by block length, and with drawn tokens in pass@k."""
+    rows = report("study/summary")["claims"]
+    figure, (greedy, drawn) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    gains = [row for row in rows if "blocks, greedy" in row["claim"]]
+    at_time = "the same at equal time"
+    _intervals(
+        greedy,
+        list(dict.fromkeys(row["setting"] for row in gains)),
+        {
+            "at equal thresholds": (BLUE, [row for row in gains if row["figure"].startswith("WINO")]),
+            "at equal time": (ORANGE, [row for row in gains if row["figure"].startswith(at_time)]),
+        },
+    )
+    greedy.set(title="greedy", xlabel="points that WINO adds")
+    passes = [row for row in rows if row["figure"].startswith("WINO less plain, pass@")]
+    _intervals(
+        drawn,
+        list(dict.fromkeys(row["setting"] for row in passes)),
+        {
+            "pass@1": (BLUE, [row for row in passes if row["figure"].endswith("pass@1, points")]),
+            "pass@16": (ORANGE, [row for row in passes if row["figure"].endswith("pass@16, points")]),
+        },
+    )
+    drawn.set(title="with drawn tokens", xlabel="points that WINO adds")
+    return figure
+
+
+def _intervals(axes: Axes, settings: list[str], series: dict[str, tuple[str, list[dict[str, Any]]]]) -> None:
+    """Figures with their intervals, a line for each setting."""
+    for number, (label, (color, rows)) in enumerate(series.items()):
+        places = [settings.index(row["setting"]) + 0.25 * number - 0.12 for row in rows]
+        for place, row in zip(places, rows, strict=True):
+            axes.plot([row["low"], row["high"]], [place, place], "-", color=color)
+        axes.plot([row["value"] for row in rows], places, "o", color=color, label=label)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(settings)), labels=settings, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8.5)
 
 
 def canvas() -> Figure:
@@ -132,13 +175,25 @@ def canvas() -> Figure:
     return figure
 
 
-PLOTS: dict[str, Callable[[], Figure]] = {"canvas": canvas, "solved": solved, "throughput": throughput}
+PLOTS: dict[str, Callable[[], Figure]] = {
+    "canvas": canvas,
+    "solved": solved,
+    "study": study,
+    "throughput": throughput,
+}
 
 
 def shown(name: str) -> Any:
     """What a picture is made from."""
-    source = {"solved": "evaluation", "throughput": "throughput"}
-    return report(source[name])["results"] if name in source else CANVAS
+    source = {
+        "solved": ("evaluation", "results"),
+        "study": ("study/summary", "claims"),
+        "throughput": ("throughput", "results"),
+    }
+    if name not in source:
+        return CANVAS
+    file, part = source[name]
+    return report(file)[part]
 
 
 def digest(name: str) -> str:

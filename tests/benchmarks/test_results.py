@@ -37,6 +37,18 @@ def test_ratios_are_of_several_repetitions(name: str, least: int) -> None:
     assert REPORTS[name]["repetitions"] >= least
 
 
+def test_the_study_runs_at_least_twice_as_fast_as_the_plain_loop() -> None:
+    (result,) = REPORTS["study_speed"]["results"]
+    assert result["ratio"]["median"] >= 2
+    assert REPORTS["study_speed"]["repetitions"] >= 5
+
+
+def test_the_committed_study_has_failed_nowhere() -> None:
+    summary = json.loads((RESULTS / "study" / "summary.json").read_text())
+    assert (summary["num_cells"], summary["num_samples"], summary["num_failed"]) == (333, 144_064, 0)
+    assert len({row["claim"] for row in summary["claims"]}) == 9
+
+
 def test_the_tiny_model_solves_its_tasks_one_token_a_step() -> None:
     found = {
         r["task"]: r["score"] for r in REPORTS["evaluation"]["results"] if r["policy"] == "one token a step"

@@ -56,6 +56,22 @@ def test_an_arm_is_compared_at_its_threshold_and_at_equal_costs() -> None:
     assert all(row["low"] <= row["difference"] <= row["high"] for row in rows)
 
 
+def test_a_gain_at_equal_time_is_also_told_for_the_error_of_the_times() -> None:
+    samples = [sample("plain", 0.5, i, float(i < 2), 2) for i in range(4)]
+    samples += [sample("plain", 0.9, i, float(i < 3), 4) for i in range(4)]
+    samples += [sample("wino", 0.5, i, 1.0, 2) for i in range(4)]
+    own = [
+        Cost("addition3", arm, None, False, 0.5, 1000.0, times, 1.0)
+        for arm, times in (("plain", [1000.0, 1000.0]), ("wino", [1000.0, 1000.0, 2000.0]), ("alone", [1.0]))
+    ]
+    assert [round(cost.scatter, 6) for cost in own] == [0.0, 1.0, 0.1]
+    by_kind = {row["equal"]: row for row in compared(samples, own)}
+    at_time = by_kind["milliseconds"]
+    assert at_time["base_value"] == 0.5, "at 2 ms plain is right on two of four"
+    assert at_time["low_if_slower"] == 0.0, "at 4 ms on three of four, which a bootstrap may draw alone"
+    assert by_kind["nfe"]["low_if_slower"] is None
+
+
 def test_samples_of_a_prompt_are_pooled_over_repetitions() -> None:
     drawn = {"temperature": 1.0}
     samples = [sample("plain", 0.5, 0, s, 2, **drawn, text=t) for s, t in ((1.0, "a"), (0.0, "b"))]

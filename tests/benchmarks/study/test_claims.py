@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from remask.benchmarks.study.analysis import Curves
-from remask.benchmarks.study.claims import Finding, findings, verdict
+from remask.benchmarks.study.claims import GAIN, LOSS, Finding, findings, verdict
 from remask.benchmarks.study.costs import Cost
 from remask.benchmarks.study.frontiers import frontiers, winners
 from remask.benchmarks.study.grid import Arm, Grid
@@ -115,6 +115,12 @@ def test_a_claim_holds_if_the_whole_interval_is_in_its_range(low: float, high: f
     assert verdict(low, high, (0.0, 3.0)) == expected
 
 
+def test_no_difference_is_neither_a_gain_nor_a_loss() -> None:
+    assert verdict(0.0, 0.0, GAIN) == verdict(0.0, 0.0, LOSS) == "does not hold"
+    assert verdict(0.0, 0.3, GAIN) == verdict(-0.3, 0.0, LOSS) == "undecided"
+    assert verdict(0.1, 0.3, GAIN) == verdict(-0.3, -0.1, LOSS) == "holds"
+
+
 def test_at_equal_time_points_outside_the_costs_of_the_base_are_left_out() -> None:
     samples = []
     for prompt in range(4):
@@ -154,6 +160,7 @@ def test_a_frontier_holds_what_nothing_dominates() -> None:
     [
         ({}, True),
         ({"low": 0.0}, False),
+        ({"low_if_slower": -0.01}, False),
         ({"p_holm": 0.06}, False),
         ({"beyond": True}, False),
         ({"equal": "nfe"}, False),
@@ -162,5 +169,12 @@ def test_a_frontier_holds_what_nothing_dominates() -> None:
     ids=str,
 )
 def test_an_arm_wins_at_equal_time_after_correction(fields: dict[str, Any], wins: bool) -> None:
-    row = {"equal": "milliseconds", "measure": "score", "low": 0.01, "p_holm": 0.01, "beyond": False}
+    row = {
+        "equal": "milliseconds",
+        "measure": "score",
+        "low": 0.01,
+        "p_holm": 0.01,
+        "beyond": False,
+        "low_if_slower": 0.005,
+    }
     assert winners([{**row, **fields}]) == ([{**row, **fields}] if wins else [])

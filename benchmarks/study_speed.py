@@ -1,0 +1,134 @@
+"""The study against the plain loop, on greedy cells of a grid, with equal tokens.
+
+    python -m remask.benchmarks.study_speed --output benchmarks/results/study_speed.json
+
+The cells of the first section of `benchmarks/study/default.toml` that the plain loop can decode (without
+remasking and with WINO, on its puzzles) run on the first prompts, in the order of the study: through one
+`batch_invariant` engine, which shares forwards and computes equal sequences once, and one at a time. Both
+compute in fp32 on one CPU thread. A ratio is taken within a repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from remask import LLM, SamplingParams
+from remask.benchmarks import plain_loop
+from remask.benchmarks.environment import Steadiness, environment_stamp
+from remask.benchmarks.study.grid import Grid, cells, read_grid, tasks_of
+from remask.benchmarks.throughput import find_model, format_spread, spread, write_report
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+
+GRID = Path(__file__).parent / "study" / "default.toml"
+ARMS = ("plain", "wino")
+MAX_LIVE = 4096
+HEADER = ("prompts", "cells", "samples", "plain loop", "study", "times as fast (min to max)")
+
+Jobs = Sequence[tuple[list[int], SamplingParams]]
+
+
+def jobs_of(llm: LLM, num_prompts: int) -> tuple[Jobs, int]:
+    """Prompts and parameters in the order of the study, and the number of cells."""
+    grid = read_grid(GRID)
+    first = msgspec.structs.replace(grid.grid[0], arms=ARMS, num_prompts=num_prompts)
+    own: Grid = msgspec.structs.replace(grid, grid=(first,))
+    tasks = tasks_of(own)
+    every = cells(own, tasks)
+    intake, jobs = llm.engine.intake, []
+    prompts = {name: tasks[name].texts(grid.seed, num_prompts) for name in first.tasks}
+    for index in range(num_prompts):
+        for cell in every:
+            params = msgspec.structs.replace(cell.params(index), trace=False, ignore_eos=True)
+            jobs.append((intake.check(prompts[cell.task][index], params).ids, params))
+    return jobs, len(every)
+
+
+def measure(num_prompts: int, repetitions: int, steadiness: Steadiness) -> dict[str, Any]:
+    """Samples a second of both, and their ratio.
+
+    Raises:
+        RuntimeError: the two write different tokens.
+    """
+    directory, _ = find_model("tiny")
+    model = load_denoiser(directory, dtype="float32", device="cpu")
+    assert isinstance(model, TransformerDenoiser), "a checkpoint"
+    rates: list[tuple[float, float]] = []
+    with LLM("tiny", dtype="float32", device="cpu", batch_invariant=True) as llm:
+        jobs, num_cells = jobs_of(llm, num_prompts)
+        llm.generate(jobs[0][0], jobs[0][1], use_tqdm=False)  # warms up
+        for _ in range(repetitions):
+            started = time.perf_counter()
+            intake = llm.engine.intake
+            requests = [intake.request(intake.check(ids, params)) for ids, params in jobs]
+            outputs = {output.request_id: output for output in llm.engine.serve(requests, max_live=MAX_LIVE)}
+            middle = time.perf_counter()
+            plain = [plain_loop.decode(model, ids, params) for ids, params in jobs]
+            ended = time.perf_counter()
+            for request, decoded in zip(requests, plain, strict=True):
+                sample = outputs[request.request_id].outputs[0]
+                if (sample.token_ids, sample.nfe) != (decoded.token_ids, decoded.nfe):
+                    raise RuntimeError(
+                        f"the plain loop writes other tokens than request {request.request_id}"
+                    )
+            rates.append((len(jobs) / (ended - middle), len(jobs) / (middle - started)))
+            steadiness.look()
+    return {
+        "num_prompts": num_prompts,
+        "num_cells": num_cells,
+        "num_samples": len(jobs),
+        "plain_samples_per_second": spread([plain for plain, _ in rates]),
+        "samples_per_second": spread([own for _, own in rates]),
+        "ratio": spread([own / plain for plain, own in rates]),
+    }
+
+
+def cells_of(result: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    return [
+        str(result["num_prompts"]),
+        str(result["num_cells"]),
+        str(result["num_samples"]),
+        f"{result['plain_samples_per_second']['median']:.1f} samples/s",
+        f"{result['samples_per_second']['median']:.1f} samples/s",
+        format_spread(result["ratio"]),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=2, help="of each task")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    for name in ("prompts", "repetitions"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    torch.set_num_threads(1)
+    environment, steadiness = environment_stamp(), Steadiness()
+    result = measure(args.prompts, args.repetitions, steadiness)
+    report = {
+        "environment": environment,
+        "repetitions": args.repetitions,
+        "results": [result],
+        "notes": steadiness.notes(),
+    }
+    table = Table(*HEADER)
+    table.add_row(*cells_of(result))
+    Console().print(table, *report["notes"])
+    if args.output is not None:
+        write_report(report, args.output)
+
+
+if __name__ == "__main__":
+    main()
