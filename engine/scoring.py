@@ -236,5 +236,6 @@ def standard_error(estimates: Sequence[float] | NDArray[np.float64]) -> float:
     Args:
         estimates: at least two, in the order of the strata.
     """
-    steps = np.diff(estimates)
+    with np.errstate(invalid="ignore"):  # the difference of two likelihoods of 0 is not a number
+        steps = np.diff(estimates)
     return math.sqrt(float((steps**2).mean()) / (2 * len(estimates)))

@@ -212,7 +212,8 @@ class _Run:
             yield request
 
     def _write_output(self, index: int, line: Line, output: RequestOutput) -> None:
-        self._num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
+        if line.kind != "score":
+            self._num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
         self._num_forwards += sum(sample.nfe for sample in output.outputs)
         if output.error_status is not None:
             self._num_failed += 1

@@ -9,6 +9,7 @@ import typer
 from remask.cli.bench import bench
 from remask.cli.evaluate import evaluate
 from remask.cli.generate import generate
+from remask.cli.models import models
 from remask.cli.plan import plan
 from remask.cli.run_batch import run_batch
 from remask.cli.study import study
@@ -21,6 +22,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(run_batch)
 app.command()(plan)
+app.command()(models)
 app.command()(trace)
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate)
 app.add_typer(bench, name="bench")

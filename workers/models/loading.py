@@ -14,7 +14,7 @@ import math
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -144,6 +144,48 @@ def destinations(model: Transformer, names: dict[str, str]) -> dict[str, Tensor]
     return result
 
 
+class Checkpoint(NamedTuple):
+    """A directory whose files were checked.
+
+    Attributes:
+        family: its family.
+        config: its shape.
+        model: the transformer, on the meta device.
+        names: checkpoint name -> parameter.
+        shards: its files.
+        stored_dtype: that of the largest tensor, under its name in `DTYPES`.
+    """
+
+    family: Family
+    config: TransformerConfig
+    model: Transformer
+    names: dict[str, str]
+    shards: list[Path]
+    stored_dtype: str
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def check_checkpoint(directory: Path) -> Checkpoint:
+    """The checkpoint in a directory. Its headers are checked, and no weight is read.
+
+    Raises:
+        InvalidRequest: see `load_checkpoint`.
+    """
+    family, config = read_config(directory)
+    with torch.device("meta"):
+        model = Transformer(config)
+    names, shards = family.tensor_names(config), find_shards(directory)
+    expected = {name: tuple(t.shape) for name, t in destinations(model, names).items()}
+    tied = {family.head: expected[family.embedding]} if config.tied_embeddings else {}
+    stored = check_tensors(directory, shards, expected, tied, head=family.head)
+    if tied:
+        check_tied(directory, shards, family)
+    return Checkpoint(family, config, model, names, shards, stored)
+
+
 def load_checkpoint(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Transformer:
     """The model in a local checkpoint directory, on a device and in a dtype.
 
@@ -156,20 +198,12 @@ def load_checkpoint(directory: Path, *, dtype: str = "auto", device: str = "cpu"
         InvalidRequest: anything missing, unreadable, truncated or of the wrong name or shape; names are
         listed.
     """
-    family, config = read_config(directory)
-    with torch.device("meta"):
-        model = Transformer(config)
-    names = family.tensor_names(config)
-    shards = find_shards(directory)
-    expected = {name: tuple(t.shape) for name, t in destinations(model, names).items()}
-    tied = {family.head: expected[family.embedding]} if config.tied_embeddings else {}
-    stored = check_tensors(directory, shards, expected, tied, head=family.head)
-    if tied:
-        check_tied(directory, shards, family)
-    torch_dtype = pick_dtype(dtype, config.dtype or stored, str(directory / "config.json"))
+    found = check_checkpoint(directory)
+    config, names, model = found.config, found.names, found.model
+    torch_dtype = pick_dtype(dtype, config.dtype or found.stored_dtype, str(directory / "config.json"))
     model.to(torch_dtype).to_empty(device=device)
     targets = destinations(model, names)
-    for shard in shards:
+    for shard in found.shards:
         with _open(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
                 if name in targets:  # a tied head may be stored, too
