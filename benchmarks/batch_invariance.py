@@ -9,22 +9,18 @@ repetition.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
 from remask import LLM
-from remask.benchmarks.environment import Steadiness, environment_stamp
-from remask.benchmarks.throughput import find_model, format_spread, spread, write_report
+from remask.benchmarks import repeated
+from remask.benchmarks.environment import Steadiness
+from remask.benchmarks.throughput import find_model, format_spread, spread
 from remask.benchmarks.workloads import Job, workload
 from remask.workers.models.denoiser import load_denoiser
 
+HEADER = ("model", "requests", "seconds", "with `batch_invariant`", "times as long (min to max)")
 CASES = (("tiny", "tiny", 64), ("llada-124m", "mixed", 16))  # model, workload, requests
 
 
@@ -75,28 +71,10 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    if args.repetitions < 1:
-        parser.error("--repetitions must be at least 1")
-    torch.set_num_threads(1)
-    environment, steadiness = environment_stamp(), Steadiness()
-    report = {
-        "environment": environment,
-        "repetitions": args.repetitions,
-        "results": [measure(*case, args.repetitions, steadiness) for case in CASES],
-        "notes": steadiness.notes(),
-    }
-    table = Table("model", "requests", "seconds", "batch_invariant", "ratio (min to max)")
-    for result in report["results"]:
-        table.add_row(*cells(result))
-    Console().print(table, *report["notes"])
-    if args.output is not None:
-        write_report(report, args.output)
+    def every(repetitions: int, steadiness: Steadiness) -> list[dict[str, Any]]:
+        return [measure(*case, repetitions, steadiness) for case in CASES]
+
+    repeated.run(__doc__, HEADER, cells, every)
 
 
 if __name__ == "__main__":

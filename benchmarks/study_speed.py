@@ -10,26 +10,23 @@ compute in fp32 on one CPU thread. A ratio is taken within a repetition.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
-from rich.console import Console
-from rich.table import Table
 
 from remask import LLM, SamplingParams
-from remask.benchmarks import plain_loop
-from remask.benchmarks.environment import Steadiness, environment_stamp
+from remask.benchmarks import plain_loop, repeated
+from remask.benchmarks.environment import Steadiness
 from remask.benchmarks.study.grid import Grid, cells, read_grid, tasks_of
-from remask.benchmarks.throughput import find_model, format_spread, spread, write_report
+from remask.benchmarks.throughput import find_model, format_spread, spread
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
 GRID = Path(__file__).parent / "study" / "default.toml"
 ARMS = ("plain", "wino")
+NUM_PROMPTS = 3  # of each task
 MAX_LIVE = 4096
 HEADER = ("prompts", "cells", "samples", "plain loop", "study", "times as fast (min to max)")
 
@@ -104,30 +101,10 @@ def cells_of(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--prompts", type=int, default=2, help="of each task")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    for name in ("prompts", "repetitions"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    torch.set_num_threads(1)
-    environment, steadiness = environment_stamp(), Steadiness()
-    result = measure(args.prompts, args.repetitions, steadiness)
-    report = {
-        "environment": environment,
-        "repetitions": args.repetitions,
-        "results": [result],
-        "notes": steadiness.notes(),
-    }
-    table = Table(*HEADER)
-    table.add_row(*cells_of(result))
-    Console().print(table, *report["notes"])
-    if args.output is not None:
-        write_report(report, args.output)
+    def every(repetitions: int, steadiness: Steadiness) -> list[dict[str, Any]]:
+        return [measure(NUM_PROMPTS, repetitions, steadiness)]
+
+    repeated.run(__doc__, HEADER, cells_of, every)
 
 
 if __name__ == "__main__":

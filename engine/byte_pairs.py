@@ -3,11 +3,12 @@ pre-tokenizer, with special tokens of their own."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Tokenizer
+
+from remask.workers.models.loading import read_json
 
 CLASSES = ("DreamTokenizer", "Qwen2Tokenizer")  # of `tokenizer_config.json`
 # The tokens behind the vocabulary, in the order of their ids (151643 on, for the published vocabulary).
@@ -34,13 +35,15 @@ def byte_pair_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     (`added_tokens_decoder`), else the published ones.
 
     Raises:
-        ValueError: a file is broken, of another tokenizer, or its ids contradict each other.
+        InvalidRequest: a file is no JSON object.
+        ValueError: the files are of another tokenizer, or their ids contradict each other.
     """
-    config = _json(directory / "tokenizer_config.json")
+    about = directory / "tokenizer_config.json"
+    config = read_json(about) if about.is_file() else {}
     name = str(config.get("tokenizer_class") or CLASSES[0]).removesuffix("Fast")
     if name not in CLASSES:
         raise ValueError(f"{name} needs a tokenizer.json; vocab.json is read for {' and '.join(CLASSES)}")
-    vocabulary: dict[str, int] = _json(directory / "vocab.json")
+    vocabulary: dict[str, int] = read_json(directory / "vocab.json")
     lines = (directory / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     added = _added(config, len(vocabulary))
@@ -75,12 +78,3 @@ def _added(config: dict[str, Any], num_pairs: int) -> dict[int, AddedToken]:
 def _text(value: Any) -> Any:
     """A token's text, which may stand in an object."""
     return value["content"] if isinstance(value, dict) and "content" in value else value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} must hold an object")
-    return content

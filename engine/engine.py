@@ -113,7 +113,7 @@ class Engine:
             max_num_rows=self.executor.max_num_rows,
             max_num_seqs=options.max_num_seqs,
             burst=options.burst,
-            probe=new_probe(config.mask_id),
+            probe=new_probe(config.mask_id, config.shift),
             burst_seconds=OVERLAPPED_BURST_SECONDS if self.executor.facts.overlaps else BURST_SECONDS,
         )
         self._live: dict[str, Request] = {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
@@ -131,6 +132,7 @@ class CheckedScore(NamedTuple):
                 seed=self.params.seed,
                 sample=sample,
                 mask_id=mask_id,
+                shift=intake.config.shift,
             )
             for sample, mask in enumerate(masks)
         ]
@@ -145,6 +147,7 @@ class CheckedScore(NamedTuple):
                     seed=self.params.seed,
                     sample=len(found),
                     mask_id=mask_id,
+                    shift=intake.config.shift,
                     stop_ids=[],
                 )
             )
@@ -214,6 +217,7 @@ def check_scores(
     return checked
 
 
+@lru_cache(maxsize=16)
 def draw_masks(num_tokens: int, num_samples: int, seed: int) -> Masks:
     """The masks of the samples of a continuation.
 
@@ -226,7 +230,9 @@ def draw_masks(num_tokens: int, num_samples: int, seed: int) -> Masks:
     sizes = np.sort(spaced.astype(np.int64) % num_tokens) + 1
     ranks = random.random((num_samples, num_tokens)).argsort(1).argsort(1)
     masks, samples = np.unique(ranks < sizes[:, None], axis=0, return_inverse=True)
-    return Masks(masks, samples.reshape(-1))
+    samples = samples.reshape(-1)
+    masks.flags.writeable = samples.flags.writeable = False  # calls share them
+    return Masks(masks, samples)
 
 
 def standard_error(estimates: Sequence[float] | NDArray[np.float64]) -> float:

@@ -57,7 +57,7 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     stop_ids: bytes  # int32, ascending: a finished block with one of them ends the canvas
     pause_at_blocks: bool  # a burst ends at the end of a block, so that the engine can look for stop strings
     trace: bool = False  # whether its events are recorded
-    shift: int = 0  # the row that predicts a position stands so many rows before it
+    shift: int = 0  # row i - shift predicts position i
     targets: bytes = b""  # int32 [G]: the tokens to commit, whatever the model proposes; empty: the proposals
 
     @cached_property
@@ -288,6 +288,7 @@ def new_scored_canvas(
     seed: int,
     sample: int,
     mask_id: int,
+    shift: int = 0,
 ) -> Canvas:
     """A canvas of one forward, whose `logprobs` are those of given tokens.
 
@@ -296,7 +297,7 @@ def new_scored_canvas(
         ordinal: number of the canvas.
         tokens: the whole sequence [L].
         slots: positions [G] of the tokens that are masked and whose log-probabilities are wanted.
-        seed, sample: see `CanvasSpec`; nothing is drawn.
+        seed, sample, shift: see `CanvasSpec`; nothing is drawn.
         mask_id: M.
     """
     spec = CanvasSpec(
@@ -309,6 +310,7 @@ def new_scored_canvas(
         sample=sample,
         stop_ids=b"",
         pause_at_blocks=False,
+        shift=shift,
         targets=tokens[slots].astype(TOKEN).tobytes(),
     )
     masked = tokens.astype(TOKEN)
@@ -327,11 +329,13 @@ def _new_state(spec: CanvasSpec, tokens: NDArray[np.int32]) -> CanvasState:
     )
 
 
-def new_probe(mask_id: int) -> Canvas:
+def new_probe(mask_id: int, shift: int = 0) -> Canvas:
     """A canvas of one token behind a prompt of one."""
     params = resolve({"max_tokens": 1})
     prompt = [0 if mask_id != 0 else 1]
-    return new_canvas("probe", 0, prompt, params, seed=2**62, sample=0, mask_id=mask_id, stop_ids=[])
+    return new_canvas(
+        "probe", 0, prompt, params, seed=2**62, sample=0, mask_id=mask_id, stop_ids=[], shift=shift
+    )
 
 
 def initial_memory(spec: CanvasSpec) -> bytes:

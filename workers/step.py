@@ -31,6 +31,7 @@ Plans: TypeAlias = Sequence[Plan]
 def plan_packs(state: BurstState, model: Denoiser, pack_rows: int) -> Plans:
     """Divides the running canvases into packs of at most `pack_rows` rows; a larger canvas is a pack of its
     own. The plans are on the host, as the state still is."""
+    assert all(spec.shift == model.config.shift for spec in state.specs), "canvases are the model's"
     live = (~state.paused).nonzero().squeeze(1).tolist()
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]

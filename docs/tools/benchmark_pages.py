@@ -125,7 +125,7 @@ def _plan(found: dict[str, Any]) -> Table:
 TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
     "batch_file": _batch_file,
     "batch_invariance": lambda found: Table(
-        ("model", "requests", "seconds", "with `batch_invariant`", "times as long (min to max)"),
+        batch_invariance.HEADER,
         [batch_invariance.cells(result) for result in found["results"]],
     ),
     "chaos": _chaos,

@@ -9,7 +9,7 @@ import typer
 
 from remask.scheduler.errors import InvalidRequest
 
-NOT_RUN = ("ls", "validate", "run")  # commands of the harness
+COMMANDS = ("run", "ls", "validate")  # of the harness
 
 
 def evaluate(context: typer.Context) -> None:
@@ -24,9 +24,10 @@ def evaluate(context: typer.Context) -> None:
     from remask.harness import NAME
 
     words = context.args
-    if not words or words[0] not in NOT_RUN:
+    if not words or words[0] not in COMMANDS:
         words = ["run", *words]
-    if words[0] == "run" and "--model" not in words:
+    is_given = any(word.partition("=")[0] in ("--model", "-M") for word in words)
+    if words[0] == "run" and not is_given:
         words = [*words, "--model", NAME]
     sys.argv = ["remask eval", *words]
     cli_evaluate()

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from remask.embedded import model_directory
+
 
 def models(
     directory: Annotated[
-        Path | None, typer.Argument(help="Checkpoint directory to check.  [default: list the families]")
+        Path | None,
+        typer.Argument(help="Checkpoint directory to check, or 'tiny'.  [default: list the families]"),
     ] = None,
 ) -> None:
     """List the supported model families, or check a checkpoint without reading its weights.
@@ -23,7 +26,9 @@ def models(
         for architecture, family in families().items():
             typer.echo(f"{architecture:20} {family.name}")
         return
-    for name, value in checked(directory):
+    with model_directory(directory) as own:
+        lines = checked(own)
+    for name, value in lines:
         typer.echo(f"{name:20} {value}")
 
 

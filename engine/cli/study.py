@@ -93,10 +93,12 @@ def tune(
         ),
     ] = None,
     max_forwards: Annotated[
-        float | None, typer.Option(help="Seek the best accuracy with at most so many forwards a sample.")
+        float | None,
+        typer.Option(help="Maximum mean forwards of a sample; the best accuracy within it is sought."),
     ] = None,
     min_accuracy: Annotated[
-        float | None, typer.Option(help="Seek the fewest forwards from this accuracy on, 0 to 1.")
+        float | None,
+        typer.Option(help="Minimum accuracy, 0 to 1; the fewest forwards that reach it are sought."),
     ] = None,
     minutes: Annotated[float, typer.Option(help="Time to take, with loading.")] = 5.0,
     output: Annotated[

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from golden_files import GOLDEN, Case, canvas_of, check, check_logits, read
+from golden_files import GOLDEN, Case, canvas_of, check, check_logits, check_packed, read
 
 from remask import LLM
 
@@ -58,15 +57,11 @@ def test_cases_alone(dream_llm: LLM) -> None:
         check(dream_llm, [case])
 
 
-@pytest.mark.parametrize(
-    ("max_num_rows", "count"),
-    [
-        (300, 12),
-        pytest.param(1, len(CASES), marks=pytest.mark.slow),
-        pytest.param(4096, len(CASES), marks=pytest.mark.slow),
-    ],
-)
-def test_cases_packed_in_any_order_under_any_budget(max_num_rows: int, count: int) -> None:
-    cases = random.Random(max_num_rows).sample(CASES, count)
-    with LLM(CHECKPOINT, dtype="float32", device="cpu", max_num_rows=max_num_rows) as llm:
-        check(llm, cases)
+def test_some_cases_packed_in_another_order() -> None:
+    check_packed(CHECKPOINT, CASES[::4], max_num_rows=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_num_rows", [1, 300, 4096])
+def test_all_cases_in_another_order_under_any_budget(max_num_rows: int) -> None:
+    check_packed(CHECKPOINT, CASES, max_num_rows)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
-from golden_files import GOLDEN, Case, canvas_of, check, check_logits, read
-
-from remask import LLM
+from golden_files import GOLDEN, Case, canvas_of, check_logits, check_packed, read
 
 CHECKPOINT, FILE = GOLDEN / "lladamoe-tiny", read("lladamoe_decoding")
 
@@ -32,21 +29,16 @@ def test_raw_logits_are_those_of_the_published_forward() -> None:
     check_logits(CHECKPOINT, FILE["logits"])
 
 
-@pytest.mark.parametrize(
-    ("max_num_rows", "count"),
-    [
-        (300, 12),
-        pytest.param(1, len(CASES), marks=pytest.mark.slow),
-        pytest.param(4096, len(CASES), marks=pytest.mark.slow),
-    ],
-)
-def test_cases_packed_in_any_order_under_any_budget(max_num_rows: int, count: int) -> None:
-    cases = random.Random(max_num_rows).sample(CASES, count)
-    with LLM(CHECKPOINT, dtype="float32", device="cpu", max_num_rows=max_num_rows) as llm:
-        check(llm, cases)
+def test_some_cases_packed_in_another_order() -> None:
+    check_packed(CHECKPOINT, CASES[::4], max_num_rows=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_num_rows", [1, 300, 4096])
+def test_all_cases_in_another_order_under_any_budget(max_num_rows: int) -> None:
+    check_packed(CHECKPOINT, CASES, max_num_rows)
 
 
 @pytest.mark.slow
 def test_a_batch_invariant_engine_writes_the_same_alone_and_packed() -> None:
-    with LLM(CHECKPOINT, dtype="float32", device="cpu", batch_invariant=True, max_num_rows=512) as llm:
-        check(llm, CASES)
+    check_packed(CHECKPOINT, CASES, max_num_rows=512, batch_invariant=True)

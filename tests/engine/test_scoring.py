@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,17 @@ from step_cases import logits_of
 from remask import LLM, InvalidRequest, SamplingParams, Score
 from remask.benchmarks.exactness import INITIAL, TRANSITION
 from remask.scoring import draw_masks, standard_error
-from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.markov import write_markov
 
+DREAM = Path(__file__).parents[1] / "data" / "golden" / "dream-tiny"
 PROMPT, CONTINUATION = "12..34..2.4.43.1=", "1234341221434321"
+
+
+@pytest.fixture(scope="module")
+def dream_llm() -> Iterator[LLM]:
+    with LLM(DREAM, dtype="float32", device="cpu", max_num_rows=512) as llm:
+        yield llm
 
 
 @pytest.mark.parametrize(("num_tokens", "num_samples"), [(1, 8), (5, 20), (5, 23), (40, 16), (7, 2)])
@@ -72,6 +79,32 @@ def test_a_score_is_the_mean_of_a_plain_loop(golden_llm: LLM, golden_model: Tran
     assert found.logprob == pytest.approx(np.mean(estimates), abs=1e-4)
     assert found.standard_error == pytest.approx(standard_error(estimates), abs=1e-4)
     assert (found.num_samples, found.num_tokens, found.is_greedy) == (32, 6, None)
+
+
+def test_scores_of_shifted_logits_are_read_off_the_rows_before(dream_llm: LLM) -> None:
+    model = load_denoiser(DREAM, dtype="float32", device="cpu")
+    prompt, continuation = [99, 12, 40], [30, 33, 36, 45]
+    (found,) = dream_llm.score([prompt], [continuation], num_samples=16, seed=1, use_tqdm=False)
+    masks, samples = draw_masks(4, 16, 1)
+    estimates = []
+    for mask in masks[samples]:
+        tokens = np.array(prompt + continuation)
+        tokens[3:][mask] = model.mask_id
+        logprobs = logits_of(model, tokens)[2:-1].log_softmax(-1)
+        own = logprobs[torch.arange(4), torch.tensor(continuation)][torch.from_numpy(mask)]
+        estimates.append(4 / mask.sum() * float(own.sum()))
+    assert found.logprob == pytest.approx(np.mean(estimates), abs=1e-4)
+
+
+def test_greedy_decoding_of_shifted_logits_is_that_of_generate(dream_llm: LLM) -> None:
+    params = {"max_tokens": 8, "block_length": 8, "unmask": "schedule", "ignore_eos": True}
+    (output,) = dream_llm.generate([[99, 12, 40]], params, use_tqdm=False)
+    written = output.outputs[0].token_ids
+    other = [*written[:-1], (written[-1] + 1) % 100]
+    scores = dream_llm.score(
+        [[99, 12, 40]], [written, other], num_samples=2, check_greedy=True, use_tqdm=False
+    )
+    assert [score.is_greedy for score in scores] == [True, False]
 
 
 def test_one_token_is_exact(tiny_llm: LLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,13 @@ def canvas_of(golden: dict[str, Any]) -> dict[str, Any]:
     """Canvas and block of a case; the references do not stop at an end of text."""
     own, length = golden["params"], golden["params"]["gen_length"]
     return {"max_tokens": length, "block_length": own.get("block_length", length), "ignore_eos": True}
+
+
+def check_packed(checkpoint: Path, cases: list[Case], max_num_rows: int, **options: Any) -> None:
+    """`check` of cases in another order, in an engine of their own."""
+    shuffled = random.Random(max_num_rows).sample(cases, len(cases))
+    with LLM(checkpoint, dtype="float32", device="cpu", max_num_rows=max_num_rows, **options) as llm:
+        check(llm, shuffled)
 
 
 def check(llm: LLM, cases: list[Case]) -> None:

@@ -20,7 +20,7 @@ class ModelConfig:
         eos_ids: ids that end a text.
         eot_id: id that ends a turn; None: the config names none.
         turn_ends: texts of tokens that end a turn, if the tokenizer has them and `eot_id` is None.
-        shift: the row that predicts a position stands so many rows before it.
+        shift: offset of the row that predicts a position: row i - shift predicts position i.
     """
 
     vocab_size: int
@@ -152,15 +152,26 @@ class ConfigReader:
             raise self.refuse(problem)
         return {"mask_id": mask_ids[0], "eos_ids": eos_ids, "eot_id": eot_id}
 
-    def check_heads(
-        self, hidden: str, hidden_size: int, heads: str, num_heads: int, kv: str, num_kv: int
-    ) -> None:
-        """Raises InvalidRequest unless the heads are of one even size and share keys evenly; `hidden`,
-        `heads` and `kv` are the keys of the sizes."""
-        if hidden_size % num_heads or (hidden_size // num_heads) % 2 or num_heads % num_kv:
-            raise self.refuse(
-                f"{hidden} {hidden_size}, {heads} {num_heads}, {kv} {num_kv} do not make even heads"
-            )
+    def heads(
+        self, hidden: str, heads: str, kv_heads: str, default_kv_heads: int | None = None
+    ) -> dict[str, int]:
+        """`hidden_size`, `num_heads`, `num_kv_heads` and `head_dim`.
+
+        Args:
+            hidden, heads, kv_heads: keys of the first three.
+            default_kv_heads: number of key heads if its key is missing; None: the key is required.
+        """
+        hidden_size, num_heads = self.positive(hidden), self.positive(heads)
+        num_kv_heads = self.positive(kv_heads, default_kv_heads)
+        if hidden_size % num_heads or (hidden_size // num_heads) % 2 or num_heads % num_kv_heads:
+            sizes = f"{hidden} {hidden_size}, {heads} {num_heads}, {kv_heads} {num_kv_heads}"
+            raise self.refuse(f"{sizes} do not make even heads")
+        return {
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": hidden_size // num_heads,
+        }
 
     @property
     def dtype(self) -> str | None:

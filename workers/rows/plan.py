@@ -75,7 +75,6 @@ class Spare:
 
     Attributes:
         tiles, sees, spans: see `DeviceShadows`.
-        rows_of_slot: shadow rows of a slot, one after another; the first answers.
         special: int64: which of the N slots are of canvases that `needs_logits`; None: none.
         max_special: how many of them can be live at a time. The host does not know how many are, so whole
             logits are made of as many slots, the live ones first. A slot is masked or committed: where its
@@ -85,7 +84,6 @@ class Spare:
 
     tiles: Tensor
     sees: Tensor
-    rows_of_slot: int
     spans: tuple[tuple[int, int, int, int, int], ...]
     special: Tensor | None
     max_special: int
@@ -117,7 +115,7 @@ class Plan:
         hidden: the hidden states of the slots; None: they are one after another.
         slots_N: int64 [N]: the slots that are answered for: of first copies, of copies and of shadow rows.
         spare: None: all rows are live.
-        shift: the row that answers for a position stands so many rows before it.
+        shift: offset of the row that answers for a position: row i - shift answers for position i.
     """
 
     token_index: Tensor
@@ -134,6 +132,11 @@ class Plan:
     slots_N: Tensor
     spare: Spare | None
     shift: int
+
+    @property
+    def rows_of_slot(self) -> int:
+        """Shadow rows of a slot, one after another; the first answers."""
+        return 1 + (self.shift > 0)
 
     @cached_property
     def cu_main(self) -> Tensor:
@@ -312,7 +315,6 @@ def plan_pack(
                 num_tiles=padding.shadow_rows // SHADOW_TILE + len(canvases) if padding.shadow_rows else 0,
             ),
             sees=torch.from_numpy(sees),
-            rows_of_slot=rows_of_slot,
             spans=spans,
             special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
             max_special=sum(map(_max_live, (specs[c] for c in special))),

@@ -161,7 +161,9 @@ def _examples(config: TransformerConfig, num_rows: int, count: int) -> list[Canv
     ids = np.delete(np.arange(config.vocab_size), mask_id)
     prompts = ids[rng.integers(len(ids), size=(count, num_rows - canvas_len))].tolist()
     return [
-        new_canvas("knee", 0, prompt, params, seed=0, sample=0, mask_id=mask_id, stop_ids=[])
+        new_canvas(
+            "knee", 0, prompt, params, seed=0, sample=0, mask_id=mask_id, stop_ids=[], shift=config.shift
+        )
         for prompt in prompts
     ]
 

@@ -131,7 +131,17 @@ def demanding_canvas(config: ModelConfig, *, special: bool = False) -> Canvas:
         top_p=0.9 if special else 1.0,
         trace=True,
     )
-    return new_canvas("memory", 0, [], resolve(params), seed=0, sample=0, mask_id=config.mask_id, stop_ids=[])
+    return new_canvas(
+        "memory",
+        0,
+        [],
+        resolve(params),
+        seed=0,
+        sample=0,
+        mask_id=config.mask_id,
+        stop_ids=[],
+        shift=config.shift,
+    )
 
 
 def demanding_burst(config: ModelConfig, num_rows: int) -> StepBatch:

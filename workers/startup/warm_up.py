@@ -51,4 +51,6 @@ def _canvas(config: ModelConfig, unmask: str) -> Canvas:
         max_tokens=canvas_len, block_length=canvas_len, unmask=unmask, remask="wino", temperature=1.0
     )
     mask_id = config.mask_id
-    return new_canvas("warm-up", 0, [], resolve(params), seed=0, sample=0, mask_id=mask_id, stop_ids=[])
+    return new_canvas(
+        "warm-up", 0, [], resolve(params), seed=0, sample=0, mask_id=mask_id, stop_ids=[], shift=config.shift
+    )

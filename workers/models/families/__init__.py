@@ -13,14 +13,14 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from remask.workers.models.families import dream, llada, llada_moe
-from remask.workers.models.families.base import Family
+from remask.workers.models.families.base import Family, layer_names
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "remask.models"
 OWN = (llada.FAMILY, dream.FAMILY, llada_moe.FAMILY)
 
-__all__ = ["Family", "families", "load"]
+__all__ = ["Family", "families", "layer_names", "load"]
 
 
 @cache

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from remask.workers.models.config import TransformerConfig
+
+
+def layer_names(prefix: str, layer: Mapping[str, str], num_layers: int) -> dict[str, str]:
+    """Names of the tensors of all layers.
+
+    Args:
+        prefix: of a layer's tensors in the checkpoint, with `{}` for its number.
+        layer: checkpoint name -> parameter within a layer.
+        num_layers: number of layers.
+    """
+    return {
+        f"{prefix.format(i)}{theirs}": f"blocks.{i}.{ours}"
+        for i in range(num_layers)
+        for theirs, ours in layer.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

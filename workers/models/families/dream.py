@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from remask.workers.models.config import ConfigReader, TransformerConfig
-from remask.workers.models.families.base import Family
+from remask.workers.models.families.base import Family, layer_names
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_LEN = 2048  # prompt and answer together, as published; `max_position_embeddings` is inherited
@@ -27,18 +27,10 @@ def parse_config(raw: dict[str, Any], source: str) -> TransformerConfig:
     its checkpoints."""
     config = ConfigReader(raw, source)
     config.expect("Dream", _EXPECTED)
-    hidden_size, num_heads = config.positive("hidden_size"), config.positive("num_attention_heads")
-    num_kv_heads = config.positive("num_key_value_heads")
-    config.check_heads(
-        "hidden_size", hidden_size, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads
-    )
     vocab_size = config.positive("vocab_size")
     return TransformerConfig(
         num_layers=config.positive("num_hidden_layers"),
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=hidden_size // num_heads,
+        **config.heads("hidden_size", "num_attention_heads", "num_key_value_heads"),
         ffn_size=config.positive("intermediate_size"),
         vocab_size=vocab_size,
         embedding_size=vocab_size,
@@ -58,23 +50,21 @@ def tensor_names(config: TransformerConfig) -> dict[str, str]:
     names = {EMBEDDING: "embedding", "model.norm.weight": "final_norm"}
     if not config.tied_embeddings:
         names[HEAD] = "head"
-    for i in range(config.num_layers):
-        for theirs, ours in (
-            ("input_layernorm.weight", "attn_norm"),
-            ("self_attn.q_proj.weight", "qkv[0]"),
-            ("self_attn.k_proj.weight", "qkv[1]"),
-            ("self_attn.v_proj.weight", "qkv[2]"),
-            ("self_attn.q_proj.bias", "qkv_bias[0]"),
-            ("self_attn.k_proj.bias", "qkv_bias[1]"),
-            ("self_attn.v_proj.bias", "qkv_bias[2]"),
-            ("self_attn.o_proj.weight", "attn_out"),
-            ("post_attention_layernorm.weight", "ffn_norm"),
-            ("mlp.gate_proj.weight", "gate_up[0]"),
-            ("mlp.up_proj.weight", "gate_up[1]"),
-            ("mlp.down_proj.weight", "down"),
-        ):
-            names[f"model.layers.{i}.{theirs}"] = f"blocks.{i}.{ours}"
-    return names
+    layer = {
+        "input_layernorm.weight": "attn_norm",
+        "self_attn.q_proj.weight": "qkv[0]",
+        "self_attn.k_proj.weight": "qkv[1]",
+        "self_attn.v_proj.weight": "qkv[2]",
+        "self_attn.q_proj.bias": "qkv_bias[0]",
+        "self_attn.k_proj.bias": "qkv_bias[1]",
+        "self_attn.v_proj.bias": "qkv_bias[2]",
+        "self_attn.o_proj.weight": "attn_out",
+        "post_attention_layernorm.weight": "ffn_norm",
+        "mlp.gate_proj.weight": "gate_up[0]",
+        "mlp.up_proj.weight": "gate_up[1]",
+        "mlp.down_proj.weight": "down",
+    }
+    return names | layer_names("model.layers.{}.", layer, config.num_layers)
 
 
 FAMILY = Family(

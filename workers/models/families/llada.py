@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from remask.workers.models.config import ConfigReader, TransformerConfig
-from remask.workers.models.families.base import Family
+from remask.workers.models.families.base import Family, layer_names
 
 EMBEDDING, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
@@ -34,22 +34,17 @@ def parse_config(raw: dict[str, Any], source: str) -> TransformerConfig:
     """The shape in a LLaDA `config.json`."""
     config = ConfigReader(raw, source)
     config.expect("LLaDA", _EXPECTED)
-    hidden_size, num_heads = config.positive("d_model"), config.positive("n_heads")
-    num_kv_heads = config.positive("n_kv_heads", 1 if raw.get("multi_query_attention") else num_heads)
-    config.check_heads("d_model", hidden_size, "n_heads", num_heads, "n_kv_heads", num_kv_heads)
+    default_kv_heads = 1 if raw.get("multi_query_attention") else raw.get("n_heads")
+    heads = config.heads("d_model", "n_heads", "n_kv_heads", default_kv_heads)
+    default_ffn_size = int(config.positive_number("mlp_ratio", 4) * heads["hidden_size"])
     embedding_size = config.positive("embedding_size", raw.get("vocab_size"))
     vocab_size = config.positive("vocab_size", embedding_size)
     if embedding_size < vocab_size:
         raise config.refuse(f"embedding_size {embedding_size} is below vocab_size {vocab_size}")
     return TransformerConfig(
         num_layers=config.positive("n_layers"),
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=hidden_size // num_heads,
-        ffn_size=config.positive(
-            "mlp_hidden_size", int(config.positive_number("mlp_ratio", 4) * hidden_size)
-        ),
+        **heads,
+        ffn_size=config.positive("mlp_hidden_size", default_ffn_size),
         vocab_size=vocab_size,
         embedding_size=embedding_size,
         tied_embeddings=config.flag("weight_tying", default=True),
@@ -66,20 +61,19 @@ def tensor_names(config: TransformerConfig) -> dict[str, str]:
     names = {EMBEDDING: "embedding", "model.transformer.ln_f.weight": "final_norm"}
     if not config.tied_embeddings:
         names[HEAD] = "head"
-    for i in range(config.num_layers):
-        for theirs, ours in (
-            ("attn_norm", "attn_norm"),
-            ("q_proj", "qkv[0]"),
-            ("k_proj", "qkv[1]"),
-            ("v_proj", "qkv[2]"),
-            ("attn_out", "attn_out"),
-            ("ff_norm", "ffn_norm"),
-            ("ff_proj", "gate_up[0]"),
-            ("up_proj", "gate_up[1]"),
-            ("ff_out", "down"),
-        ):
-            names[f"model.transformer.blocks.{i}.{theirs}.weight"] = f"blocks.{i}.{ours}"
-    return names
+    layer = {
+        "attn_norm": "attn_norm",
+        "q_proj": "qkv[0]",
+        "k_proj": "qkv[1]",
+        "v_proj": "qkv[2]",
+        "attn_out": "attn_out",
+        "ff_norm": "ffn_norm",
+        "ff_proj": "gate_up[0]",
+        "up_proj": "gate_up[1]",
+        "ff_out": "down",
+    }
+    layer = {f"{theirs}.weight": ours for theirs, ours in layer.items()}
+    return names | layer_names("model.transformer.blocks.{}.", layer, config.num_layers)
 
 
 FAMILY = Family(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from remask.workers.models.config import ConfigReader, ExpertsConfig, TransformerConfig
-from remask.workers.models.families.base import Family
+from remask.workers.models.families.base import Family, layer_names
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -28,11 +28,6 @@ def parse_config(raw: dict[str, Any], source: str) -> TransformerConfig:
     """The shape in a LLaDA-MoE `config.json`. No size has a default."""
     config = ConfigReader(raw, source)
     config.expect("LLaDA-MoE", _EXPECTED)
-    hidden_size, num_heads = config.positive("hidden_size"), config.positive("num_attention_heads")
-    num_kv_heads = config.positive("num_key_value_heads")
-    config.check_heads(
-        "hidden_size", hidden_size, "num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads
-    )
     vocab_size, num_layers = config.positive("vocab_size"), config.positive("num_hidden_layers")
     count, num_active = config.positive("num_experts"), config.positive("num_experts_per_tok")
     if num_active > count:
@@ -46,10 +41,7 @@ def parse_config(raw: dict[str, Any], source: str) -> TransformerConfig:
     shared = raw.get("shared_expert_intermediate_size")
     return TransformerConfig(
         num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=hidden_size // num_heads,
+        **config.heads("hidden_size", "num_attention_heads", "num_key_value_heads"),
         ffn_size=size,
         vocab_size=vocab_size,
         embedding_size=vocab_size,
@@ -98,10 +90,8 @@ def tensor_names(config: TransformerConfig) -> dict[str, str]:
             f"mlp.experts.{expert}.up_proj": f"experts.gate_up[{expert},1]",
             f"mlp.experts.{expert}.down_proj": f"experts.down[{expert},0]",
         }
-    for i in range(config.num_layers):
-        for theirs, ours in layer.items():
-            names[f"model.layers.{i}.{theirs}.weight"] = f"blocks.{i}.{ours}"
-    return names
+    layer = {f"{theirs}.weight": ours for theirs, ours in layer.items()}
+    return names | layer_names("model.layers.{}.", layer, config.num_layers)
 
 
 FAMILY = Family(
