@@ -42,7 +42,7 @@ class Timed(Denoiser):
     """A model that adds up its own seconds and counts the forwards."""
 
     def __init__(self, inner: Denoiser) -> None:
-        self.inner, self.seconds = inner, 0.0
+        self.inner, self.seconds, self.config = inner, 0.0, inner.config
         self.mask_id, self.device, self.pack_rows = inner.mask_id, inner.device, inner.pack_rows
 
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
