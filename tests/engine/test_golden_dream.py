@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from golden_files import GOLDEN, Case, canvas_of, check, check_logits, check_packed, read
 
 from remask import LLM
@@ -55,6 +56,12 @@ def test_raw_logits_are_those_of_the_published_forward() -> None:
 def test_cases_alone(dream_llm: LLM) -> None:
     for case in CASES:
         check(dream_llm, [case])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_writes_the_same() -> None:
+    check_packed(CHECKPOINT, CASES, max_num_rows=512, device="cuda")
 
 
 def test_some_cases_packed_in_another_order() -> None:

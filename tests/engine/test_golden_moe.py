@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from golden_files import GOLDEN, Case, canvas_of, check_logits, check_packed, read
+
+from remask.workers.models.row_ops import triton_ops
 
 CHECKPOINT, FILE = GOLDEN / "lladamoe-tiny", read("lladamoe_decoding")
 
@@ -27,6 +30,17 @@ def test_there_are_40_cases() -> None:
 
 def test_raw_logits_are_those_of_the_published_forward() -> None:
     check_logits(CHECKPOINT, FILE["logits"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, and the model is on the CPU")
+def test_raw_logits_by_the_kernels_are_those_of_the_published_forward() -> None:
+    check_logits(CHECKPOINT, FILE["logits"][:1], triton_ops())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_writes_the_same() -> None:
+    check_packed(CHECKPOINT, CASES, max_num_rows=512, device="cuda")
 
 
 def test_some_cases_packed_in_another_order() -> None:

@@ -13,6 +13,7 @@ from step_cases import logits_of
 
 from remask import LLM, SamplingParams
 from remask.workers.models.denoiser import load_denoiser
+from remask.workers.models.row_ops import RowOps
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
@@ -41,9 +42,10 @@ def canvas_of(golden: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_packed(checkpoint: Path, cases: list[Case], max_num_rows: int, **options: Any) -> None:
-    """`check` of cases in another order, in an engine of their own."""
+    """`check` of cases in another order, in an engine of their own, on a CPU unless told."""
     shuffled = random.Random(max_num_rows).sample(cases, len(cases))
-    with LLM(checkpoint, dtype="float32", device="cpu", max_num_rows=max_num_rows, **options) as llm:
+    options = {"device": "cpu", **options}
+    with LLM(checkpoint, dtype="float32", max_num_rows=max_num_rows, **options) as llm:
         check(llm, shuffled)
 
 
@@ -66,9 +68,10 @@ def check(llm: LLM, cases: list[Case]) -> None:
         )
 
 
-def check_logits(checkpoint: Path, entries: list[dict[str, Any]]) -> None:
-    """Asserts that raw logits are those of the published forward."""
+def check_logits(checkpoint: Path, entries: list[dict[str, Any]], ops: RowOps | None = None) -> None:
+    """Asserts that raw logits are those of the published forward; `ops`: other than the model's."""
     model = load_denoiser(checkpoint, dtype="float32", device="cpu")
+    model.ops = ops or model.ops
     for entry in entries:
         found = logits_of(model, np.array(entry["input"]))
         assert (found - torch.tensor(entry["logits"])).abs().max() < 1e-4

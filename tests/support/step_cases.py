@@ -53,7 +53,7 @@ def logits_of(model: TransformerDenoiser, tokens: NDArray[Any]) -> Tensor:
     every, bounds = torch.arange(len(ids)), (0, len(ids))
     layout = VarlenLayout(bounds, bounds, ())
     rows = PackedRows(ids, every, layout, every, layout, every, len(ids))
-    return model.model.logits(model.model(rows, model.attention))
+    return model.model.logits(model.model(rows, model.attention, model.ops), model.ops)
 
 
 def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int = 1000) -> list[CanvasState]:

@@ -22,7 +22,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-KERNELS = {"_split", "_merge", "_rms_norm", "_rotate_halves", "_silu_mul", "_quantize_rows", "_attend"}
+KERNELS = {
+    *("_split", "_merge", "_rms_norm", "_rotate_halves", "_silu_mul", "_quantize_rows", "_attend"),
+    "_grouped_product",
+}
 CAPABILITIES = (80, 89, 90)
 TRITON_ON_GPUS = "3.6.0"  # what torch 2.11 comes with
 
@@ -109,10 +112,11 @@ def _pretend(capability: int) -> None:
 
 
 def _launches(torch: Any, capability: int, num_rows: int = 64) -> Iterator[tuple[str, Any]]:
-    """Calls of the wrappers at LLaDA-8B's shape, in all variants that occur."""
+    """Calls of the wrappers at the shapes of LLaDA-8B and LLaDA-MoE, in all variants that occur."""
     from remask.workers.attention.varlen import DeviceShadows
     from remask.workers.head import Statistics
     from remask.workers.kernels import elementwise, head, shadow_attention
+    from remask.workers.kernels.experts import experts
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -147,6 +151,15 @@ def _launches(torch: Any, capability: int, num_rows: int = 64) -> Iterator[tuple
             ),
         )
 
+    def routed(dtype: Any) -> None:
+        experts(
+            torch.empty(num_rows, 2048, dtype=dtype),
+            torch.empty(num_rows, 8, dtype=dtype),
+            torch.zeros(num_rows, 8, dtype=torch.int64),
+            torch.empty(64, 2048, 2048, dtype=dtype),
+            torch.empty(64, 2048, 1024, dtype=dtype),
+        )
+
     both = ("margin", "entropy")
     for needs in ((), ("margin",), ("entropy",), both):
         name = f"bf16, {'+'.join(needs) or 'no more'}"
@@ -160,6 +173,7 @@ def _launches(torch: Any, capability: int, num_rows: int = 64) -> Iterator[tuple
         yield name, lambda x=rows, t=tables: elementwise.rotate_halves(x.view(-1, 32, 128), *t)
         yield name, lambda d=dtype: elementwise.silu_mul(torch.empty(num_rows, 24576, dtype=d))
         yield name, lambda d=dtype: shadows(d, 32)
+        yield f"{name}, experts", lambda d=dtype: routed(d)
         yield f"{name}, grouped heads", lambda d=dtype: shadows(d, 4)
     if capability >= 89:
         for size in (4096, 12288):
@@ -214,7 +228,7 @@ def test_no_number_of_rows_makes_another_variant_of_a_kernel(tmp_path: Path) -> 
         keys.setdefault(variant, []).append(key)
     assert {variant.split(",")[0] for variant in keys} == KERNELS
     for variant, found in keys.items():
-        assert (len(found), len(set(found))) == (5, 1), variant
+        assert len(found) == 5 * len(set(found)), variant
 
 
 by_generation = pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels of the head and of shadow attention, by compute capability.
+"""Tile sizes of the kernels of the head, of shadow attention and of experts, by compute capability.
 
 Sizes change a row's numbers only by rounding. They depend on the GPU and the dtype, not on the rows, so a
 row's numbers on one GPU do not depend on the other rows.
@@ -43,6 +43,22 @@ class AttentionSizes(NamedTuple):
     num_stages: int
 
 
+class ExpertSizes(NamedTuple):
+    """Sizes of a program that multiplies some pairs of a row and an expert by some of the expert's outputs.
+
+    Attributes:
+        pairs, outputs: of a tile.
+        bytes: of each pair and output that one iteration of the product loads.
+        num_warps, num_stages: launch options of Triton.
+    """
+
+    pairs: int
+    outputs: int
+    bytes: int
+    num_warps: int
+    num_stages: int
+
+
 # Hopper and data-center Blackwell. Two groups of four warps share the accumulators. Three stages take 96 KiB
 # and registers are limited to 128, so that two programs fit a multiprocessor: one computes its softmax while
 # the other multiplies.
@@ -66,6 +82,12 @@ _ATTENTION = AttentionSizes(keys=64, num_warps=4, num_stages=3)
 _ATTENTION_IN_FP32 = {major: AttentionSizes(keys=64, num_warps=8, num_stages=2) for major in _HEAD}
 _OLDER_ATTENTION_IN_FP32 = AttentionSizes(keys=32, num_warps=8, num_stages=2)
 
+# 64 pairs are what Hopper's warp-group products take, and few enough for experts with few rows. Three stages
+# of loads take 72 KiB, which fits every GPU.
+_EXPERTS = ExpertSizes(pairs=64, outputs=128, bytes=128, num_warps=4, num_stages=3)
+# Eight warps: fp32 is multiplied without tensor cores, and fewer spill registers.
+_EXPERTS_IN_FP32 = _EXPERTS._replace(num_warps=8)
+
 
 def head_sizes(*, is_fp32: bool) -> HeadSizes:
     """For the current GPU; in Triton's interpreter those of Hopper."""
@@ -77,6 +99,11 @@ def attention_sizes(*, is_fp32: bool) -> AttentionSizes:
     """For the current GPU; in Triton's interpreter those of Hopper."""
     major = _major_capability()
     return _ATTENTION_IN_FP32.get(major, _OLDER_ATTENTION_IN_FP32) if is_fp32 else _ATTENTION
+
+
+def expert_sizes(*, is_fp32: bool) -> ExpertSizes:
+    """For all GPUs."""
+    return _EXPERTS_IN_FP32 if is_fp32 else _EXPERTS
 
 
 def _major_capability() -> int | None:

@@ -195,12 +195,8 @@ def denoiser_of(
         model = model.float()
     weight, head_dim = model.embedding, model.config.head_dim
     attention = pick_attention(attention_backend, device=weight.device, dtype=weight.dtype, head_dim=head_dim)
-    if model.config.experts is not None:
-        if quantization is not None:
-            problem = "is not supported for experts; leave it out"
-            raise InvalidRequest("quantization", quantization, problem)
-        if weight.device.type != "cpu":
-            raise InvalidRequest("device", str(weight.device), "runs no experts yet; use cpu")
+    if model.config.experts is not None and quantization is not None:
+        raise InvalidRequest("quantization", quantization, "is not supported for experts; leave it out")
     if quantization == "fp8":
         quantize_layers(model.blocks)
     on_cpu = weight.device.type == "cpu"

@@ -1,7 +1,7 @@
-"""The row operations of a transformer, and its matrix products.
+"""The row operations of a transformer, its matrix products, and those of its experts.
 
 `EAGER` is the reference and runs everywhere. `TILED` multiplies in tiles. `triton_ops` computes each of the
-others in one launch.
+others in one launch, and the experts in two products.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from remask.workers.models.tiles import tiled_linear
 FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(FP8).max
 _SMALLEST_AMAX = 1e-12  # gives rows of zeros a scale
+_EXPERT_ROWS = 512  # whose copies stay in the cache of a CPU
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -62,6 +63,32 @@ def quantize_rows(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return (x32 / scales_T1).clamp(-_FP8_MAX, _FP8_MAX).to(FP8), scales_T1
 
 
+def experts(
+    x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """The weighted sum of the outputs of each row's experts, one product for each expert that has rows.
+
+    Args:
+        x_TD: rows.
+        weights_TK: of the experts of each row.
+        chosen_TK: int64, their indices.
+        gate_up_E2FD, down_EDF: the weights of all experts.
+    """
+    num_active, out_TD = chosen_TK.shape[1], torch.zeros_like(x_TD)
+    for part in torch.arange(len(x_TD), device=x_TD.device).split(_EXPERT_ROWS):
+        flat = chosen_TK[part].flatten()
+        order = flat.argsort(stable=True)
+        rows, weights = part[order // num_active], weights_TK[part].flatten()[order].unsqueeze(1)
+        start = 0
+        for expert, count in enumerate(torch.bincount(flat, minlength=len(down_EDF)).tolist()):
+            if count:
+                own = slice(start, start + count)
+                start += count
+                hidden = silu_mul(F.linear(x_TD[rows[own]], gate_up_E2FD[expert]))
+                out_TD.index_add_(0, rows[own], F.linear(hidden, down_EDF[expert]).mul_(weights[own]))
+    return out_TD
+
+
 class RowOps(NamedTuple):
     """One implementation of the row operations."""
 
@@ -69,15 +96,17 @@ class RowOps(NamedTuple):
     rotate_halves: Callable[[Tensor, Tensor, Tensor], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
     quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     linear: Callable[[Tensor, Tensor], Tensor] = F.linear
 
 
-EAGER = RowOps(rms_norm, rotate_halves, silu_mul, quantize_rows)
+EAGER = RowOps(rms_norm, rotate_halves, silu_mul, quantize_rows, experts)
 TILED = EAGER._replace(linear=tiled_linear, silu_mul=silu_mul_anywhere)
 
 
 def triton_ops() -> RowOps:
     """The implementation in Triton."""
     from remask.workers.kernels import elementwise as kernels
+    from remask.workers.kernels.experts import experts
 
-    return RowOps(kernels.rms_norm, kernels.rotate_halves, kernels.silu_mul, kernels.quantize_rows)
+    return RowOps(kernels.rms_norm, kernels.rotate_halves, kernels.silu_mul, kernels.quantize_rows, experts)
