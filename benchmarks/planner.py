@@ -7,7 +7,8 @@ A step of B canvases of L rows each (prompt and canvas), of which m a canvas are
     T = max(F / rate, W / bandwidth) + overhead
     F = linear layers of B L rows, the last one and the head of B m
         + 4 B L ((layers - 1) L + m) heads head_dim           (attention sees the whole sequence)
-    W = weights, read once, without the embedding's rows that are not looked up
+    W = weights, read once, without the embedding's rows that are not looked up; of E experts, K of them
+        active, E (1 - (1 - K / E)^rows) are read
 
 and a request of n tokens at k tokens a forward takes n / k steps. An autoregressive engine of the same shape
 with a cache of keys and values decodes one token of B requests in
@@ -26,6 +27,7 @@ are assumptions (`MATRIX_SHARE`, `MEMORY_SHARE`); "this" measures the machine at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,15 +121,22 @@ def step_flops(config: TransformerConfig, batch_size: int, load: Load) -> float:
     return products + 4 * batch_size * pairs * config.num_heads * config.head_dim
 
 
-def weight_bytes(config: TransformerConfig, itemsize: int) -> int:
-    """Bytes of the weights that a step reads."""
-    return linear_flops(config, 1, 1) // 2 * itemsize
+def weight_bytes(config: TransformerConfig, itemsize: int, num_rows: float) -> float:
+    """Bytes of the weights that a step with so many rows reads; an expert that no row is sent to is not
+    read."""
+    numbers = linear_flops(config, 1, 1) / 2
+    if (experts := config.experts) is not None:
+        active = experts.num_active
+        read = experts.count * (1 - (1 - active / experts.count) ** num_rows)
+        numbers += (read - active) * 3 * experts.size * config.hidden_size * config.num_layers
+    return numbers * itemsize
 
 
 def step_seconds(machine: Machine, config: TransformerConfig, itemsize: int, batch: int, load: Load) -> float:
     """Time of a denoising step."""
     compute = step_flops(config, batch, load) / machine.flops_per_second
-    return max(compute, weight_bytes(config, itemsize) / machine.bytes_per_second) + machine.overhead
+    read = weight_bytes(config, itemsize, batch * (load.prompt_len + load.canvas_len))
+    return max(compute, read / machine.bytes_per_second) + machine.overhead
 
 
 def decode_seconds(
@@ -139,18 +148,16 @@ def decode_seconds(
     width = config.num_heads * config.head_dim
     flops = linear_flops(config, batch, batch) + 4 * batch * context * config.num_layers * width
     cache = 2 * batch * context * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-    read = (weight_bytes(config, itemsize) + cache) / machine.bytes_per_second
+    read = (weight_bytes(config, itemsize, batch) + cache) / machine.bytes_per_second
     prompt = linear_flops(config, load.prompt_len, 1) + 2 * load.prompt_len**2 * config.num_layers * width
     prefill = batch * prompt / machine.flops_per_second / load.canvas_len
     return max(flops / machine.flops_per_second, read) + machine.overhead + prefill
 
 
 def knee_rows(machine: Machine, config: TransformerConfig, itemsize: int) -> int:
-    """Rows whose arithmetic takes as long as reading the weights."""
-    per_row = linear_flops(config, 1, 0)
-    return round(
-        weight_bytes(config, itemsize) / machine.bytes_per_second * machine.flops_per_second / per_row
-    )
+    """Rows whose arithmetic takes as long as reading the weights, those of all experts."""
+    seconds = weight_bytes(config, itemsize, math.inf) / machine.bytes_per_second
+    return round(seconds * machine.flops_per_second / linear_flops(config, 1, 0))
 
 
 def plan(machine: Machine, config: TransformerConfig, itemsize: int, load: Load) -> dict[str, Any]:

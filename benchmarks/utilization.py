@@ -4,8 +4,8 @@ Counted from the run itself: a hook on the transformer sees every pack that is f
 pack's own description, 2 m n k for each linear layer (all rows in every layer but the last; in the last all
 rows for keys and values and the candidates for the rest; the candidates in the head) and, for each visible
 query and key, the two products of attention. Candidates are the masked slots of the active blocks and the
-shadow rows of committed slots. Norms, rotations, softmax, policies, packing and Python are not counted: their
-time lowers the utilization.
+shadow rows of committed slots. Of a layer of experts the router and the active ones are counted. Norms,
+rotations, softmax, policies, packing and Python are not counted: their time lowers the utilization.
 
 Packs with static shapes, which GPUs use, are not counted: they have rows that no step reads, and
 graphs replay them out of the hook's sight. What their steps need is measured by `benchmarks/gpu`.
@@ -17,6 +17,7 @@ with the model's own weights, in the same dtype and on the same threads.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -97,9 +98,16 @@ def linear_flops(config: TransformerConfig, num_rows: int, num_candidates: int) 
     """Arithmetic of the linear layers of one forward, and of the head."""
     d, head_dim = config.hidden_size, config.head_dim
     keys_and_values = 2 * config.num_kv_heads * head_dim
-    the_rest = 2 * config.num_heads * head_dim + 3 * config.ffn_size  # queries, output, gate, up and down
+    the_rest = 2 * config.num_heads * head_dim + _mlp_columns(config)  # queries, output, MLP
     in_all_rows = config.num_layers * keys_and_values + (config.num_layers - 1) * the_rest
     return 2 * d * (num_rows * in_all_rows + num_candidates * (the_rest + config.vocab_size))
+
+
+def _mlp_columns(config: TransformerConfig) -> int:
+    """Inputs and outputs, of D numbers each, that the MLP of a layer has for a row."""
+    if (experts := config.experts) is None:
+        return 3 * config.ffn_size
+    return experts.count + 3 * (experts.num_active * experts.size + (experts.shared_size or 0))
 
 
 def visible_pairs(layout: VarlenLayout) -> int:
@@ -140,7 +148,7 @@ def linear_inputs(
     return {
         (count, size): torch.randn(count, size).to(model.embedding)
         for count in (num_rows, num_candidates)
-        for size in {parameter.shape[1] for parameter in model.parameters() if parameter.ndim == 2}
+        for size in {parameter.shape[-1] for parameter in model.parameters() if parameter.ndim > 1}
     }
 
 
@@ -157,10 +165,22 @@ def run_linear_layers(
 
     for block in blocks:
         assert isinstance(block, Block)
-        for weight in (block.qkv, block.attn_out, block.gate_up, block.down):
+        for weight in (block.qkv, block.attn_out, *mlp_weights(block)):
             linear(num_rows, weight)
     assert isinstance(last, Block)
     linear(num_rows, last.qkv[q_size:])
     head = model.embedding if model.head is None else model.head
-    for weight in (last.qkv[:q_size], last.attn_out, last.gate_up, last.down, head[: config.vocab_size]):
+    for weight in (last.qkv[:q_size], last.attn_out, *mlp_weights(last), head[: config.vocab_size]):
         linear(num_candidates, weight)
+
+
+def mlp_weights(block: Block) -> Iterator[torch.Tensor]:
+    """The matrices [O, I] that a layer's MLP multiplies a row by; those of as many experts as are active,
+    joined."""
+    if (experts := block.experts) is None:
+        yield from (block.gate_up, block.down)
+        return
+    yield experts.router
+    yield from (weight[: experts.num_active].flatten(0, 1) for weight in (experts.gate_up, experts.down))
+    if experts.shared_gate_up is not None and experts.shared_down is not None:
+        yield from (experts.shared_gate_up, experts.shared_down)

@@ -90,8 +90,9 @@ def canvases(
     resolved = resolve(params)
     ids = [token for token in range(config.vocab_size) if token != config.mask_id]
     prompts = ([ids[(i + k) % len(ids)] for k in range(prompt_len)] for i in range(count))
+    of_model = {"mask_id": config.mask_id, "shift": config.shift, "stop_ids": []}
     return [
-        new_canvas(str(i), i, prompt, resolved, seed=i, sample=0, mask_id=config.mask_id, stop_ids=[])
+        new_canvas(str(i), i, prompt, resolved, seed=i, sample=0, **of_model)
         for i, prompt in enumerate(prompts)
     ]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from golden_files import GOLDEN
 
 from remask import InvalidRequest
 from remask.benchmarks import planner
@@ -17,6 +19,7 @@ from remask.benchmarks.planner import GPUS, Load, Machine, plan, report, step_fl
 from remask.benchmarks.throughput import find_model
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.models.loading import read_config
+from remask.workers.models.transformer import Transformer
 
 LLADA = read_config(find_model("llada-8b")[0])[1]
 LOAD = Load(prompt_len=100, canvas_len=64, block_len=32, tokens_per_forward=2.0)
@@ -33,14 +36,27 @@ def test_weights_are_those_of_the_model_without_its_embedding_and_norms(
 ) -> None:
     parameters = golden_model.model.named_parameters()
     read = sum(p.numel() for name, p in parameters if p.ndim == 2 and name != "embedding")
-    assert planner.weight_bytes(golden_model.config, 2) == 2 * read
+    assert planner.weight_bytes(golden_model.config, 2, 100) == 2 * read
+
+
+def test_experts_that_no_row_is_sent_to_are_not_read() -> None:
+    """3 of 16 experts a row: with one row 3 are read, with two 3 + 3 * 13 / 16 on average, with many all."""
+    config = read_config(GOLDEN / "lladamoe-tiny")[1]
+    with torch.device("meta"):
+        model = Transformer(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1 and name != "embedding"}
+    of_experts = sum(size for name, size in sizes.items() if name.endswith(("rts.gate_up", "rts.down")))
+    rest = sum(sizes.values()) - of_experts
+    for num_rows, share in ((1, 3 / 16), (2, (3 + 3 * 13 / 16) / 16), (10_000, 1.0)):
+        found = planner.weight_bytes(config, 2, num_rows)
+        assert found == pytest.approx(2 * (rest + share * of_experts)), num_rows
 
 
 def test_a_step_is_bound_by_memory_up_to_the_knee_and_by_arithmetic_beyond() -> None:
     machine = Machine(1e14, 1e12, 1e-3)
     knee = planner.knee_rows(machine, LLADA, 2)
     one = Load(1, 1, 1, 1.0)
-    floor = planner.weight_bytes(LLADA, 2) / 1e12 + 1e-3
+    floor = planner.weight_bytes(LLADA, 2, 1) / 1e12 + 1e-3
     for batch, expected in ((1, floor), (knee // 4, floor)):
         assert step_seconds(machine, LLADA, 2, batch, one) == pytest.approx(expected)
     beyond = step_seconds(machine, LLADA, 2, 4 * knee, one)
