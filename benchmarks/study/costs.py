@@ -17,7 +17,7 @@ from remask import LLM
 from remask.benchmarks.study.grid import Cell
 from remask.benchmarks.study.tasks import StudyTask
 
-BATCH = 64  # canvases
+BATCH = 64  # canvases of a batch, if the cell has as many prompts
 ENOUGH_SECONDS = 10.0
 ONE_REPETITION = 0.1  # what a single repetition may be wrong by, as a share
 
@@ -31,6 +31,7 @@ class Cost(msgspec.Struct, frozen=True):
         microseconds: of a forward, the median of the repetitions.
         repetitions: microseconds of each repetition.
         nfe: mean forwards of a sample.
+        canvases: of a batch.
     """
 
     task: str
@@ -41,11 +42,12 @@ class Cost(msgspec.Struct, frozen=True):
     microseconds: float
     repetitions: list[float]
     nfe: float
+    canvases: int = BATCH
 
     @property
     def seconds(self) -> float:
         """What its batches took."""
-        return sum(self.repetitions) * self.nfe * BATCH / 1e6
+        return sum(self.repetitions) * self.nfe * self.canvases / 1e6
 
     @property
     def scatter(self) -> float:
@@ -103,7 +105,8 @@ def measure(
             if cost is not None and (len(cost.repetitions) > repetition or cost.seconds > ENOUGH_SECONDS):
                 continue
             progress(repetition * len(chosen) + index, repetitions * len(chosen))
-            microseconds, nfe = _measured(llm, cell, tasks[cell.task], seed)
+            canvases = min(BATCH, cell.num_prompts)
+            microseconds, nfe = _measured(llm, cell, tasks[cell.task], seed, canvases)
             every = [*(cost.repetitions if cost is not None else ()), round(microseconds, 1)]
             found[key_of(cell)] = Cost(
                 *key_of(cell),
@@ -111,13 +114,14 @@ def measure(
                 microseconds=round(float(np.median(every)), 1),
                 repetitions=every,
                 nfe=round(nfe, 2),
+                canvases=canvases,
             )
             save(list(found.values()))
 
 
-def _measured(llm: LLM, cell: Cell, task: StudyTask, seed: int) -> tuple[float, float]:
+def _measured(llm: LLM, cell: Cell, task: StudyTask, seed: int, canvases: int) -> tuple[float, float]:
     """Microseconds of a forward in a batch of one cell, and mean forwards of a sample."""
-    texts = task.texts(seed, min(BATCH, task.num_prompts or BATCH))
+    texts = task.texts(seed, canvases)
     prompts = task.prompts(llm, texts)
     params = [
         msgspec.structs.replace(cell.params(i, task.canvas_of(text)), n=1, trace=False)

@@ -205,6 +205,23 @@ def test_interrupted_timings_go_on_where_they_were(llm: LLM, tmp_path: Path) -> 
         assert len(cost.repetitions) == 2
 
 
+def test_a_timed_batch_has_no_more_prompts_than_its_cell(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = study_of(tmp_path, GRID.replace("num_prompts = 4", "num_prompts = 1"))
+    sizes: list[int] = []
+    generate = llm.generate
+
+    def counted(prompts: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        sizes.append(len(prompts))
+        return generate(prompts, *args, **kwargs)
+
+    monkeypatch.setattr(llm, "generate", counted)
+    own.time(llm, silent)
+    assert sizes == [2, 2, 2, 2, 1, 1], "a batch has two prompts here, and the puzzles are one"
+    assert [cost.canvases for cost in own.costs] == sizes
+
+
 def test_a_finished_run_runs_nothing(whole: Study, llm: LLM, copied: Path) -> None:
     again = study_of(copied)
     again.time(llm, lambda *_: pytest.fail("it is timed"))
