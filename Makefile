@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --durations=30 --durations-min=1
+JOBS ?= 2  # processes that run tests
+PARALLEL := --numprocesses=$(JOBS) --dist=loadfile
 DEPS := $(VENV)/.dependencies
 
 export RAY_USAGE_STATS_ENABLED = 0
@@ -24,16 +26,17 @@ install: $(DEPS)
 demo: install
 	$(BIN)/python -m remask.benchmarks.tiny.demo
 
-# The fast tier; a bare `pytest` runs it, too.
+# The fast tier; a bare `pytest` runs it in one process.
 test: install
-	$(PYTEST)
+	$(PYTEST) $(PARALLEL)
 
-# What the fast tier leaves out: Ray, processes and whatever takes longer than two seconds.
+# What the fast tier leaves out: processes, whatever takes longer than two seconds, and Ray, which needs the machine
+# for itself.
 test-slow: install
-	$(PYTEST) -m "slow and not long"
+	$(PYTEST) $(PARALLEL) -m "slow and not ray and not long"
+	$(PYTEST) -m "slow and ray and not long"
 
-test-all: install
-	$(PYTEST) -m "not long"
+test-all: test test-slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from remask import InvalidRequest
+from remask import LLM, InvalidRequest
 from remask.workers.models.denoiser import load_denoiser
-from remask.workers.models.families import Family, dream, llada, llada_moe, load
+from remask.workers.models.families import OTHERS, Family, dream, families, llada, llada_moe, load
 from remask.workers.models.loading import destinations, read_config
 from remask.workers.models.transformer import Transformer
 
@@ -217,7 +218,30 @@ def test_a_package_adds_a_family(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.args[0] for record in caplog.records if record.args] == ["taken", "none", "missing"]  # type: ignore[index]
 
 
-def test_an_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    with pytest.raises(InvalidRequest, match="supported: LLaDAModelLM, DreamModel, LLaDAMoEModelLM"):
-        read_config(tmp_path)
+@pytest.mark.parametrize(
+    ("architecture", "problem"),
+    [
+        ("LLaDA2MoeModelLM", "LLaDA2MoeModelLM is LLaDA2.x, which is not supported: its blocks attend to"),
+        ("SDARForCausalLM", "is SDAR, which is not supported: its blocks"),
+        ("SDARMoeForCausalLM", "is SDAR, which"),
+        ("Fast_dLLM_QwenForCausalLM", "is Fast-dLLM v2, which is not supported: its blocks"),
+        ("DiffusionGemmaForBlockDiffusion", "is DiffusionGemma, which is not supported: a causal encoder"),
+        ("LlamaForCausalLM", "is an autoregressive model, which is not supported: tokens do not attend"),
+        ("NewModel", "architecture 'NewModel' is not supported"),
+        (None, "architecture None is not supported"),
+    ],
+)
+def test_another_model_is_named_as_what_it_is(tmp_path: Path, architecture: str | None, problem: str) -> None:
+    """Before any weights are read: there are none."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": [architecture] if architecture else []})
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        LLM(tmp_path)
+    assert problem in str(caught.value)
+    assert "supported: LLaDAModelLM, DreamModel, LLaDAMoEModelLM" in str(caught.value)
+
+
+def test_no_family_claims_an_architecture_that_is_refused() -> None:
+    for architecture in families():
+        assert not any(re.search(pattern, architecture) for pattern, _, _ in OTHERS), architecture

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from remask.scheduler.errors import InvalidRequest
 from remask.workers.models.config import TransformerConfig
-from remask.workers.models.families import Family, families
+from remask.workers.models.families import Family, families, refusal_of
 from remask.workers.models.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,7 @@ def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
     if family is not None and family.mask_token is not None and raw.get("mask_token_id") is None:
         raw["mask_token_id"] = added_token_id(directory, family.mask_token)
     if family is None:
-        problem = f"architecture {name!r} is not supported; supported: {', '.join(families())}"
-        raise InvalidRequest("model", str(path), problem)
+        raise InvalidRequest("model", str(path), refusal_of(name))
     return family, family.parse_config(raw, str(path))
 
 

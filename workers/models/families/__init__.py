@@ -8,6 +8,7 @@ points are loaded when a checkpoint is first read.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -20,13 +21,36 @@ logger = logging.getLogger(__name__)
 ENTRY_POINTS = "remask.models"
 OWN = (llada.FAMILY, dream.FAMILY, llada_moe.FAMILY)
 
-__all__ = ["Family", "families", "layer_names", "load"]
+# Known models that no family here computes: how their architectures begin or end, what they are, and why not.
+_BLOCK_CAUSAL = "its blocks attend to themselves and to those before them, not to the whole canvas"
+OTHERS = (
+    (r"^LLaDA2", "LLaDA2.x", _BLOCK_CAUSAL),
+    (r"^SDAR", "SDAR", _BLOCK_CAUSAL),
+    (r"^Fast_?dLLM", "Fast-dLLM v2", _BLOCK_CAUSAL),
+    (r"^DiffusionGemma", "DiffusionGemma", "a causal encoder reads its prompts, and a decoder the canvas"),
+    (
+        r"ForCausalLM$|LMHeadModel$",
+        "an autoregressive model",
+        "tokens do not attend to those behind them",
+    ),
+)
+
+__all__ = ["Family", "families", "layer_names", "load", "refusal_of"]
 
 
 @cache
 def families() -> dict[str, Family]:
     """The families of this environment by architecture."""
     return load(entry_points(group=ENTRY_POINTS))
+
+
+def refusal_of(architecture: str | None) -> str:
+    """Why a checkpoint of an architecture that has no family is refused."""
+    supported = f"supported: {', '.join(families())}"
+    for pattern, name, reason in OTHERS:
+        if re.search(pattern, architecture or ""):
+            return f"{architecture} is {name}, which is not supported: {reason}; {supported}"
+    return f"architecture {architecture!r} is not supported; {supported}"
 
 
 def load(entries: Iterable[EntryPoint]) -> dict[str, Family]:
