@@ -33,13 +33,22 @@ def decode(model: TransformerDenoiser, prompt: list[int], params: SamplingParams
 
 
 def forward(model: TransformerDenoiser, canvas: PlainCanvas) -> tuple[NDArray[np.int64], Reals, Reals]:
-    """One forward of a canvas. Proposal, its probability, and the probability of the token that stands there,
-    for every row: those of the sequence, then the shadow rows, which stand for the slots of the block."""
-    rows = mapped(_rows(canvas), lambda tensor: tensor.to(model.device))
+    """One forward of a canvas.
+
+    Returns:
+        Proposal, its probability, and the probability of the token that stands there: for every position of
+        the sequence, then, off the shadow rows, for every slot of the block. If logits are shifted, position
+        0 has those of its own row, which nothing reads.
+    """
+    rows, predicted = _rows(canvas, model.config.shift)
+    rows, predicted = (mapped(part, lambda tensor: tensor.to(model.device)) for part in (rows, predicted))
     logits = model.model.logits(model.model(rows, SdpaAttention()))
-    given = torch.from_numpy(canvas.ids).to(model.device)[rows.positions_T]
+    length, shift = len(canvas.ids), model.config.shift
+    order = torch.arange(len(predicted))
+    order[:length] = (order[:length] - shift).clamp(min=0)
+    given = torch.from_numpy(canvas.ids).to(model.device)[predicted]
     proposal, confidence, given_prob = (
-        part.cpu().numpy() for part in dense_statistics(logits, given, model.mask_id)
+        part.cpu().numpy() for part in dense_statistics(logits[order], given, model.mask_id)
     )
     return proposal, confidence, given_prob
 
@@ -55,17 +64,31 @@ def dense_statistics(logits_TV: Tensor, given_T: Tensor, mask_id: int) -> tuple[
     return proposal_T, confidence_T, given_prob_T
 
 
-def _rows(canvas: PlainCanvas) -> PackedRows:
-    """The whole sequence, then the shadow block; every row is a candidate."""
+def _rows(canvas: PlainCanvas, shift: int) -> tuple[PackedRows, Tensor]:
+    """The whole sequence, then the shadow rows; every row is a candidate. Beside them the positions of the
+    sequence, and of the slots that the shadow rows verify.
+
+    If logits are shifted, a slot j is verified by a copy of row j - 1 that sees neither itself nor j, but a
+    mask at j, which stands behind all these copies.
+    """
     length, width = len(canvas.ids), canvas.end - canvas.start if canvas.verifies else 0
-    block = np.arange(canvas.start, canvas.start + width)
-    ids = torch.from_numpy(np.concatenate([canvas.ids, np.full(width, canvas.mask_id)]))
-    positions = torch.from_numpy(np.concatenate([np.arange(length), block]))
-    shadows = ()
-    if width:
-        mask = torch.ones(width, length + width, dtype=torch.bool)
-        mask[range(width), block] = False
-        shadows = (ShadowSegment(0, (0, width), (0, width), mask),)
+    block, own = np.arange(canvas.start, canvas.start + width), np.arange(width)
+    masks, sees = np.full(width, canvas.mask_id), np.ones((width, length), dtype=bool)
+    sees[own, block] = False
+    if shift:
+        before = sees.copy()
+        before[own, block - 1] = False
+        none, itself = np.zeros((width, width), dtype=bool), np.eye(width, dtype=bool)
+        sees = np.block([[before, itself, itself], [sees, none, itself]])
+        shadow_ids, shadow_positions = np.append(canvas.ids[block - 1], masks), np.append(block - 1, block)
+    else:
+        sees = np.append(sees, np.ones((width, width), dtype=bool), axis=1)
+        shadow_ids, shadow_positions = masks, block
+    ids = torch.from_numpy(np.concatenate([canvas.ids, shadow_ids]))
+    positions = torch.from_numpy(np.concatenate([np.arange(length), shadow_positions]))
+    count = len(shadow_ids)
+    shadows = (ShadowSegment(0, (0, count), (0, count), torch.from_numpy(sees)),) if count else ()
     layout = VarlenLayout((0, length), (0, length), shadows)
-    rows = torch.arange(length + width)
-    return PackedRows(ids, positions, layout, rows, layout, rows, len(rows))
+    rows = torch.arange(length + count)
+    predicted = torch.from_numpy(np.append(np.arange(length), block))
+    return PackedRows(ids, positions, layout, rows, layout, rows, len(rows)), predicted

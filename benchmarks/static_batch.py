@@ -51,8 +51,17 @@ def decode(model: TransformerDenoiser, requests: Sequence[tuple[list[int], Sampl
 def decode_batch(
     model: TransformerDenoiser, requests: Sequence[tuple[list[int], SamplingParams]]
 ) -> list[Decoded]:
-    """Fills the canvases of one batch."""
-    canvases = [PlainCanvas(prompt, params, model.mask_id) for prompt, params in requests]
+    """Fills the canvases of one batch.
+
+    Raises:
+        NotImplementedError: a canvas verifies, and the model's logits are shifted.
+    """
+    canvases, shift = (
+        [PlainCanvas(prompt, params, model.mask_id) for prompt, params in requests],
+        model.config.shift,
+    )
+    if shift and any(canvas.verifies for canvas in canvases):
+        raise NotImplementedError("the static batch does not verify on shifted logits")
     length = max(len(canvas.ids) for canvas in canvases)
     while not all(canvas.finished for canvas in canvases):
         padded = _padded(canvases, length)
@@ -69,7 +78,7 @@ def decode_batch(
             if canvas.finished:
                 continue
             pads = length - len(canvas.ids)
-            own = slice(pads + canvas.start, pads + canvas.end)
+            own = slice(pads + canvas.start - shift, pads + canvas.end - shift)
             shadow = slice(length, length + canvas.end - canvas.start)
             canvas.step(
                 proposal[i, own], confidence[i, own], verified[i, shadow] if canvas.verifies else None

@@ -115,7 +115,7 @@ def leave_one_out(
     places = torch.from_numpy(positions)
     copies[torch.arange(count), places] = model.mask_id
     bounds = tuple(range(0, count * length + 1, length))
-    candidates = torch.arange(count) * length + places
+    candidates = torch.arange(count) * length + places - model.config.shift
     rows = PackedRows(
         ids_T=copies.flatten(),
         positions_T=torch.arange(length).repeat(count),

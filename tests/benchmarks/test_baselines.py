@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from golden_files import GOLDEN
 
 from remask import LLM, SamplingParams
 from remask.benchmarks import plain_loop, static_batch
 from remask.benchmarks.plain_canvas import Decoded, PlainCanvas
-from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
 POLICIES: dict[str, dict[str, str]] = {
     "threshold": {"unmask": "threshold:0.7"},
@@ -20,6 +22,15 @@ POLICIES: dict[str, dict[str, str]] = {
     "schedule, verified": {"unmask": "schedule:6", "remask": "wino:0.9"},
     "factor": {"unmask": "factor:1.5"},
 }
+
+
+DREAM = GOLDEN / "dream-tiny"
+
+
+@pytest.fixture(scope="module")
+def dream_llm() -> Iterator[LLM]:
+    with LLM(DREAM, dtype="float32", device="cpu") as llm:
+        yield llm
 
 
 def requests(policy: dict[str, str]) -> list[tuple[list[int], SamplingParams]]:
@@ -47,6 +58,27 @@ def test_baselines_write_the_engines_tokens_with_its_forwards(
     assert [plain_loop.decode(golden_model, *request) for request in asked] == expected
     assert static_batch.decode(golden_model, asked) == expected
     assert len({decoded.nfe for decoded in expected}) > 1 or "schedule" in policy
+
+
+# This model gives most committed tokens 0.9999 and more; with lower thresholds a wrong row would not show.
+DOUBTS = {
+    "doubts": {"unmask": "capped_threshold:0.05", "remask": "wino:0.9999"},
+    "more doubts": {"unmask": "capped_threshold:0.1", "remask": "wino:0.9999"},
+}
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, *DOUBTS])
+def test_baselines_write_the_engines_tokens_on_shifted_logits(dream_llm: LLM, policy: str) -> None:
+    model = load_denoiser(DREAM, dtype="float32", device="cpu")
+    fields = {**POLICIES, **DOUBTS}[policy]
+    asked = requests(fields)
+    expected = by_engine(dream_llm, asked)
+    assert [plain_loop.decode(model, *request) for request in asked] == expected
+    if "remask" not in fields:
+        assert static_batch.decode(model, asked) == expected
+    else:
+        with pytest.raises(NotImplementedError, match="does not verify on shifted logits"):
+            static_batch.decode(model, asked)
 
 
 def test_a_static_batch_may_hold_every_policy_at_once(

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from step_cases import finish, logits_of, step_inputs
 from torch import Tensor
 
-from remask import SamplingParams
+from remask import LLM, SamplingParams
 from remask.scheduler.canvas import TOKEN, Canvas, new_canvas
 from remask.scheduler.params import resolve
 from remask.workers.attention.sdpa import SdpaAttention
@@ -34,6 +35,8 @@ POLICIES: list[dict[str, Any]] = [
     {"remask": "saber:3,2"},
     {"remask": "rcr", "unmask": "schedule:steps=6"},
 ]
+
+UNEDITED = [own for own in POLICIES if "cfg_scale" not in own and "ban_old" not in own.get("remask", "")]
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +158,29 @@ def test_every_policy_writes_the_same_alone_packed_and_in_static_shapes(
         for one, other in zip(states, alone, strict=True):
             assert (one.tokens, one.num_forwards) == (other.tokens, other.num_forwards)
             assert one.num_query_rows == other.num_query_rows
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fields", UNEDITED, ids=str)
+def test_a_commit_is_decided_by_the_row_before_its_slot(
+    dream: TransformerDenoiser, fields: dict[str, Any]
+) -> None:
+    """Each step of a trace is replayed by a forward of the whole sequence."""
+    with LLM(CHECKPOINT, dtype="float32", device="cpu") as llm:
+        block = 12 if "dream" in fields.get("unmask", "") else 6
+        params = SamplingParams(max_tokens=12, block_length=block, trace=True, ignore_eos=True, **fields)
+        (output,) = llm.generate([PROMPT], params, use_tqdm=False)
+    trace = output.outputs[0].trace
+    assert trace is not None
+    ids = np.array(PROMPT + [MASK] * 12)
+    for step in range(1, max(trace.step) + 1):
+        logits = logits_of(dream, ids)
+        logits[:, MASK] = -torch.inf
+        for event in (place for place, own in enumerate(trace.step) if own == step):
+            row = logits[len(PROMPT) + trace.position[event] - 1]
+            if trace.is_commit[event]:
+                assert trace.is_top[event] == (int(row.argmax()) == trace.token[event]), event
+                ids[len(PROMPT) + trace.position[event]] = trace.token[event]
+            else:
+                ids[len(PROMPT) + trace.position[event]] = MASK
+    assert ids[len(PROMPT) :].tolist() == output.outputs[0].token_ids
