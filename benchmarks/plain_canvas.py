@@ -33,6 +33,19 @@ class Decoded(NamedTuple):
     nfe: int
 
 
+class Shadows(NamedTuple):
+    """The rows that verify the block of a canvas: the first of them each slot, in order.
+
+    Attributes:
+        ids, positions: int64 [S].
+        sees: bool [S, L + S]: which rows of the sequence, and which shadow rows, each one sees.
+    """
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    sees: NDArray[np.bool_]
+
+
 class PlainCanvas:
     """A prompt with its canvas, denoised block by block at temperature 0; end-of-text tokens are ignored.
 
@@ -66,6 +79,28 @@ class PlainCanvas:
 
     def decoded(self) -> Decoded:
         return Decoded(self.ids[self.prompt_len :].tolist(), self.nfe)
+
+    def shadows(self, shift: int) -> Shadows:
+        """The rows that verify the active block; none if the policy does not verify.
+
+        A mask at slot j sees all rows but j, and the other shadow rows. If logits are shifted, a copy of row
+        j - 1 answers, which sees neither row j - 1 nor j, but itself and a mask at j; the masks stand behind
+        the copies.
+        """
+        width = self.end - self.start if self.verifies else 0
+        block, own = np.arange(self.start, self.start + width), np.arange(width)
+        masks, sees = np.full(width, self.mask_id), np.ones((width, len(self.ids)), dtype=bool)
+        sees[own, block] = False
+        if not shift:
+            return Shadows(masks, block, np.append(sees, np.ones((width, width), dtype=bool), axis=1))
+        before = sees.copy()
+        before[own, block - 1] = False
+        none, itself = np.zeros((width, width), dtype=bool), np.eye(width, dtype=bool)
+        return Shadows(
+            np.append(self.ids[block - 1], masks),
+            np.append(block - 1, block),
+            np.block([[before, itself, itself], [sees, none, itself]]),
+        )
 
     def step(self, proposal: NDArray[np.int64], confidence: Reals, verified: Reals | None) -> None:
         """Commits and remasks after a forward.

@@ -40,10 +40,9 @@ def forward(model: TransformerDenoiser, canvas: PlainCanvas) -> tuple[NDArray[np
         the sequence, then, off the shadow rows, for every slot of the block. If logits are shifted, position
         0 has those of its own row, which nothing reads.
     """
-    rows, predicted = _rows(canvas, model.config.shift)
-    rows, predicted = (mapped(part, lambda tensor: tensor.to(model.device)) for part in (rows, predicted))
-    logits = model.model.logits(model.model(rows, SdpaAttention()))
     length, shift = len(canvas.ids), model.config.shift
+    rows, predicted = mapped(_rows(canvas, shift), lambda tensor: tensor.to(model.device))
+    logits = model.model.logits(model.model(rows, SdpaAttention()))
     order = torch.arange(len(predicted))
     order[:length] = (order[:length] - shift).clamp(min=0)
     given = torch.from_numpy(canvas.ids).to(model.device)[predicted]
@@ -66,29 +65,15 @@ def dense_statistics(logits_TV: Tensor, given_T: Tensor, mask_id: int) -> tuple[
 
 def _rows(canvas: PlainCanvas, shift: int) -> tuple[PackedRows, Tensor]:
     """The whole sequence, then the shadow rows; every row is a candidate. Beside them the positions of the
-    sequence, and of the slots that the shadow rows verify.
-
-    If logits are shifted, a slot j is verified by a copy of row j - 1 that sees neither itself nor j, but a
-    mask at j, which stands behind all these copies.
-    """
-    length, width = len(canvas.ids), canvas.end - canvas.start if canvas.verifies else 0
-    block, own = np.arange(canvas.start, canvas.start + width), np.arange(width)
-    masks, sees = np.full(width, canvas.mask_id), np.ones((width, length), dtype=bool)
-    sees[own, block] = False
-    if shift:
-        before = sees.copy()
-        before[own, block - 1] = False
-        none, itself = np.zeros((width, width), dtype=bool), np.eye(width, dtype=bool)
-        sees = np.block([[before, itself, itself], [sees, none, itself]])
-        shadow_ids, shadow_positions = np.append(canvas.ids[block - 1], masks), np.append(block - 1, block)
-    else:
-        sees = np.append(sees, np.ones((width, width), dtype=bool), axis=1)
-        shadow_ids, shadow_positions = masks, block
-    ids = torch.from_numpy(np.concatenate([canvas.ids, shadow_ids]))
-    positions = torch.from_numpy(np.concatenate([np.arange(length), shadow_positions]))
-    count = len(shadow_ids)
-    shadows = (ShadowSegment(0, (0, count), (0, count), torch.from_numpy(sees)),) if count else ()
-    layout = VarlenLayout((0, length), (0, length), shadows)
-    rows = torch.arange(length + count)
-    predicted = torch.from_numpy(np.append(np.arange(length), block))
-    return PackedRows(ids, positions, layout, rows, layout, rows, len(rows)), predicted
+    sequence, and of the slots that are verified."""
+    shadows, length = canvas.shadows(shift), len(canvas.ids)
+    count, verified = (
+        len(shadows.ids),
+        np.arange(canvas.start, canvas.end if canvas.verifies else canvas.start),
+    )
+    ids = torch.from_numpy(np.append(canvas.ids, shadows.ids))
+    positions = torch.from_numpy(np.append(np.arange(length), shadows.positions))
+    segments = (ShadowSegment(0, (0, count), (0, count), torch.from_numpy(shadows.sees)),) if count else ()
+    layout, rows = VarlenLayout((0, length), (0, length), segments), torch.arange(length + count)
+    packed = PackedRows(ids, positions, layout, rows, layout, rows, len(rows))
+    return packed, torch.from_numpy(np.append(np.arange(length), verified))

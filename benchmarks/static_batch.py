@@ -51,27 +51,17 @@ def decode(model: TransformerDenoiser, requests: Sequence[tuple[list[int], Sampl
 def decode_batch(
     model: TransformerDenoiser, requests: Sequence[tuple[list[int], SamplingParams]]
 ) -> list[Decoded]:
-    """Fills the canvases of one batch.
-
-    Raises:
-        NotImplementedError: a canvas verifies, and the model's logits are shifted.
-    """
-    canvases, shift = (
-        [PlainCanvas(prompt, params, model.mask_id) for prompt, params in requests],
-        model.config.shift,
-    )
-    if shift and any(canvas.verifies for canvas in canvases):
-        raise NotImplementedError("the static batch does not verify on shifted logits")
+    """Fills the canvases of one batch."""
+    canvases = [PlainCanvas(prompt, params, model.mask_id) for prompt, params in requests]
+    shift = model.config.shift
     length = max(len(canvas.ids) for canvas in canvases)
     while not all(canvas.finished for canvas in canvases):
-        padded = _padded(canvases, length)
-        ids_BT, positions_BT, visible_BTT = (tensor.to(model.device) for tensor in padded)
+        padded = _padded(canvases, length, shift)
+        ids_BT, positions_BT, given_BT, visible_BTT = (tensor.to(model.device) for tensor in padded)
         rows = torch.arange(ids_BT.numel(), device=model.device)
         layout = VarlenLayout((0, len(rows)), (0, len(rows)), ())
         packed = PackedRows(ids_BT.flatten(), positions_BT.flatten(), layout, rows, layout, rows, len(rows))
         logits = model.model.logits(model.model(packed, PaddedAttention(visible_BTT)))
-        num_pads = _num_pads(canvases, length).to(model.device)
-        given_BT = ids_BT.gather(1, positions_BT + num_pads.unsqueeze(1))
         statistics = dense_statistics(logits, given_BT.flatten(), model.mask_id)
         proposal, confidence, verified = (part.view_as(ids_BT).cpu().numpy() for part in statistics)
         for i, canvas in enumerate(canvases):
@@ -86,29 +76,25 @@ def decode_batch(
     return [canvas.decoded() for canvas in canvases]
 
 
-def _num_pads(canvases: Sequence[PlainCanvas], length: int) -> Tensor:
-    return torch.tensor([length - len(canvas.ids) for canvas in canvases])
-
-
-def _padded(canvases: Sequence[PlainCanvas], length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions [B, T], and which row sees which [B, T, T]."""
-    widths = [c.end - c.start if c.verifies and not c.finished else 0 for c in canvases]
-    size = length + max(widths)
+def _padded(
+    canvases: Sequence[PlainCanvas], length: int, shift: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, positions and verified tokens [B, T], and which row sees which [B, T, T]."""
+    shadows = [None if canvas.finished else canvas.shadows(shift) for canvas in canvases]
+    size = length + max(0 if own is None else len(own.ids) for own in shadows)
     ids_BT = torch.full((len(canvases), size), PAD_ID)
-    positions_BT = torch.zeros_like(ids_BT)
+    positions_BT, given_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
     visible_BTT = torch.zeros(len(canvases), size, size, dtype=torch.bool)
     visible_BTT.diagonal(dim1=1, dim2=2).fill_(True)  # a pad sees itself, so that its softmax is defined
-    for i, (canvas, width) in enumerate(zip(canvases, widths, strict=True)):
+    for i, (canvas, own) in enumerate(zip(canvases, shadows, strict=True)):
         main = slice(length - len(canvas.ids), length)
-        shadow = slice(length, length + width)
         ids_BT[i, main] = torch.from_numpy(canvas.ids)
         positions_BT[i, main] = torch.arange(len(canvas.ids))
         visible_BTT[i, main, main] = True
-        if width:
-            ids_BT[i, shadow] = canvas.mask_id
-            positions_BT[i, shadow] = torch.arange(canvas.start, canvas.end)
-            visible_BTT[i, shadow, main] = True
-            visible_BTT[i, shadow, shadow] = True
-            holes = range(main.start + canvas.start, main.start + canvas.end)
-            visible_BTT[i, range(length, length + width), holes] = False
-    return ids_BT, positions_BT, visible_BTT
+        if own is not None and len(own.ids):
+            shadow = slice(length, length + len(own.ids))
+            ids_BT[i, shadow], positions_BT[i, shadow] = map(torch.from_numpy, (own.ids, own.positions))
+            block = torch.from_numpy(canvas.ids[canvas.start : canvas.end])
+            given_BT[i, length : length + len(block)] = block
+            visible_BTT[i, shadow, main.start : shadow.stop] = torch.from_numpy(own.sees)
+    return ids_BT, positions_BT, given_BT, visible_BTT
