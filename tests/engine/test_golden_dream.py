@@ -72,3 +72,8 @@ def test_some_cases_packed_in_another_order() -> None:
 @pytest.mark.parametrize("max_num_rows", [1, 300, 4096])
 def test_all_cases_in_another_order_under_any_budget(max_num_rows: int) -> None:
     check_packed(CHECKPOINT, CASES, max_num_rows)
+
+
+@pytest.mark.slow
+def test_a_batch_invariant_engine_writes_the_same_alone_and_packed() -> None:
+    check_packed(CHECKPOINT, CASES, max_num_rows=512, batch_invariant=True)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden_files import GOLDEN
 
 from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.shared import SharedWeights, model_of, share
 
 
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny", "lladamoe-tiny"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_model_comes_back_with_every_bit(golden_checkpoint: Path, dtype: Any) -> None:
-    model = load_checkpoint(golden_checkpoint, dtype=dtype)
+def test_a_model_comes_back_with_every_bit(checkpoint: str, dtype: Any) -> None:
+    model = load_checkpoint(GOLDEN / checkpoint, dtype=dtype)
     shared = share(model)
     received = SharedWeights(shared.config, shared.dtype, {k: v.copy() for k, v in shared.arrays.items()})
     for array in received.arrays.values():
