@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +33,10 @@ from remask.benchmarks.study.tasks import STUDY_TASKS, StudyTask
 from remask.benchmarks.study.tune import accuracy_interval
 from remask.benchmarks.throughput import write_report
 
-STUDY = Path(__file__).parent / "results" / "study"
+STUDY = Path("benchmarks/results/study")  # of a checkout
 TASKS = ("sudoku6x6", "sudoku4x4", "addition3")
 BUDGETS = (3.0, 6.0, 20.0)
+START = "from remask.cli import main; main()"
 TUNING_SEED, JUDGING_SEED = 1001, 1002  # the study's grids have others
 HEADER = (
     "task", "forwards at most", "tuned", "accuracy", "forwards", "grid's best", "accuracy", "forwards",
@@ -58,10 +59,13 @@ def tune(task: StudyTask, budget: float, num_rows: int, minutes: float) -> tuple
     """
     with tempfile.TemporaryDirectory() as name:
         rows, preset = Path(name) / "rows.jsonl", Path(name) / "tuned.toml"
-        problems = [(text, *task.valid_answers(text)) for text in task.texts(TUNING_SEED, num_rows)]
-        lines = (json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in problems)
-        rows.write_text("\n".join(lines), encoding="utf-8")
-        command = [sys.executable, "-m", "remask.cli", "study", "tune", "--model", "tiny", "--tasks", rows]
+        problems = [
+            {"prompt": text, "answer": answers[0]}
+            for text in task.texts(TUNING_SEED, 2 * num_rows)
+            if len(answers := task.valid_answers(text)) == 1  # the file has one answer a row
+        ]
+        rows.write_text("\n".join(map(json.dumps, problems[:num_rows])), encoding="utf-8")
+        command = [sys.executable, "-c", START, "study", "tune", "--model", "tiny", "--tasks", rows]
         command += ["--max-forwards", budget, "--minutes", minutes, "--output", preset]
         started = time.monotonic()
         done = subprocess.run([*map(str, command)], capture_output=True, text=True)
@@ -107,9 +111,8 @@ def judge(llm: LLM, task: StudyTask, params: SamplingParams, count: int) -> tupl
 
 def measure(
     study: Path, tasks: Sequence[str], budgets: Sequence[float], num_rows: int, minutes: float, count: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A result of each task and budget."""
-    results = []
     for name in tasks:
         task = STUDY_TASKS[name]
         for budget in budgets:
@@ -126,8 +129,7 @@ def measure(
                 result["points"] = [
                     round(value, 2) for value in (float(difference.mean()), *accuracy_interval(difference))
                 ]
-            results.append(result)
-    return results
+            yield result
 
 
 def cells(result: dict[str, Any]) -> list[str]:
@@ -176,19 +178,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = (args.study, args.tasks, args.budgets, args.rows, args.minutes, args.count)
-    report = {
+    report: dict[str, Any] = {
         "environment": environment_stamp(),
         "rows": args.rows,
         "minutes": args.minutes,
         "judging_problems": args.count,
-        "results": measure(*settings),
+        "results": [],
     }
     table = Table(*HEADER)
-    for result in report["results"]:
+    for result in measure(*settings):
+        report["results"].append(result)
         table.add_row(*cells(result))
+        if args.output is not None:
+            write_report(report, args.output)
     Console().print(table)
-    if args.output is not None:
-        write_report(report, args.output)
 
 
 if __name__ == "__main__":

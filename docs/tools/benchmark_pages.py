@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 from remask.benchmarks import (
     batch_invariance,
     exactness,
+    families,
     fp8_quality,
     golden,
     latency,
     ray_workers,
     scaling,
     scheduling,
+    scoring,
     study_speed,
     throughput,
+    tuning,
 )
 from remask.benchmarks.gpu import figures
 from remask.benchmarks.serving import compare
@@ -137,6 +140,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
     "fp8_quality": lambda found: Table(
         fp8_quality.HEADER, [fp8_quality.cells(result) for result in found["results"]]
     ),
+    "families": lambda found: Table(families.HEADER, [families.cells(result) for result in found["results"]]),
     "golden": lambda found: Table(
         golden.HEADER, [golden.cells(name, r, found["cases"]) for name, r in found["results"].items()]
     ),
@@ -170,6 +174,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
         ),
         [scheduling.cells(result) for result in found["results"]],
     ),
+    "scoring": lambda found: Table(scoring.HEADER, [scoring.cells(result) for result in found["results"]]),
     "study_speed": lambda found: Table(
         study_speed.HEADER, [study_speed.cells_of(result) for result in found["results"]]
     ),
@@ -187,6 +192,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
         ),
         [throughput.cells(name, result) for name, result in found["results"].items()],
     ),
+    "tuning": lambda found: Table(tuning.HEADER, [tuning.cells(result) for result in found["results"]]),
 }
 
 
