@@ -43,8 +43,13 @@ DREAM_7B = {
 }
 
 
-def test_dream_7b_has_its_339_tensors_and_7_6_billion_parameters() -> None:
-    config = dream.parse_config(DREAM_7B, "config.json")
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"bos_token_id": 151643, "pad_token_id": 151643}],
+    ids=["Dream-7B", "DiffuCoder-7B"],
+)
+def test_dream_7b_has_its_339_tensors_and_7_6_billion_parameters(own: dict[str, Any]) -> None:
+    config = dream.parse_config({**DREAM_7B, **own}, "config.json")
     with torch.device("meta"):
         model = Transformer(config)
     places = destinations(model, dream.tensor_names(config))

@@ -91,6 +91,7 @@ def shard(directory: Path, count: int) -> None:
 
 
 def test_llada_8b_has_its_291_tensors_and_8_billion_parameters() -> None:
+    """LLaDA 1.5 is a finetune of it, with the same sizes and names."""
     config = llada.parse_config(LLADA_8B, "config.json")
     with torch.device("meta"):
         model = Transformer(config)
@@ -206,11 +207,6 @@ def test_a_missing_or_empty_directory_is_refused(tmp_path: Path) -> None:
 def test_a_directory_without_weights_is_refused(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     broken("holds neither model.safetensors nor", checkpoint)
-
-
-def test_another_architecture_is_refused_with_those_that_work(checkpoint: Path) -> None:
-    edit_config(checkpoint, architectures=["LlamaForCausalLM"])
-    broken("architecture 'LlamaForCausalLM' is not supported; supported: LLaDAModelLM", checkpoint)
 
 
 def test_an_unreadable_config_is_refused(checkpoint: Path) -> None:
