@@ -18,6 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -130,12 +131,29 @@ def measure(
         InvalidRequest: an argument cannot be, or the model cannot be loaded or does not fit the workload.
     """
     check_arguments(num_requests, repetitions, dtypes)
+    if len(dtypes) > 1 and options.get("distributed_executor_backend") == "ray":
+        problem = "the engines of all dtypes run at once, and on Ray they would share the workers; give one"
+        raise InvalidRequest("dtype", list(dtypes), problem)
+    with ExitStack() as engines:
+        return _measure(engines, model, workload_name, num_requests, repetitions, dtypes, keep, options)
+
+
+def _measure(
+    engines: ExitStack,
+    model: str,
+    workload_name: str,
+    num_requests: int,
+    repetitions: int,
+    dtypes: Sequence[Dtype],
+    keep: Keep,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
     environment = environment_stamp()  # taken first: the files may change meanwhile
     directory, load_format = find_model(model)
     decoders: dict[str, Decoder] = {}
     jobs: list[Job] = []
     for dtype in dtypes:
-        llm = LLM(directory, dtype=dtype, load_format=load_format, **options)
+        llm = engines.enter_context(LLM(directory, dtype=dtype, load_format=load_format, **options))
         denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
         if not jobs:
             jobs = workload(workload_name, llm.tokenizer, denoiser.config, num_requests)

@@ -38,7 +38,7 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = EngineThread(Engine(EngineOptions.parse(model=model, **options)))
-        self._close = weakref.finalize(self, self.engine.close)
+        weakref.finalize(self, self.engine.drop)
 
     @classmethod
     async def start(cls, model: str | Path, **options: Any) -> AsyncLLM:
@@ -105,7 +105,7 @@ class AsyncLLM:
 
     def close(self) -> None:
         """As `LLM.close`; it waits for a burst to end."""
-        self._close()
+        self.engine.close()
 
     async def __aenter__(self) -> AsyncLLM:
         return self

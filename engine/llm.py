@@ -43,7 +43,7 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = EngineThread(Engine(EngineOptions.parse(model=model, **options)))
-        self._close = weakref.finalize(self, self.engine.close)
+        weakref.finalize(self, self.engine.drop)
 
     @classmethod
     def from_options(cls, options: EngineOptions) -> LLM:
@@ -175,7 +175,7 @@ class LLM:
     def close(self) -> None:
         """Frees the model and the workers; idempotent, from any thread. Calls that run, and later ones, raise
         EngineDead."""
-        self._close()
+        self.engine.close()
 
     def __enter__(self) -> LLM:
         return self

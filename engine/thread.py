@@ -6,12 +6,14 @@ request has ended. Their requests share every step.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TypeAlias
 
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # between two steps of an idle engine, which check its workers
 CLOSED = "the engine was closed; make a new one"
+
+_engines: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
 Listener: TypeAlias = Callable[[Progress | RemaskError], None]
 
@@ -49,6 +53,7 @@ class EngineThread:
         self._dead: RemaskError | None = None
         self._lock = threading.RLock()  # the garbage collector may call `close` wherever it likes
         self._closing = False
+        _engines.add(self)
         self._thread = threading.Thread(target=self._work, name="remask-engine", daemon=True)
         self._thread.start()
 
@@ -140,11 +145,15 @@ class EngineThread:
     def close(self) -> None:
         """Ends all requests with EngineDead and frees the workers; idempotent, from any thread. It waits for
         the current burst."""
-        if os.getpid() != self._pid:
-            return
-        self._inbox.put(self._close)
-        if threading.current_thread() is not self._thread:
+        self.drop()
+        if os.getpid() == self._pid and threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def drop(self) -> None:
+        """Closes without waiting. The garbage collector may call it in a thread that holds what closing
+        needs, such as a lock of Ray's."""
+        if os.getpid() == self._pid:
+            self._inbox.put(self._close)
 
     def _work(self) -> None:
         error: RemaskError = EngineDead(CLOSED)
@@ -196,3 +205,10 @@ class EngineThread:
 
     def _close(self) -> None:
         self._closing = True
+
+
+@atexit.register
+def _close_all() -> None:
+    """No engine is left in the middle of a burst when the interpreter ends."""
+    for engine in list(_engines):
+        engine.close()

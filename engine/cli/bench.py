@@ -45,7 +45,9 @@ def throughput(
     repetitions: Annotated[int, typer.Option(help="Interleaved repetitions.")] = 5,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="May be repeated; baselines run in the first.  [default: float32, bfloat16]"),
+        typer.Option(
+            help="May be repeated; baselines run in the first.  [default: float32, bfloat16; on Ray float32]"
+        ),
     ] = None,
     output: Output = None,
     json: AsJson = False,
@@ -55,7 +57,8 @@ def throughput(
     """The engine against a plain loop and a static batch over the same weights, on one CPU thread."""
     from remask.benchmarks.throughput import as_table, measure
 
-    dtypes = dtype or ["float32", "bfloat16"]
+    on_ray = engine.get("distributed_executor_backend") == "ray"
+    dtypes = dtype or ["float32", "bfloat16"][: 1 if on_ray else 2]
     measured(
         lambda keep: measure(model, workload, num_requests, repetitions, dtypes, keep, engine),  # type: ignore[arg-type]
         as_table,

@@ -188,6 +188,29 @@ def test_a_dropped_engine_ends_its_thread() -> None:
     assert not thread.is_alive()
 
 
+def test_dropping_an_engine_waits_for_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may drop it while its thread holds a lock of Ray's that closing takes."""
+    llm, lock = LLM("tiny", device="cpu", max_num_rows=512), threading.Lock()
+    thread, engine = llm.engine._thread, llm.engine._engine
+    close = engine.close
+
+    def locked() -> None:
+        with lock:
+            close()
+
+    monkeypatch.setattr(engine, "close", locked)
+    held = [llm]
+    del llm
+    with lock:
+        dropping = threading.Thread(target=lambda: (held.clear(), gc.collect()))
+        dropping.start()
+        dropping.join(30)
+        assert not dropping.is_alive()
+        assert thread.is_alive(), "it is closing"
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def test_a_forked_child_is_told_at_once(llm: LLM) -> None:
     reader, writer = os.pipe()
     if os.fork() == 0:
