@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --durations=30 --durations-min=1
 JOBS ?= 2  # processes that run tests
 PARALLEL := --numprocesses=$(JOBS) --dist=loadfile
+define SLOW
+$(PYTEST) $(PARALLEL) -m "slow and not ray and not long"
+$(PYTEST) -m "slow and ray and not long"
+endef
 DEPS := $(VENV)/.dependencies
 
 export RAY_USAGE_STATS_ENABLED = 0
@@ -33,10 +37,11 @@ test: install
 # What the fast tier leaves out: processes, whatever takes longer than two seconds, and Ray, which needs the machine
 # for itself.
 test-slow: install
-	$(PYTEST) $(PARALLEL) -m "slow and not ray and not long"
-	$(PYTEST) -m "slow and ray and not long"
+	$(SLOW)
 
-test-all: test test-slow
+test-all: install
+	$(PYTEST) $(PARALLEL)
+	$(SLOW)
 
 lint: install
 	$(BIN)/ruff check .

@@ -43,11 +43,13 @@ def forward(model: TransformerDenoiser, canvas: PlainCanvas) -> tuple[NDArray[np
     length, shift = len(canvas.ids), model.config.shift
     rows, predicted = mapped(_rows(canvas, shift), lambda tensor: tensor.to(model.device))
     logits = model.model.logits(model.model(rows, SdpaAttention()))
-    order = torch.arange(len(predicted))
-    order[:length] = (order[:length] - shift).clamp(min=0)
+    if shift:
+        order = torch.arange(len(predicted))
+        order[:length] = (order[:length] - shift).clamp(min=0)
+        logits = logits[order]
     given = torch.from_numpy(canvas.ids).to(model.device)[predicted]
     proposal, confidence, given_prob = (
-        part.cpu().numpy() for part in dense_statistics(logits[order], given, model.mask_id)
+        part.cpu().numpy() for part in dense_statistics(logits, given, model.mask_id)
     )
     return proposal, confidence, given_prob
 

@@ -1,7 +1,7 @@
 """The other baseline: a static batch, padded on the left, over the engine's own weights.
 
 All sequences end in the same column; pads in front are masked out and positions count from the first real
-token. Shadow rows stand behind the sequences, as many as the longest active block of those that verify needs.
+token. Shadow rows stand behind the sequences, as many as the canvas needs that needs most.
 Every step computes logits of every row, pads included, and a softmax in fp64 over the vocabulary; the batch
 runs until its last member is finished. Decisions are taken for each sequence alone.
 """

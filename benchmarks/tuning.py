@@ -2,11 +2,11 @@
 
     python -m remask.benchmarks.tuning --output benchmarks/results/tuning.json
 
-For each puzzle and each bound on the forwards, the command tunes on a file of 150 problems that neither the
-model nor the study has seen, within 5 minutes. The *grid's best* is the cell of the committed study without
-sampling that has the best score with no more forwards; the exact verifier, a control that computes a forward
-for each token, is left out. Both settings then solve the same 1,000 further problems, so that neither figure
-is one that the setting was chosen by.
+For each puzzle and each bound on the forwards, the command tunes on a file of 150 problems with one right
+answer each, within 5 minutes. The *grid's best* is the greedy cell of the committed study with the best score
+at no more forwards; the exact verifier, a control that computes a forward for each token, is left out. Both
+settings then solve the same 1,000 problems, drawn with another seed, so that neither figure is one that the
+setting was chosen by.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from remask import LLM, SamplingParams
-from remask.benchmarks.environment import environment_stamp
+from remask.benchmarks.environment import environment_stamp, unfinished
 from remask.benchmarks.study.tasks import STUDY_TASKS, StudyTask
 from remask.benchmarks.study.tune import accuracy_interval
 from remask.benchmarks.throughput import write_report
@@ -55,15 +55,17 @@ def tune(task: StudyTask, budget: float, num_rows: int, minutes: float) -> tuple
     """The settings that the command recommends, and the minutes that it took.
 
     Raises:
-        RuntimeError: the command fails.
+        RuntimeError: the command fails, or too few problems have one answer.
     """
     with tempfile.TemporaryDirectory() as name:
         rows, preset = Path(name) / "rows.jsonl", Path(name) / "tuned.toml"
         problems = [
             {"prompt": text, "answer": answers[0]}
             for text in task.texts(TUNING_SEED, 2 * num_rows)
-            if len(answers := task.valid_answers(text)) == 1  # the file has one answer a row
+            if len(answers := task.valid_answers(text)) == 1  # a row has one
         ]
+        if len(problems) < num_rows:
+            raise RuntimeError(f"{len(problems)} problems of {2 * num_rows} have one answer")
         rows.write_text("\n".join(map(json.dumps, problems[:num_rows])), encoding="utf-8")
         command = [sys.executable, "-c", START, "study", "tune", "--model", "tiny", "--tasks", rows]
         command += ["--max-forwards", budget, "--minutes", minutes, "--output", preset]
@@ -77,7 +79,7 @@ def tune(task: StudyTask, budget: float, num_rows: int, minutes: float) -> tuple
 
 
 def best_cell(study: Path, task: str, budget: float) -> Setting | None:
-    """The grid's best; None: no cell has no more forwards."""
+    """The grid's best; None: every cell has more forwards."""
     table = pyarrow.parquet.read_table(study / "cells.parquet").to_pylist()
     cells = [
         cell
@@ -185,9 +187,10 @@ def main() -> None:
         "judging_problems": args.count,
         "results": [],
     }
-    table = Table(*HEADER)
+    table, asked = Table(*HEADER), len(args.tasks) * len(args.budgets)
     for result in measure(*settings):
         report["results"].append(result)
+        report["notes"] = unfinished(len(report["results"]), asked, "tunings")
         table.add_row(*cells(result))
         if args.output is not None:
             write_report(report, args.output)

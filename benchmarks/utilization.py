@@ -34,8 +34,8 @@ from remask.workers.rows.pack import PackedRows
 
 NUM_SAMPLED_PACKS = 3
 NOT_COUNTED = (
-    "On a GPU the engine's rows and its share of the matrix rate are not counted here; benchmarks/gpu/run.py "
-    "measures them."
+    "The engine's rows and its share of the matrix rate are counted in process on a CPU alone; for a GPU "
+    "benchmarks/gpu/run.py measures them."
 )
 
 

@@ -17,7 +17,7 @@ from remask import LLM
 from remask.benchmarks.study.grid import Cell
 from remask.benchmarks.study.tasks import StudyTask
 
-BATCH = 64  # canvases of a batch, if the cell has as many prompts
+BATCH = 64  # canvases of a batch, if the task has as many prompts
 ENOUGH_SECONDS = 10.0
 ONE_REPETITION = 0.1  # what a single repetition may be wrong by, as a share
 
@@ -97,7 +97,8 @@ def measure(
         save: called with all costs after each batch.
         progress: called with the batches done and all batches.
     """
-    found = {cost.key: cost for cost in done}
+    batch = _canvases_by_task(cells)
+    found = {cost.key: cost for cost in done if cost.canvases == batch.get(cost.task)}
     chosen = _middle_of_each_key(cells)
     for repetition in range(repetitions):
         for index, cell in enumerate(chosen):
@@ -105,8 +106,7 @@ def measure(
             if cost is not None and (len(cost.repetitions) > repetition or cost.seconds > ENOUGH_SECONDS):
                 continue
             progress(repetition * len(chosen) + index, repetitions * len(chosen))
-            canvases = min(BATCH, cell.num_prompts)
-            microseconds, nfe = _measured(llm, cell, tasks[cell.task], seed, canvases)
+            microseconds, nfe = _measured(llm, cell, tasks[cell.task], seed, batch[cell.task])
             every = [*(cost.repetitions if cost is not None else ()), round(microseconds, 1)]
             found[key_of(cell)] = Cost(
                 *key_of(cell),
@@ -114,7 +114,7 @@ def measure(
                 microseconds=round(float(np.median(every)), 1),
                 repetitions=every,
                 nfe=round(nfe, 2),
-                canvases=canvases,
+                canvases=batch[cell.task],
             )
             save(list(found.values()))
 
@@ -144,6 +144,14 @@ def seconds_of(cells: Iterable[Cell], costs: Iterable[Cost]) -> float:
         )
         / 1e6
     )
+
+
+def _canvases_by_task(cells: Iterable[Cell]) -> dict[str, int]:
+    """Canvases of a batch of each task: equal ones for all its arms, which are compared by time."""
+    found: dict[str, int] = {}
+    for cell in cells:
+        found[cell.task] = min(BATCH, max(cell.num_prompts, found.get(cell.task, 0)))
+    return found
 
 
 def _middle_of_each_key(cells: Sequence[Cell]) -> list[Cell]:

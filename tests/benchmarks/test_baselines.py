@@ -75,6 +75,9 @@ def test_baselines_write_the_engines_tokens_on_shifted_logits(dream_llm: LLM, po
     expected = by_engine(dream_llm, asked)
     assert [plain_loop.decode(model, *request) for request in asked] == expected
     assert static_batch.decode(model, asked) == expected
+    if policy in DOUBTS:
+        plain = by_engine(dream_llm, requests({"unmask": fields["unmask"]}))
+        assert sum(own.nfe for own in expected) > sum(own.nfe for own in plain), "tokens are removed"
 
 
 def test_a_static_batch_may_hold_every_policy_at_once(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +122,11 @@ print(json.dumps(facts))
 
 
 def facts_of(code: str, folder: Path) -> dict[str, Any]:
-    """What the code prints. Ray may spin for ever in a wait that its shutdown overtakes, which a busy machine
-    makes likelier; the code then runs once more."""
-    command, expired = [sys.executable, "-c", code], None
-    for _ in range(2):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=130)
-        except subprocess.TimeoutExpired as error:
-            expired = error
-            continue
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-    raise AssertionError("it ended neither time") from expired
+    """What the code prints."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=130)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +136,13 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def the_hosts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return facts_of(THE_HOSTS, tmp_path_factory.mktemp("hosts"))
+    try:
+        return facts_of(THE_HOSTS, tmp_path_factory.mktemp("hosts"))
+    except subprocess.TimeoutExpired:
+        # The native wait of a thread never returns if the shutdown of another one overtakes it at the wrong
+        # moment, which a busy machine makes likelier.
+        warnings.warn("Ray's wait has not returned after its shutdown; trying once more", stacklevel=1)
+        return facts_of(THE_HOSTS, tmp_path_factory.mktemp("hosts"))
 
 
 def test_an_engine_starts_ray_if_needed_and_leaves_the_environment_alone(ours: dict[str, Any]) -> None:

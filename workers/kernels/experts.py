@@ -66,9 +66,9 @@ def _multiply(
     if num_pairs == 0:
         return
     sizes = expert_sizes(is_fp32=x.dtype == torch.float32)
-    num_tiles = triton.cdiv(num_pairs, sizes.pairs) + min(num_experts, num_pairs) - 1
+    num_tiles = triton.cdiv(num_pairs, sizes.tile_pairs) + min(num_experts, num_pairs) - 1
     # Programs that start together share an expert's rows; its weights then come from the second-level cache.
-    _grouped_product[(triton.cdiv(num_outputs, sizes.outputs), num_tiles)](
+    _grouped_product[(triton.cdiv(num_outputs, sizes.tile_outputs), num_tiles)](
         x,
         weights_EOI,
         out,
@@ -82,9 +82,9 @@ def _multiply(
         depth,
         FIRST=first,
         EXPERTS=triton.next_power_of_2(num_experts),
-        TILE_P=sizes.pairs,
-        TILE_O=sizes.outputs,
-        TILE_I=sizes.bytes // x.element_size(),
+        TILE_P=sizes.tile_pairs,
+        TILE_O=sizes.tile_outputs,
+        TILE_I=sizes.tile_bytes // x.element_size(),
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
     )
@@ -114,7 +114,7 @@ def _grouped_product(
     ends = tl.load(ends_ptr + each, mask=each < num_experts, other=0)
     starts = tl.load(ends_ptr + each - 1, mask=(each > 0) & (each < num_experts), other=0)
     tile_ends = tl.cumsum((ends - starts + TILE_P - 1) // TILE_P, 0)
-    # An expert that is none has as many tiles before it as there are.
+    # Programs behind the last tile find as many experts before them as there are.
     expert = tl.sum(((tile_ends <= tile) & (each < num_experts)).to(tl.int32), 0)
     if expert < num_experts:
         is_own = each == expert

@@ -47,14 +47,14 @@ class ExpertSizes(NamedTuple):
     """Sizes of a program that multiplies some pairs of a row and an expert by some of the expert's outputs.
 
     Attributes:
-        pairs, outputs: of a tile.
-        bytes: of each pair and output that one iteration of the product loads.
+        tile_pairs, tile_outputs: pairs and outputs of a tile.
+        tile_bytes: bytes of each pair and output that one iteration of the product loads.
         num_warps, num_stages: launch options of Triton.
     """
 
-    pairs: int
-    outputs: int
-    bytes: int
+    tile_pairs: int
+    tile_outputs: int
+    tile_bytes: int
     num_warps: int
     num_stages: int
 
@@ -84,8 +84,8 @@ _OLDER_ATTENTION_IN_FP32 = AttentionSizes(keys=32, num_warps=8, num_stages=2)
 
 # 64 pairs are what Hopper's warp-group products take, and few enough for experts with few rows. Three stages
 # of loads take 72 KiB, which fits every GPU.
-_EXPERTS = ExpertSizes(pairs=64, outputs=128, bytes=128, num_warps=4, num_stages=3)
-# Eight warps: fp32 is multiplied without tensor cores, and fewer spill registers.
+_EXPERTS = ExpertSizes(tile_pairs=64, tile_outputs=128, tile_bytes=128, num_warps=4, num_stages=3)
+# fp32 is multiplied without tensor cores, and its sums are divided among twice as many threads.
 _EXPERTS_IN_FP32 = _EXPERTS._replace(num_warps=8)
 
 

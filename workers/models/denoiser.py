@@ -203,6 +203,8 @@ def denoiser_of(
     if on_cpu:
         keep_freed_memory()
     kernels = not on_cpu and find_spec("triton") is not None
+    if model.config.experts is not None and not (on_cpu or kernels):
+        raise InvalidRequest("device", str(weight.device), "needs Triton for experts; install it, or use cpu")
     logger.info(
         "attention by %s, %s", attention.name, "Triton kernels" if kernels else "no kernels of our own"
     )

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from golden_files import GOLDEN
 from step_cases import logits_of
 
 from remask import InvalidRequest
 from remask.benchmarks.study import agreement, posterior
 from remask.benchmarks.study.grid import Arm, Cell, Grid, Posterior, cells, tasks_of
-from remask.workers.models.denoiser import TransformerDenoiser
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
 ARMS = {"plain": Arm("capped_threshold:{t}"), "exact": Arm("capped_threshold:{t}", "oracle_loo:0.9")}
 POSTERIOR = Posterior(
@@ -35,17 +36,17 @@ def exact_cell(t2: float, **fields: Any) -> Cell:
 
 
 @torch.inference_mode()
-def test_leave_one_out_probabilities_are_those_of_copies_without_the_token(
-    golden_model: TransformerDenoiser,
-) -> None:
-    ids = np.array([*PROMPT, 7, 0, 9, 0, 5])
-    found = agreement.leave_one_out(golden_model, ids, np.array([4, 6]))
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", "dream-tiny"])
+def test_leave_one_out_probabilities_are_those_of_copies_without_the_token(checkpoint: str) -> None:
+    model = load_denoiser(GOLDEN / checkpoint, dtype="float32", device="cpu")
+    ids = np.array([*PROMPT, 7, model.mask_id, 9, model.mask_id, 5])
+    found = agreement.leave_one_out(model, ids, np.array([4, 6]))
     for position, value in zip((4, 6), found, strict=True):
         copy = ids.copy()
-        copy[position] = golden_model.mask_id
-        exact = agreement.leave_one_out(golden_model, copy, np.array([position]))
+        copy[position] = model.mask_id
+        exact = agreement.leave_one_out(model, copy, np.array([position]))
         assert float(exact[0]) != pytest.approx(float(value)), "that of the mask itself is another number"
-        logits = logits_of(golden_model, copy)[position]
+        logits = logits_of(model, copy)[position - model.config.shift]
         assert float(value) == pytest.approx(float(logits.double().softmax(-1)[ids[position]]), rel=1e-4)
 
 

@@ -205,7 +205,7 @@ def test_interrupted_timings_go_on_where_they_were(llm: LLM, tmp_path: Path) -> 
         assert len(cost.repetitions) == 2
 
 
-def test_a_timed_batch_has_no_more_prompts_than_its_cell(
+def test_a_timed_batch_has_no_more_prompts_than_its_task(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = study_of(tmp_path, GRID.replace("num_prompts = 4", "num_prompts = 1"))

@@ -28,11 +28,7 @@ OTHERS = (
     (r"^SDAR", "SDAR", _BLOCK_CAUSAL),
     (r"^Fast_?dLLM", "Fast-dLLM v2", _BLOCK_CAUSAL),
     (r"^DiffusionGemma", "DiffusionGemma", "a causal encoder reads its prompts, and a decoder the canvas"),
-    (
-        r"ForCausalLM$|LMHeadModel$",
-        "an autoregressive model",
-        "tokens do not attend to those behind them",
-    ),
+    (r"ForCausalLM$", "by its name an autoregressive model", "tokens of one do not attend to later ones"),
 )
 
 __all__ = ["Family", "families", "layer_names", "load", "refusal_of"]
@@ -49,7 +45,7 @@ def refusal_of(architecture: str | None) -> str:
     supported = f"supported: {', '.join(families())}"
     for pattern, name, reason in OTHERS:
         if re.search(pattern, architecture or ""):
-            return f"{architecture} is {name}, which is not supported: {reason}; {supported}"
+            return f"{architecture!r} is {name}, which is not supported: {reason}; {supported}"
     return f"architecture {architecture!r} is not supported; {supported}"
 
 
