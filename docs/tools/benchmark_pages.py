@@ -18,6 +18,7 @@ from remask.benchmarks import (
     ray_workers,
     scaling,
     scheduling,
+    scoring,
     study_speed,
     throughput,
     tuning,
@@ -173,6 +174,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
         ),
         [scheduling.cells(result) for result in found["results"]],
     ),
+    "scoring": lambda found: Table(scoring.HEADER, [scoring.cells(result) for result in found["results"]]),
     "study_speed": lambda found: Table(
         study_speed.HEADER, [study_speed.cells_of(result) for result in found["results"]]
     ),
