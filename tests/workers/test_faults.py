@@ -48,7 +48,7 @@ KINDS: list[dict[str, Any]] = [
     params=[
         "fitting",
         "fixed",
-        pytest.param("fixed with kernels", marks=pytest.mark.slow),
+        pytest.param("fixed with kernels", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def poisoned(request: pytest.FixtureRequest, golden_model: TransformerDenoiser) -> TransformerDenoiser:

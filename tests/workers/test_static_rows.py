@@ -307,6 +307,7 @@ def test_canvases_that_pause_on_the_way_stay_as_they_were(fixed_model: Transform
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_fused_head_answers_as_whole_logits_do(
     golden_model: TransformerDenoiser, fixed_model: TransformerDenoiser
 ) -> None:
