@@ -121,6 +121,7 @@ class Requests:
             stop_token_ids=[],
             include_stop_in_text=False,
             logprobs=False,
+            trace=False,
             find_stop=None if stop_after is None else find_stop,
             arrival_time=arrival_time,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from remask.outputs import CompletionOutput, RequestMetrics, RequestOutput, Trace
+from remask.outputs import CanvasEvent, CompletionOutput, RequestMetrics, RequestOutput, Trace
 from remask.scheduler.errors import (
     EngineDead,
     InvalidRequest,
@@ -38,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "CanvasEvent",
     "CompletionOutput",
     "Engine",
     "EngineDead",

@@ -21,6 +21,7 @@ from remask.options import EngineOptions, call_signature
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import RemaskError
 from remask.scheduler.params import SamplingParams
+from remask.streaming import OutputKind, OutputStream, check_kind
 from remask.thread import EngineThread
 
 
@@ -55,8 +56,15 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | dict[str, Any] | None = None,
         request_id: str | None = None,
+        *,
+        output_kind: OutputKind = "final_only",
+        canvas_events: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Fills a canvas behind a prompt and yields the output.
+        """Fills a canvas behind a prompt and yields its output.
+
+        A stream yields an output whenever a block of a sample is finished. Its text and tokens can no longer
+        change. Characters in which a stop string may begin, and an incomplete character, come later, at the
+        latest with the last output of the sample. The texts of "delta" joined are the text of "final_only".
 
         Closing the generator, or cancelling the task that iterates it, aborts the request.
 
@@ -64,6 +72,10 @@ class AsyncLLM:
             prompt: Text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
             sampling_params: Parameters of the request.
             request_id: Id of the request in the output. None: a number.
+            output_kind: "final_only", "cumulative" (an output has all stable text and tokens of its samples)
+                or "delta" (an output has what is new).
+            canvas_events: Whether a stream also yields what each burst commits and removes
+                (`CompletionOutput.canvas_events`).
 
         Raises:
             InvalidRequest: A parameter is invalid; the error names it. Nothing has run.
@@ -74,6 +86,7 @@ class AsyncLLM:
             EngineDead, Unavailable: The engine was closed, has failed, or has no workers left.
         """
         engine, intake = self.engine, self.engine.intake
+        check_kind(output_kind, canvas_events)
         engine.check_alive()
         loop, items = asyncio.get_running_loop(), asyncio.Queue[Progress | RemaskError]()
 
@@ -82,22 +95,34 @@ class AsyncLLM:
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
         ordinal = intake.reserve()  # before anything is awaited, so that seeds follow the order of the calls
-        request = await asyncio.to_thread(
-            lambda: intake.request(intake.check(prompt, sampling_params), ordinal)
-        )
-        engine.add([request], send)
+        checked = await asyncio.to_thread(intake.check, prompt, sampling_params)
+        request, stream = intake.request(checked, ordinal), None
+        if output_kind != "final_only":
+            stop, tokenizer = checked.params.stop, engine.tokenizer
+            stream = OutputStream(
+                request, output_kind, stop, tokenizer, intake.decode, canvas_events=canvas_events
+            )
+        engine.add([request], send, every_burst=stream is not None)
         try:
-            ended = await items.get()
+            has_ended = False
+            while not has_ended:
+                heard: list[Progress] = []
+                while not (heard and items.empty()):  # what came while the reader was busy makes one output
+                    item = await items.get()
+                    if isinstance(item, RemaskError):
+                        engine.check_alive()
+                        raise item
+                    heard.append(item)
+                if request.failure is not None:
+                    raise request.failure
+                has_ended = heard[-1].has_ended
+                output = await asyncio.to_thread(_output_of, heard, stream)
+                if output is not None and request_id is not None:
+                    output = msgspec.structs.replace(output, request_id=request_id)
+                if output is not None:
+                    yield output
         finally:
             engine.abort([request.request_id])
-        if isinstance(ended, RemaskError):
-            engine.check_alive()
-            raise ended
-        if request.failure is not None:
-            raise request.failure
-        output = await asyncio.to_thread(lambda: ended.output)
-        assert output is not None, "it has ended"
-        yield output if request_id is None else msgspec.structs.replace(output, request_id=request_id)
 
     def scale(self, num_workers: int) -> None:
         """As `LLM.scale`."""
@@ -112,3 +137,7 @@ class AsyncLLM:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
+
+
+def _output_of(heard: list[Progress], stream: OutputStream | None) -> RequestOutput | None:
+    return heard[-1].output if stream is None else stream.update(heard)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from remask.embedded import model_directory
 from remask.intake import Intake, Prompt
 from remask.limits import Admission
 from remask.options import EngineOptions
-from remask.outputs import RequestOutput, Trace, request_output, trace_of
+from remask.outputs import (
+    CompletionOutput,
+    Decode,
+    RequestOutput,
+    Trace,
+    completion,
+    request_output,
+    trace_of,
+)
 from remask.scheduler.canvas import Canvas, new_probe
 from remask.scheduler.errors import EngineDead, RemaskError
 from remask.scheduler.params import SamplingParams
@@ -38,40 +46,42 @@ class Progress:
 
     Attributes:
         request_id: id of the request.
+        state: the sample's canvas after the burst.
         has_ended: the request has ended, with all its samples.
     """
 
     def __init__(
-        self,
-        canvas: Canvas,
-        records: bytes,
-        request: Request | None,
-        decode: Callable[[list[int]], str] | None,
+        self, canvas: Canvas, records: bytes, request: Request, has_ended: bool, decode: Decode | None
     ) -> None:
-        self.request_id, self.has_ended = canvas.request_id, request is not None
-        self._spec, self._state, self._records = canvas.spec, canvas.state, records
-        self._request, self._decode = request, decode
+        self.request_id, self.state, self.has_ended = canvas.request_id, canvas.state, has_ended
+        self._canvas, self._records, self._request, self._decode = canvas, records, request, decode
 
     @property
     def sample(self) -> int:
         """Index of the sample, below `n`."""
-        return self._spec.sample
+        return self._canvas.spec.sample
 
     @property
     def num_stable_tokens(self) -> int:
         """Number of tokens in finished blocks, which can no longer change."""
-        return min(self._state.block * self._spec.block_length, self._spec.canvas_len)
+        spec = self._canvas.spec
+        return min(self.state.block * spec.block_length, spec.canvas_len)
 
     @cached_property
     def events(self) -> Trace | None:
         """The commits and remaskings of the burst; None if the request is not traced."""
-        return trace_of(self._spec, self._records) if self._spec.trace else None
+        return trace_of(self._canvas.spec, self._records) if self._canvas.spec.trace else None
+
+    @cached_property
+    def completion(self) -> CompletionOutput | None:
+        """The sample if it has ended, else None; built like `output`."""
+        return completion(self._canvas, self._request, self._decode) if self.state.finished else None
 
     @cached_property
     def output(self) -> RequestOutput | None:
         """The output of the request if it has ended, else None. It is built on first access, in any thread,
         so that no step waits for the decoding of text."""
-        return None if self._request is None else request_output(self._request, self._decode)
+        return request_output(self._request, self._decode) if self.has_ended else None
 
 
 class Engine:
@@ -220,16 +230,20 @@ class Engine:
     def _progress(self, ended: Sequence[Request], moved: Sequence[Canvas] = ()) -> list[Progress]:
         """The progress of canvases that a burst has advanced; `ended` are the requests that have ended."""
         now = time.monotonic()
+        decode, found = self.intake.decode, []
         by_id = {request.request_id: request for request in ended}
+        for canvas in reversed(moved):  # the last of a request's canvases brings the output
+            if (request := self._live.get(canvas.request_id)) is None:
+                continue
+            records = canvas.events[-1] if canvas.events else b""
+            has_ended = by_id.pop(canvas.request_id, None) is not None
+            found.append(Progress(canvas, records, request, has_ended, decode))
+        found.reverse()
+        found += [Progress(request.canvases[0], b"", request, True, decode) for request in by_id.values()]
         for request in ended:
             request.finish_time = now
             self._forget(request.request_id)
-        decode, found = self.intake.decode, []
-        for canvas in reversed(moved):  # the last of a request's canvases brings the output
-            records = canvas.events[-1] if canvas.events else b""
-            found.append(Progress(canvas, records, by_id.pop(canvas.request_id, None), decode))
-        found.reverse()
-        return found + [Progress(request.canvases[0], b"", request, decode) for request in by_id.values()]
+        return found
 
     def _forget(self, request_id: str) -> bool:
         """Releases a request; returns False if it is not live."""

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from remask.scheduler.plain import listed, plain
 from remask.scheduler.request import Request
 from remask.scheduler.sampling import BIAS, TOKEN, id_array
 from remask.stops import StopStrings
-from remask.text import PromptEncoder, content_text, render_chat, special_tokens, split_stops
+from remask.text import PromptEncoder, content_text, decoder_of, render_chat, special_tokens, split_stops
 from remask.workers.models.config import ModelConfig
 
 Prompt = str | list[int] | dict[str, Any]
@@ -64,8 +64,8 @@ class Intake:
             problem = f"must lie between 2 and the model's {config.max_len}"
             raise InvalidRequest("max_model_len", options.max_model_len, problem)
         self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, config.mask_id)
-        self.decode = None if tokenizer is None else _decoder(tokenizer)
-        self._silent_ids = [] if tokenizer is None else _silent_ids(tokenizer)
+        self.decode = None if tokenizer is None else decoder_of(tokenizer)
+        self._silent_ids = [] if tokenizer is None else [*special_tokens(tokenizer).values()]
         self._special = {} if tokenizer is None else special_tokens(tokenizer)
         self._num_requests = self._num_canvases = 0  # under the lock
         self._lock = threading.Lock()
@@ -186,6 +186,7 @@ class Intake:
             stop_token_ids=stop_token_ids,
             include_stop_in_text=params.include_stop_str_in_output,
             logprobs=params.logprobs,
+            trace=params.trace,
             find_stop=(
                 StopStrings(params.stop, self.decode, self._silent_ids)
                 if params.stop and self.decode
@@ -381,18 +382,6 @@ def _text_messages(name: str, conversation: object) -> list[dict[str, Any]]:
         content = content_text(f"{name}[{place}].content", message.get("content"))
         conversation[place] = {**message, "content": content}
     return conversation
-
-
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """Text as the tokens write it: more tokens only add to it, so that a stop string stays where it is."""
-    return lambda ids: str(
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
-
-
-def _silent_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that `_decoder` leaves out."""
-    return [token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special]
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:

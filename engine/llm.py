@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from remask.engine import Engine
+from remask.engine import Engine, Progress
 from remask.intake import Message, Prompt
 from remask.options import EngineOptions, call_signature
 from remask.outputs import RequestOutput
@@ -65,6 +66,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Iterable[int] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> list[RequestOutput]:
         """Fills a canvas behind each prompt.
 
@@ -74,6 +76,8 @@ class LLM:
             sampling_params: Parameters for all prompts, or a list or iterator with those of each prompt.
             use_tqdm: Show progress on a terminal.
             priority: An integer for each prompt; lower values run first. It overrides the parameters.
+            on_progress: Called in this thread with the `Progress` of each sample after each burst. Its
+                `events` need the parameter `trace`.
 
         Returns:
             One output for each prompt, in the order of the prompts.
@@ -91,7 +95,7 @@ class LLM:
         outputs: dict[str, RequestOutput] = {}
         with _progress_bar(use_tqdm) as bar:
             task = bar.add_task("generating", total=len(requests), rate="")
-            for output in self.engine.serve(requests):
+            for output in self.engine.serve(requests, on_progress=on_progress):
                 outputs[output.request_id] = output
                 num_tokens += sum(sample.num_visible_tokens for sample in output.outputs)
                 num_forwards += sum(sample.nfe for sample in output.outputs)
@@ -184,11 +188,11 @@ class LLM:
         self.close()
 
 
-def _progress_bar(show: bool) -> Progress:
+def _progress_bar(show: bool) -> ProgressBar:
     console = Console(stderr=True)
-    return Progress(
+    return ProgressBar(
         SpinnerColumn(),
-        *Progress.get_default_columns()[:3],
+        *ProgressBar.get_default_columns()[:3],
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
 
-from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas, CanvasSpec
+from remask.scheduler.canvas import EVENT, REAL, TOKEN, Canvas, CanvasSpec, CanvasState
 from remask.scheduler.request import Request
+
+Decode: TypeAlias = Callable[[list[int]], str]
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +40,27 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     canvas_len: int
 
 
+class CanvasEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A commit or a remasking of a stream. The token may be removed, and another one committed, until the
+    block of its slot is finished.
+
+    Attributes:
+        step: Forward, counted from 1.
+        position: Slot of the canvas, counted from 0.
+        token: Committed or removed token.
+        text: Text of the token. None without a tokenizer.
+        is_commit: True for a commit, False for a remasking.
+        confidence: See `Trace`.
+    """
+
+    step: int
+    position: int
+    token: int
+    text: str | None
+    is_commit: bool
+    confidence: float
+
+
 class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     """One sample of a prompt.
 
@@ -48,7 +71,7 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
             ends them at the token that completes it. With `ignore_eos` and no other stop, the whole canvas.
         finish_reason: "stop" if an end-of-sequence token, a stop id or a stop string ended the text, "length"
             if the canvas did, "error" if the request failed (`RequestOutput.error`). After an error the
-            tokens are those before the first missing one.
+            tokens are those before the first missing one. None in a stream, while the sample runs.
         stop_reason: Stop string, or id of `stop_token_ids`, that ended the text. None for the model's own
             end-of-sequence tokens and if the canvas ended the text.
         nfe: Number of model forwards of the sample.
@@ -64,12 +87,14 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
             softmax. None if not requested.
         cumulative_logprob: Sum of `logprobs`.
         trace: All commits and remaskings. None if not requested.
+        canvas_events: In a stream, what was committed and removed since the last output, in order. None if
+            not requested.
     """
 
     index: int
     text: str | None
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "error"]
+    finish_reason: Literal["stop", "length", "error"] | None
     stop_reason: int | str | None
     nfe: int
     num_query_rows: int
@@ -80,6 +105,7 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[float] | None = None
     cumulative_logprob: float | None = None
     trace: Trace | None = None
+    canvas_events: list[CanvasEvent] | None = None
 
     @property
     def num_visible_tokens(self) -> int:
@@ -88,7 +114,8 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Times of a request, in monotonic seconds; `latency` is the difference."""
+    """Times of a request, in monotonic seconds; `latency` is the difference. While a request runs,
+    `finish_time` is the time of the output."""
 
     arrival_time: float
     finish_time: float
@@ -96,9 +123,11 @@ class RequestMetrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """The output of a request that has ended.
+    """The output of a request that has ended or, in a stream, of one that runs.
 
     Attributes:
+        outputs: A sample each. In a stream those that are new; see `AsyncLLM.generate`.
+        finished: The request has finished, without an error.
         error: Message of the error that ended the request. None if it has finished.
         error_type: Class of that error. None if the request has finished.
         error_status: HTTP status of that class. None if the request has finished.
@@ -115,7 +144,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     error_status: int | None = None
 
 
-def request_output(request: Request, decode: Callable[[list[int]], str] | None) -> RequestOutput:
+def request_output(request: Request, decode: Decode | None) -> RequestOutput:
     """The output of a finished request; `decode` turns visible ids into text."""
     assert request.finish_time is not None, "the request has not finished"
     failure = request.failure
@@ -123,22 +152,23 @@ def request_output(request: Request, decode: Callable[[list[int]], str] | None) 
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=request.prompt_token_ids,
-        outputs=[_completion(canvas, request, decode) for canvas in request.canvases],
+        outputs=[completion(canvas, request, decode) for canvas in request.canvases],
         finished=failure is None,
         error=request.error,
         error_type=type(failure).__name__ if failure is not None else None,
         error_status=failure.status if failure is not None else None,
-        metrics=RequestMetrics(
-            arrival_time=request.arrival_time,
-            finish_time=request.finish_time,
-            latency=request.finish_time - request.arrival_time,
-        ),
+        metrics=metrics(request, request.finish_time),
     )
 
 
-def _completion(
-    canvas: Canvas, request: Request, decode: Callable[[list[int]], str] | None
-) -> CompletionOutput:
+def metrics(request: Request, now: float) -> RequestMetrics:
+    """Times of a request at a moment, in monotonic seconds."""
+    arrival = request.arrival_time
+    return RequestMetrics(arrival_time=arrival, finish_time=now, latency=now - arrival)
+
+
+def completion(canvas: Canvas, request: Request, decode: Decode | None) -> CompletionOutput:
+    """A sample that has ended."""
     spec, state = canvas.spec, canvas.state
     tokens = spec.canvas_tokens(state)
     num_visible = num_returned = num_shown = len(tokens)
@@ -160,23 +190,40 @@ def _completion(
         end = text.index(stop_reason)
         text = text[: end + len(stop_reason) if request.include_stop_in_text else end]
     stopped = num_returned > num_visible or isinstance(stop_reason, str)
-    logprobs = np.frombuffer(state.logprobs, REAL)[:num_returned].tolist() if request.logprobs else None
     return CompletionOutput(
-        index=spec.sample,
         text=text,
-        token_ids=tokens[:num_returned].tolist(),
         finish_reason="stop" if stopped else "length" if state.finished else "error",
         stop_reason=stop_reason,
-        nfe=state.num_forwards,
-        num_query_rows=state.num_query_rows,
-        tokens_per_forward=num_visible / max(1, state.num_forwards),
-        confidences=np.frombuffer(state.confidences, REAL)[:num_returned].tolist(),
-        commit_steps=np.frombuffer(state.commit_steps, TOKEN)[:num_returned].tolist(),
-        seed=spec.seed,
-        logprobs=logprobs,
-        cumulative_logprob=sum(logprobs) if logprobs is not None else None,
-        trace=trace_of(spec, b"".join(canvas.events)) if spec.trace else None,
+        trace=trace_of(spec, b"".join(canvas.events)) if request.trace else None,
+        **_figures(spec, state, request, num_visible, num_returned),
     )
+
+
+def running(
+    spec: CanvasSpec, state: CanvasState, request: Request, num_tokens: int, text: str | None
+) -> CompletionOutput:
+    """A sample that runs, with its first tokens and their text."""
+    figures = _figures(spec, state, request, num_tokens, num_tokens)
+    return CompletionOutput(text=text, finish_reason=None, stop_reason=None, **figures)
+
+
+def _figures(
+    spec: CanvasSpec, state: CanvasState, request: Request, num_visible: int, num_returned: int
+) -> dict[str, Any]:
+    """Tokens of a sample and what belongs to them."""
+    logprobs = np.frombuffer(state.logprobs, REAL)[:num_returned].tolist() if request.logprobs else None
+    return {
+        "index": spec.sample,
+        "token_ids": spec.canvas_tokens(state)[:num_returned].tolist(),
+        "nfe": state.num_forwards,
+        "num_query_rows": state.num_query_rows,
+        "tokens_per_forward": num_visible / max(1, state.num_forwards),
+        "confidences": np.frombuffer(state.confidences, REAL)[:num_returned].tolist(),
+        "commit_steps": np.frombuffer(state.commit_steps, TOKEN)[:num_returned].tolist(),
+        "seed": spec.seed,
+        "logprobs": logprobs,
+        "cumulative_logprob": sum(logprobs) if logprobs is not None else None,
+    }
 
 
 def trace_of(spec: CanvasSpec, records: bytes) -> Trace:

@@ -115,6 +115,7 @@ class CheckedScore(NamedTuple):
             stop_token_ids=(),
             include_stop_in_text=False,
             logprobs=True,
+            trace=False,
             find_stop=None,
             arrival_time=time.monotonic(),
         )

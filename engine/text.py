@@ -6,7 +6,7 @@ completion never contains special tokens, so a stop string that is one becomes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,14 @@ def content_text(name: str, content: object) -> str:
     if not isinstance(content, str):
         raise InvalidRequest(name, content, "must be text, or a list of text parts")
     return content
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Text as the tokens write it, without special tokens. More tokens only add to it, so that a stop string
+    stays where it is."""
+    return lambda ids: str(
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

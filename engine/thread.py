@@ -49,7 +49,8 @@ class EngineThread:
         self.intake, self.tokenizer = engine.intake, engine.tokenizer
         self._pid = os.getpid()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[str, Listener] = {}  # the thread's own
+        self._listeners: dict[str, Listener] = {}  # the thread's own, as the next line
+        self._watched: set[str] = set()  # requests whose listeners hear of every burst
         self._dead: RemaskError | None = None
         self._lock = threading.RLock()  # the garbage collector may call `close` wherever it likes
         self._closing = False
@@ -71,13 +72,14 @@ class EngineThread:
             # One of its own for each caller: raising writes the traceback into the exception.
             raise type(self._dead)(*self._dead.args) from self._dead.__cause__
 
-    def add(self, requests: Sequence[Request], listener: Listener) -> None:
+    def add(self, requests: Sequence[Request], listener: Listener, *, every_burst: bool = False) -> None:
         """Adds requests; from any thread.
 
         Args:
             requests: validated requests.
             listener: called by the engine's thread with the last progress of each request, or with the error
                 that has ended the engine, possibly more than once.
+            every_burst: whether it is called with all progress of the requests.
 
         Raises:
             Overloaded: the queue is full; no request was added.
@@ -88,18 +90,22 @@ class EngineThread:
         with self._lock:
             self.check_alive()
             self._engine.admission.admit(requests)
-            self._inbox.put(functools.partial(self._add, requests, listener))
+            self._inbox.put(functools.partial(self._add, requests, listener, every_burst))
 
     def serve(
-        self, requests: Iterable[Request], *, max_live: int | None = None
+        self,
+        requests: Iterable[Request],
+        *,
+        max_live: int | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> Generator[RequestOutput, None, None]:
         """Yields outputs in the order in which requests finish. No request is taken while `max_live` samples
-        or more have not ended.
+        or more have not ended. `on_progress` is called in the caller's thread with all progress.
 
         Closing the generator, or an error in it, aborts the requests that have not finished.
         """
         source = iter(requests)
-        ended: queue.SimpleQueue[Progress | RemaskError] = queue.SimpleQueue()
+        heard: queue.SimpleQueue[Progress | RemaskError] = queue.SimpleQueue()
         live: dict[str, int] = {}  # samples of each request
         num_live = 0
         try:
@@ -115,11 +121,15 @@ class EngineThread:
                 if not live:
                     return
                 if more:
-                    self.add(more, ended.put)
-                progress = ended.get()
+                    self.add(more, heard.put, every_burst=on_progress is not None)
+                progress = heard.get()
                 if isinstance(progress, RemaskError):
                     self.check_alive()
                     raise progress
+                if on_progress is not None:
+                    on_progress(progress)
+                if not progress.has_ended:
+                    continue
                 num_live -= live.pop(progress.request_id)
                 assert progress.output is not None, "it has ended"
                 yield progress.output
@@ -160,8 +170,7 @@ class EngineThread:
         try:
             while self._take_messages():
                 for progress in self._engine.step():
-                    if progress.has_ended and (listener := self._listeners.pop(progress.request_id, None)):
-                        listener(progress)
+                    self._tell(progress)
         except RemaskError as failure:
             error = failure
         except BaseException as failure:  # waiting callers must raise it
@@ -179,6 +188,15 @@ class EngineThread:
                 listener(error)
             self._listeners.clear()
 
+    def _tell(self, progress: Progress) -> None:
+        request_id = progress.request_id
+        if progress.has_ended:
+            self._watched.discard(request_id)
+            if listener := self._listeners.pop(request_id, None):
+                listener(progress)
+        elif request_id in self._watched:
+            self._listeners[request_id](progress)
+
     def _take_messages(self) -> bool:
         """Runs the callers' messages; waits for one if no request is live. Returns False if the engine is to
         close."""
@@ -192,9 +210,11 @@ class EngineThread:
             waits = False
         return not self._closing
 
-    def _add(self, requests: Sequence[Request], listener: Listener) -> None:
+    def _add(self, requests: Sequence[Request], listener: Listener, every_burst: bool) -> None:
         for request in requests:
             self._listeners[request.request_id] = listener
+            if every_burst:
+                self._watched.add(request.request_id)
             with contextlib.suppress(RemaskError):  # the listeners of a dead engine hear of it
                 self._engine.add_request(request)
 
@@ -202,6 +222,7 @@ class EngineThread:
         self._engine.abort(request_ids)
         for request_id in request_ids:
             self._listeners.pop(request_id, None)
+            self._watched.discard(request_id)
 
     def _close(self) -> None:
         self._closing = True

@@ -22,6 +22,7 @@ class Request:
         stop_token_ids: ids that end a text besides the model's own.
         include_stop_in_text: whether the text keeps the stop string or token.
         logprobs: whether the output has log-probabilities.
+        trace: whether the output has the events of its canvases.
         arrival_time: monotonic seconds when the engine accepted it.
         finish_time: monotonic seconds when its last canvas finished; None before.
         num_open: canvases that have not finished.
@@ -36,6 +37,7 @@ class Request:
     stop_token_ids: Collection[int]
     include_stop_in_text: bool
     logprobs: bool
+    trace: bool
     find_stop: Callable[[Canvas, CanvasState], TextStop | None] | None
     arrival_time: float
     finish_time: float | None = field(default=None)
@@ -54,6 +56,11 @@ class Request:
     def error(self) -> str | None:
         """The message of the failure."""
         return str(self.failure) if self.failure is not None else None
+
+    def record_events(self) -> None:
+        """Records the events of its canvases for a stream. Nothing of the request has run yet."""
+        for canvas in self.canvases:
+            canvas.spec = msgspec.structs.replace(canvas.spec, trace=True)
 
     def settle(self, canvas: Canvas, state: CanvasState) -> CanvasState:
         """The state of a canvas after a burst, marked as finished if a block has completed a stop string."""

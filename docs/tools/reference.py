@@ -20,7 +20,7 @@ from remask.scheduler.policies import unmask as unmask_policies
 from remask.scheduler.policies.base import tag
 
 BAR = "\\|"  # in a cell
-OUTPUTS = ("RequestOutput", "CompletionOutput", "RequestMetrics", "Score", "Trace")
+OUTPUTS = ("RequestOutput", "CompletionOutput", "CanvasEvent", "RequestMetrics", "Score", "Trace")
 BASES = ("UnmaskPolicy", "RemaskPolicy", "MemoryField")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import remask
 from remask.cli.bench import bench
 from remask.cli.evaluate import evaluate
 from remask.cli.generate import generate
@@ -16,9 +18,7 @@ from remask.cli.study import study
 from remask.cli.trace import trace
 from remask.scheduler.errors import RemaskError
 
-app = typer.Typer(
-    help="Serve masked diffusion language models.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(generate)
 app.command()(run_batch)
 app.command()(plan)
@@ -27,6 +27,21 @@ app.command()(trace)
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate)
 app.add_typer(bench, name="bench")
 app.add_typer(study, name="study")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"remask {remask.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Serve masked diffusion language models."""
 
 
 def main() -> None:

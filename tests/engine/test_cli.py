@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from remask import __version__
 from remask.benchmarks.tiny.tasks import SUDOKU_6X6
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -24,6 +25,11 @@ def test_it_is_a_process(tmp_path: Path) -> None:
     refused = subprocess.run([*command, "--unmask", "treshold:0.9"], capture_output=True, text=True)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("remask: error: prompt 0: unmask: unknown policy")
+
+
+def test_it_says_its_version(remask: Command) -> None:
+    done = remask("--version")
+    assert (done.returncode, done.stdout) == (0, f"remask {__version__}\n")
 
 
 def texts(run: subprocess.CompletedProcess[str]) -> list[str]:
