@@ -124,9 +124,14 @@ def test_a_page_runs(
             assert_printed(snippet, printed)
 
 
+SLOW = {snippet.code: snippet for snippet in ALL if "slow" in snippet.options}.values()
+ON_RAY = [snippet for snippet in SLOW if snippet.options["slow"] == "starts-Ray"]
+
+
 @pytest.mark.slow
-@pytest.mark.ray
-@pytest.mark.parametrize("snippet", {s.code: s for s in ALL if "slow" in s.options}.values(), ids=str)
+@pytest.mark.parametrize(
+    "snippet", [pytest.param(s, marks=[pytest.mark.ray] * (s in ON_RAY), id=str(s)) for s in SLOW]
+)
 def test_a_slow_example_runs(snippet: Snippet, tmp_path: Path) -> None:
     for other in ALL:
         if other.page == snippet.page and "file" in other.options:
