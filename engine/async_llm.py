@@ -21,6 +21,7 @@ from remask.options import EngineOptions, call_signature
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import RemaskError
 from remask.scheduler.params import SamplingParams
+from remask.scheduler.request import Request
 from remask.streaming import OutputKind, OutputStream, check_kind
 from remask.thread import EngineThread
 
@@ -95,13 +96,16 @@ class AsyncLLM:
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
         ordinal = intake.reserve()  # before anything is awaited, so that seeds follow the order of the calls
-        checked = await asyncio.to_thread(intake.check, prompt, sampling_params)
-        request, stream = intake.request(checked, ordinal), None
-        if output_kind != "final_only":
+
+        def prepare() -> tuple[Request, OutputStream | None]:
+            checked = intake.check(prompt, sampling_params)
+            request = intake.request(checked, ordinal)
+            if output_kind == "final_only":
+                return request, None
             stop, tokenizer = checked.params.stop, engine.tokenizer
-            stream = OutputStream(
-                request, output_kind, stop, tokenizer, intake.decode, canvas_events=canvas_events
-            )
+            return request, OutputStream(request, output_kind, stop, tokenizer, canvas_events=canvas_events)
+
+        request, stream = await asyncio.to_thread(prepare)
         engine.add([request], send, every_burst=stream is not None)
         try:
             has_ended = False

@@ -15,18 +15,11 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from remask.engine import Progress
-from remask.outputs import (
-    CanvasEvent,
-    CompletionOutput,
-    Decode,
-    RequestOutput,
-    metrics,
-    running,
-)
+from remask.outputs import CanvasEvent, CompletionOutput, Decode, RequestOutput, metrics, running
 from remask.scheduler.canvas import Canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.request import Request
-from remask.stops import UNREADABLE
+from remask.text import stable_decoder_of
 
 OutputKind: TypeAlias = Literal["final_only", "cumulative", "delta"]
 TokenText: TypeAlias = Callable[[int], str | None]
@@ -50,7 +43,6 @@ class OutputStream:
         kind: "cumulative" (all that is stable) or "delta" (what is new).
         stop: its stop strings.
         tokenizer: of the model; None: there are no texts.
-        decode: text of visible tokens; None: there are no texts.
         canvas_events: whether outputs have the events of their canvases.
     """
 
@@ -60,7 +52,6 @@ class OutputStream:
         kind: OutputKind,
         stop: Sequence[str],
         tokenizer: PreTrainedTokenizerBase | None,
-        decode: Decode | None,
         *,
         canvas_events: bool,
     ) -> None:
@@ -68,10 +59,9 @@ class OutputStream:
         if canvas_events:
             request.record_events()
         num_held = max(map(len, stop), default=1) - 1
+        decode = None if tokenizer is None else stable_decoder_of(tokenizer, num_held)
         token_text = _token_text(tokenizer) if canvas_events else None
-        self._samples = [
-            _Sample(canvas, request, num_held, decode, token_text) for canvas in request.canvases
-        ]
+        self._samples = [_Sample(canvas, request, decode, token_text) for canvas in request.canvases]
 
     def update(self, heard: Sequence[Progress]) -> RequestOutput | None:
         """The output after some progress, in order; None if there is nothing new. Samples are those that have
@@ -99,39 +89,31 @@ class OutputStream:
 
 
 class _Sample:
-    """One sample of a stream: the number of tokens and the text that were shown."""
+    """One sample of a stream: what of it was stable and was shown."""
 
     def __init__(
-        self,
-        canvas: Canvas,
-        request: Request,
-        num_held: int,
-        decode: Decode | None,
-        token_text: TokenText | None,
+        self, canvas: Canvas, request: Request, decode: Decode | None, token_text: TokenText | None
     ) -> None:
-        self._spec, self._request, self._num_held = canvas.spec, request, num_held
+        self._spec, self._request = canvas.spec, request
         self._decode, self._token_text = decode, token_text
         self._num_tokens, self._text = 0, ""
 
     def update(self, heard: Sequence[Progress], *, is_delta: bool) -> CompletionOutput | None:
         """The sample after some progress; None if there is nothing new."""
         last, events = heard[-1], self._events(heard)
-        output = last.completion or self._running(last)
-        if output.finish_reason is None and len(output.token_ids) == self._num_tokens and not events:
+        if last.completion is None and last.num_stable_tokens == self._num_tokens and not events:
             return None
         num_shown, shown = self._num_tokens, self._text
+        output = last.completion or self._running(last)
         self._num_tokens, self._text = len(output.token_ids), output.text or ""
         output = msgspec.structs.replace(output, canvas_events=events)
         return _behind(output, num_shown, len(shown)) if is_delta else output
 
     def _running(self, progress: Progress) -> CompletionOutput:
-        tokens = self._spec.canvas_tokens(progress.state)[: progress.num_stable_tokens]
-        stop = self._spec.first_stop(tokens)
-        num_tokens, text = len(tokens) if stop is None else stop, None
-        if self._decode is not None:
-            text = self._decode(tokens[:num_tokens].tolist()).rstrip(UNREADABLE)
-            text = text[: max(0, len(text) - self._num_held)]
-            text = text if text.startswith(self._text) else self._text
+        """The sample with its stable tokens and text."""
+        num_tokens, text = progress.num_stable_tokens, None if self._decode is None else self._text
+        if self._decode is not None and num_tokens > self._num_tokens:
+            text = self._decode(self._spec.canvas_tokens(progress.state)[:num_tokens].tolist())
         return running(self._spec, progress.state, self._request, num_tokens, text)
 
     def _events(self, heard: Sequence[Progress]) -> list[CanvasEvent] | None:

@@ -7,6 +7,7 @@ completion never contains special tokens, so a stop string that is one becomes a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from remask.byte_pairs import byte_pair_tokenizer
 from remask.scheduler.errors import InvalidRequest
+from remask.stops import UNREADABLE
 
 MAX_REASON_LEN = 200  # characters of what a chat template says
 
@@ -122,6 +124,29 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]
     return lambda ids: str(
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     )
+
+
+def stable_decoder_of(tokenizer: PreTrainedTokenizerBase, num_held: int) -> Callable[[list[int]], str]:
+    """Text of the first tokens of a completion that no later token can change, less `num_held` characters.
+
+    An incomplete character at the end may change. So may a run of the tokens `<0x00>` to `<0xFF>`, by which
+    tokenizers with byte fallback write what they have no token for: it is decoded as a whole.
+    """
+    decode = decoder_of(tokenizer)
+    ids = [tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in range(256)]
+    byte_ids = {own for own in ids if isinstance(own, int) and own != tokenizer.unk_token_id}
+
+    def belongs_to_run(token: int) -> bool:
+        return token in byte_ids or not decode([token])  # tokens without text do not end a run
+
+    def stable(tokens: list[int]) -> str:
+        if byte_ids:
+            run = takewhile(belongs_to_run, reversed(tokens))
+            tokens = tokens[: len(tokens) - len(list(run))]
+        text = decode(tokens).rstrip(UNREADABLE)
+        return text[: max(0, len(text) - num_held)]
+
+    return stable
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from golden_files import GOLDEN
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from remask import LLM, AsyncLLM, InvalidRequest, RequestOutput
-from remask.outputs import CompletionOutput
+from remask import LLM, AsyncLLM, CompletionOutput, Engine, EngineOptions, InvalidRequest, RequestOutput
+from remask.streaming import OutputKind, OutputStream
+from remask.text import decoder_of, load_tokenizer, stable_decoder_of
 
 PUZZLE = "513264.26..12.1..33...2.1.25......1.="
+BYTES = [40, 110, 7, 130, 62]  # a prompt for `byte_engine`
 Params = dict[str, Any]
 PARAMS: list[Params] = [
     {"unmask": "schedule"},
@@ -37,10 +41,34 @@ def fields(params: Params) -> Params:
 
 
 @pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """Steps in this thread, a forward at a time."""
+    own = Engine(EngineOptions.parse(model="tiny", device="cpu", max_num_rows=512, burst=1))
+    yield own
+    own.close()
+
+
+@pytest.fixture(scope="module")
 def llm() -> Iterator[AsyncLLM]:
     own = AsyncLLM("tiny", device="cpu", max_num_rows=512)
     yield own
     own.close()
+
+
+def steps(
+    engine: Engine, prompt: Any, params: Params, kind: OutputKind, *, canvas_events: bool = False
+) -> list[RequestOutput]:
+    """A stream whose reader hears of every burst by itself."""
+    checked = engine.intake.check(prompt, params)
+    request = engine.intake.request(checked)
+    stream = OutputStream(request, kind, checked.params.stop, engine.tokenizer, canvas_events=canvas_events)
+    engine.admission.admit([request])
+    engine.add_request(request)
+    found = []
+    while engine.has_unfinished():
+        outputs = (stream.update([progress]) for progress in engine.step())
+        found += [output for output in outputs if output is not None]
+    return found
 
 
 def stream(llm: AsyncLLM, prompt: Any, params: Params, **options: Any) -> list[RequestOutput]:
@@ -72,34 +100,33 @@ def as_dict(own: CompletionOutput) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
-def test_deltas_joined_are_the_offline_output(llm: AsyncLLM, tiny_llm: LLM, params: Params) -> None:
+def test_deltas_joined_are_the_offline_output(engine: Engine, tiny_llm: LLM, params: Params) -> None:
     (expected,) = tiny_llm.generate([PUZZLE], fields(params), use_tqdm=False)
-    outputs = stream(llm, PUZZLE, fields(params), output_kind="delta")
+    outputs = steps(engine, PUZZLE, fields(params), "delta")
     assert joined(outputs) == [as_dict(own) for own in expected.outputs]
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
-    assert len(outputs) > 1 or params.get("block_length") == 48
+    num_blocks = sum(-(-len(own.token_ids) // fields(params)["block_length"]) for own in expected.outputs)
+    assert len(outputs) >= num_blocks, "each finished block is shown"
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
-def test_what_a_cumulative_stream_shows_never_changes(llm: AsyncLLM, params: Params) -> None:
-    outputs = stream(llm, PUZZLE, fields(params), output_kind="cumulative")
+def test_what_a_cumulative_stream_shows_never_changes(engine: Engine, tiny_llm: LLM, params: Params) -> None:
+    (expected,) = tiny_llm.generate([PUZZLE], fields(params), use_tqdm=False)
     shown: dict[int, CompletionOutput] = {}
+    outputs = steps(engine, PUZZLE, fields(params), "cumulative")
     for output in outputs:
         for own in output.outputs:
             if (before := shown.get(own.index)) is not None:
                 assert (own.text or "").startswith(before.text or "")
                 assert own.token_ids[: len(before.token_ids)] == before.token_ids
             shown[own.index] = own
-    (expected,) = stream(llm, PUZZLE, fields(params))
-    last = [as_dict(shown[own.index]) for own in expected.outputs]
-    assert last == [as_dict(own) for own in expected.outputs]
-    assert len(outputs[-1].outputs) == params.get("n", 1), "the last one has all samples"
+    assert [as_dict(own) for own in outputs[-1].outputs] == [as_dict(own) for own in expected.outputs]
 
 
-def test_events_build_the_canvas(llm: AsyncLLM) -> None:
+def test_events_build_the_canvas(engine: Engine) -> None:
     """Also without `trace`; a token that was removed is gone, and nothing changes in a finished block."""
     params = {**fields({"remask": "saber"}), "temperature": 2.0, "ignore_eos": True}
-    outputs = stream(llm, PUZZLE, params, output_kind="delta", canvas_events=True)
+    outputs = steps(engine, PUZZLE, params, "delta", canvas_events=True)
     canvas: dict[int, tuple[int, str | None]] = {}
     removed = num_stable = 0
     for output in outputs:
@@ -113,45 +140,92 @@ def test_events_build_the_canvas(llm: AsyncLLM) -> None:
                 assert canvas.pop(event.position)[0] == event.token
                 removed += 1
         num_stable += len(own.token_ids)
+        assert own.trace is None
     assert removed > 0
-    (expected,) = stream(llm, PUZZLE, params)
-    own = expected.outputs[0]
-    assert [canvas[position][0] for position in range(48)] == own.token_ids
-    assert "".join(canvas[position][1] or "" for position in range(48)).startswith(own.text or "")
-    assert own.trace is None
-    assert outputs[-1].outputs[0].trace is None
+    (whole,) = joined(outputs)
+    assert [canvas[position][0] for position in range(48)] == whole["token_ids"]
+    assert "".join(canvas[position][1] or "" for position in range(48)).startswith(whole["text"])
+    assert len(outputs) == outputs[-1].outputs[0].nfe, "an output a forward"
 
 
-def bytes_tokenizer(directory: Path, vocab_size: int) -> Path:
-    """A token for each byte, so that a character may span tokens and blocks."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {character: index for index, character in enumerate(alphabet[:vocab_size])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+@pytest.mark.parametrize("params", [PARAMS[1], PARAMS[8]], ids=str)
+@pytest.mark.parametrize("kind", ["delta", "cumulative"])
+def test_coroutines_get_the_offline_output(llm: AsyncLLM, params: Params, kind: str) -> None:
+    (expected,) = stream(llm, PUZZLE, fields(params), request_id="mine")
+    outputs = stream(llm, PUZZLE, fields(params), output_kind=kind, canvas_events=True, request_id="mine")
+    found = joined(outputs) if kind == "delta" else [as_dict(own) for own in outputs[-1].outputs]
+    assert found == [as_dict(own) for own in expected.outputs]
+    assert {output.request_id for output in (expected, *outputs)} == {"mine"}
+    assert sum(len(own.canvas_events or []) for output in outputs for own in output.outputs) > 0
+
+
+def bytes_tokenizer(directory: Path, kind: str) -> Path:
+    """150 tokens of one byte each: letters, and the bytes of characters of two bytes. These are tokens like
+    any other, as in GPT-2's tokenizer, or "fallback": tokens `<0xC3>`, as in Llama's."""
+    values = [*range(0x41, 0x79), *range(0x80, 0xC0), *range(0xC2, 0xE0)]
+    if kind == "fallback":
+        names = [chr(value) if value < 0x80 else f"<0x{value:02X}>" for value in values]
+        decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        names = [bytes_to_unicode()[value] for value in values]
+        decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    tokenizer.decoder = decoder
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
     return directory
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_characters_and_stop_strings_may_span_blocks(tmp_path: Path, seed: int) -> None:
-    """Tokens of random bytes, in blocks of two: most bytes are no characters."""
-    tokenizer = str(bytes_tokenizer(tmp_path, 150))
-    rng = np.random.default_rng(seed)
-    checkpoint, options = GOLDEN / "lladamoe-tiny", {"dtype": "float32", "device": "cpu", "max_num_rows": 512}
-    params = {"max_tokens": 24, "block_length": 2, "temperature": 2.0, "seed": seed, "unmask": "schedule"}
-    with LLM(checkpoint, tokenizer=tokenizer, **options) as offline:
-        prompt = rng.integers(0, 150, 5).tolist()
-        whole = offline.generate([prompt], params, use_tqdm=False)[0].outputs[0].text or ""
-        params["stop"] = [whole[9:12]] if seed % 2 and len(whole) > 12 else None
-        (expected,) = offline.generate([prompt], params, use_tqdm=False)
-    own = AsyncLLM(checkpoint, tokenizer=tokenizer, **options)
-    try:
-        outputs = stream(own, prompt, params, output_kind="delta")
-    finally:
-        own.close()
-    assert "".join(output.outputs[0].text or "" for output in outputs) == expected.outputs[0].text
-    assert len(outputs) > 1
+@pytest.fixture
+def byte_engine(tmp_path: Path) -> Iterator[Engine]:
+    """A model whose tokens are bytes, many of them parts of characters."""
+    options = EngineOptions.parse(
+        model=GOLDEN / "lladamoe-tiny",
+        tokenizer=str(bytes_tokenizer(tmp_path, "byte level")),
+        dtype="float32",
+        device="cpu",
+        max_num_rows=512,
+        burst=1,
+    )
+    own = Engine(options)
+    yield own
+    own.close()
+
+
+@pytest.mark.parametrize("kind", ["byte level", "fallback"])
+def test_stable_text_never_changes(tmp_path: Path, kind: str) -> None:
+    """Also where tokens without text (those from 150 on) stand between the bytes of a character."""
+    tokenizer = load_tokenizer(bytes_tokenizer(tmp_path, kind), required=True)
+    assert tokenizer is not None
+    stable, decode = stable_decoder_of(tokenizer, 0), decoder_of(tokenizer)
+    for tokens in np.random.default_rng(0).integers(0, 156, (200, 24)).tolist():
+        shown = [stable(tokens[:num_tokens]) for num_tokens in range(25)]
+        assert all(after.startswith(before) for before, after in itertools.pairwise([*shown, decode(tokens)]))
+
+
+def whole_output(engine: Engine, prompt: Any, params: Params) -> list[CompletionOutput]:
+    """Samples without a stream."""
+    request = engine.intake.request(engine.intake.check(prompt, params))
+    engine.admission.admit([request])
+    engine.add_request(request)
+    ended = [progress.output for _ in iter(engine.has_unfinished, False) for progress in engine.step()]
+    (output,) = (own for own in ended if own is not None)
+    return output.outputs
+
+
+def test_characters_and_stop_strings_may_span_blocks(byte_engine: Engine) -> None:
+    """Tokens of random bytes, in blocks of one."""
+    params = fields({"max_tokens": 48, "block_length": 1, "temperature": 3.0, "n": 8, "ignore_eos": True})
+    outputs = steps(byte_engine, BYTES, params, "delta")
+    texts = [own["text"] for own in joined(outputs)]
+    assert any("\x80" <= character < "\u0800" for text in texts for character in text)
+    assert len(outputs) >= 48
+    params["stop"] = [texts[0][9:12], texts[1][5:7]]
+    stopped = [own["text"] for own in joined(steps(byte_engine, BYTES, params, "delta"))]
+    final = whole_output(byte_engine, BYTES, params)
+    assert stopped == [own.text for own in final]
+    assert [own.finish_reason for own in final[:2]] == ["stop", "stop"]
+    del params["stop"]
+    assert texts == [own.text for own in whole_output(byte_engine, BYTES, params)]
 
 
 def test_a_slow_reader_gets_the_rest_in_one_output(llm: AsyncLLM) -> None:
@@ -159,11 +233,12 @@ def test_a_slow_reader_gets_the_rest_in_one_output(llm: AsyncLLM) -> None:
         found = []
         async for output in llm.generate(PUZZLE, fields(PARAMS[0]), output_kind="delta"):
             found.append(output)
-            await asyncio.sleep(0 if len(found) > 1 else 3)
+            while llm.engine.num_live:
+                await asyncio.sleep(0.01)
         return found
 
     outputs = asyncio.run(slow())
-    assert len(outputs) <= 3
+    assert len(outputs) <= 2
     assert joined(outputs)[0]["text"] == stream(llm, PUZZLE, fields(PARAMS[0]))[0].outputs[0].text
 
 
