@@ -26,6 +26,7 @@ from remask.scheduler.request import Request
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # between two steps of an idle engine, which check its workers
+DROP_SECONDS = 10.0  # what the garbage collector waits for an engine to close
 CLOSED = "the engine was closed; make a new one"
 
 _engines: weakref.WeakSet[EngineThread] = weakref.WeakSet()
@@ -152,18 +153,19 @@ class EngineThread:
             raise InvalidRequest("num_workers", num_workers, "must be a positive integer")
         self._engine.executor.scale(num_workers)
 
-    def close(self) -> None:
+    def close(self, timeout: float | None = None) -> None:
         """Ends all requests with EngineDead and frees the workers; idempotent, from any thread. It waits for
-        the current burst."""
-        self.drop()
-        if os.getpid() == self._pid and threading.current_thread() is not self._thread:
-            self._thread.join()
+        the current burst, at most `timeout` seconds."""
+        if os.getpid() != self._pid:
+            return
+        self._inbox.put(self._close)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
 
     def drop(self) -> None:
-        """Closes without waiting. The garbage collector may call it in a thread that holds what closing
-        needs, such as a lock of Ray's."""
-        if os.getpid() == self._pid:
-            self._inbox.put(self._close)
+        """Closes an engine that nobody holds any more. The wait is bounded: the garbage collector may call it
+        in a thread that holds what closing needs, such as a lock of Ray's."""
+        self.close(DROP_SECONDS)
 
     def _work(self) -> None:
         error: RemaskError = EngineDead(CLOSED)
