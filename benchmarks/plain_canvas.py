@@ -34,13 +34,15 @@ class Decoded(NamedTuple):
 
 
 class Shadows(NamedTuple):
-    """The rows that verify the block of a canvas: the first of them each slot, in order.
+    """The rows that verify the block of a canvas.
 
     Attributes:
+        slots: int64 [B]: the positions that the first B rows verify.
         ids, positions: int64 [S].
         sees: bool [S, L + S]: which rows of the sequence, and which shadow rows, each one sees.
     """
 
+    slots: NDArray[np.int64]
     ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     sees: NDArray[np.bool_]
@@ -92,11 +94,12 @@ class PlainCanvas:
         masks, sees = np.full(width, self.mask_id), np.ones((width, len(self.ids)), dtype=bool)
         sees[own, block] = False
         if not shift:
-            return Shadows(masks, block, np.append(sees, np.ones((width, width), dtype=bool), axis=1))
+            return Shadows(block, masks, block, np.append(sees, np.ones((width, width), dtype=bool), axis=1))
         before = sees.copy()
         before[own, block - 1] = False
         none, itself = np.zeros((width, width), dtype=bool), np.eye(width, dtype=bool)
         return Shadows(
+            block,
             np.append(self.ids[block - 1], masks),
             np.append(block - 1, block),
             np.block([[before, itself, itself], [sees, none, itself]]),

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from remask.benchmarks.plain_canvas import Decoded, PlainCanvas, Reals
+from remask.benchmarks.plain_canvas import Decoded, PlainCanvas, Reals, Shadows
 from remask.scheduler.params import SamplingParams
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
@@ -40,14 +40,14 @@ def forward(model: TransformerDenoiser, canvas: PlainCanvas) -> tuple[NDArray[np
         the sequence, then, off the shadow rows, for every slot of the block. If logits are shifted, position
         0 has those of its own row, which nothing reads.
     """
-    length, shift = len(canvas.ids), model.config.shift
-    rows, predicted = mapped(_rows(canvas, shift), lambda tensor: tensor.to(model.device))
+    length, shadows, shift = len(canvas.ids), canvas.shadows(model.config.shift), model.config.shift
+    rows = mapped(_rows(canvas, shadows), lambda tensor: tensor.to(model.device))
     logits = model.model.logits(model.model(rows, SdpaAttention()))
     if shift:
-        order = torch.arange(len(predicted))
+        order = torch.arange(length + len(shadows.slots))
         order[:length] = (order[:length] - shift).clamp(min=0)
         logits = logits[order]
-    given = torch.from_numpy(canvas.ids).to(model.device)[predicted]
+    given = torch.from_numpy(np.append(canvas.ids, canvas.ids[shadows.slots])).to(model.device)
     proposal, confidence, given_prob = (
         part.cpu().numpy() for part in dense_statistics(logits, given, model.mask_id)
     )
@@ -65,17 +65,11 @@ def dense_statistics(logits_TV: Tensor, given_T: Tensor, mask_id: int) -> tuple[
     return proposal_T, confidence_T, given_prob_T
 
 
-def _rows(canvas: PlainCanvas, shift: int) -> tuple[PackedRows, Tensor]:
-    """The whole sequence, then the shadow rows; every row is a candidate. Beside them the positions of the
-    sequence, and of the slots that are verified."""
-    shadows, length = canvas.shadows(shift), len(canvas.ids)
-    count, verified = (
-        len(shadows.ids),
-        np.arange(canvas.start, canvas.end if canvas.verifies else canvas.start),
-    )
+def _rows(canvas: PlainCanvas, shadows: Shadows) -> PackedRows:
+    """The whole sequence, then the shadow rows; every row is a candidate."""
+    length, count = len(canvas.ids), len(shadows.ids)
     ids = torch.from_numpy(np.append(canvas.ids, shadows.ids))
     positions = torch.from_numpy(np.append(np.arange(length), shadows.positions))
     segments = (ShadowSegment(0, (0, count), (0, count), torch.from_numpy(shadows.sees)),) if count else ()
     layout, rows = VarlenLayout((0, length), (0, length), segments), torch.arange(length + count)
-    packed = PackedRows(ids, positions, layout, rows, layout, rows, len(rows))
-    return packed, torch.from_numpy(np.append(np.arange(length), verified))
+    return PackedRows(ids, positions, layout, rows, layout, rows, len(rows))

@@ -122,8 +122,8 @@ def step_flops(config: TransformerConfig, batch_size: int, load: Load) -> float:
 
 
 def weight_bytes(config: TransformerConfig, itemsize: int, num_rows: float) -> float:
-    """Bytes of the weights that a step with so many rows reads; an expert that no row is sent to is not
-    read."""
+    """Bytes of the weights that a step reads. A step reads the experts that at least one of its `num_rows`
+    rows is sent to, the mean number of which is taken."""
     numbers = linear_flops(config, 1, 1) / 2
     if (experts := config.experts) is not None:
         active = experts.num_active

@@ -12,9 +12,30 @@ from rich.console import Console
 from rich.table import Table
 
 from remask.benchmarks.environment import Steadiness, environment_stamp
-from remask.benchmarks.throughput import write_report
+from remask.benchmarks.throughput import format_spread, spread, write_report
 
 Result = dict[str, Any]
+
+
+RATES = ("plain loop", "remask", "times as fast (min to max)")  # columns of `rate_cells`
+
+
+def rate_figures(rates: Sequence[tuple[float, float]]) -> Result:
+    """Figures of the plain loop's and the engine's samples a second in each repetition."""
+    return {
+        "plain_samples_per_second": spread([plain for plain, _ in rates]),
+        "samples_per_second": spread([own for _, own in rates]),
+        "ratio": spread([own / plain for plain, own in rates]),
+    }
+
+
+def rate_cells(result: Result) -> list[str]:
+    """The cells of `rate_figures`."""
+    return [
+        f"{result['plain_samples_per_second']['median']:.1f} samples/s",
+        f"{result['samples_per_second']['median']:.1f} samples/s",
+        format_spread(result["ratio"]),
+    ]
 
 
 def run(

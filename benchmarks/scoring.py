@@ -20,7 +20,7 @@ import torch
 from remask import LLM
 from remask.benchmarks import repeated
 from remask.benchmarks.environment import Steadiness
-from remask.benchmarks.throughput import find_model, format_spread, spread
+from remask.benchmarks.throughput import find_model
 from remask.scoring import Score, draw_masks
 from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import VarlenLayout
@@ -29,7 +29,7 @@ from remask.workers.rows.pack import PackedRows
 
 MODEL = "llada-124m"
 PROMPT_LEN = 64
-HEADER = ("continuations", "tokens of each", "samples of each", "plain loop", "remask", "times as fast")
+HEADER = ("continuations", "tokens of each", "samples of each", *repeated.RATES)
 
 
 class Case(NamedTuple):
@@ -103,9 +103,7 @@ def measure(case: Case, repetitions: int, steadiness: Steadiness) -> dict[str, A
         "model": MODEL,
         "prompt_len": PROMPT_LEN,
         "num_masks": [len(draw_masks(length, case.num_samples, 0).masks) for length in case.lens],
-        "plain_samples_per_second": spread([plain for plain, _ in rates]),
-        "samples_per_second": spread([own for _, own in rates]),
-        "ratio": spread([own / plain for plain, own in rates]),
+        **repeated.rate_figures(rates),
     }
 
 
@@ -115,9 +113,7 @@ def cells(result: dict[str, Any]) -> list[str]:
         result["name"],
         ", ".join(map(str, result["lens"])),
         str(result["num_samples"]),
-        f"{result['plain_samples_per_second']['median']:.1f} samples/s",
-        f"{result['samples_per_second']['median']:.1f} samples/s",
-        format_spread(result["ratio"]),
+        *repeated.rate_cells(result),
     ]
 
 

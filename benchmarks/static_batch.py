@@ -94,7 +94,6 @@ def _padded(
         if own is not None and len(own.ids):
             shadow = slice(length, length + len(own.ids))
             ids_BT[i, shadow], positions_BT[i, shadow] = map(torch.from_numpy, (own.ids, own.positions))
-            block = torch.from_numpy(canvas.ids[canvas.start : canvas.end])
-            given_BT[i, length : length + len(block)] = block
+            given_BT[i, length : length + len(own.slots)] = torch.from_numpy(canvas.ids[own.slots])
             visible_BTT[i, shadow, main.start : shadow.stop] = torch.from_numpy(own.sees)
     return ids_BT, positions_BT, given_BT, visible_BTT

@@ -21,14 +21,14 @@ from remask import LLM, SamplingParams
 from remask.benchmarks import plain_loop, repeated
 from remask.benchmarks.environment import Steadiness
 from remask.benchmarks.study.grid import Grid, cells, read_grid, tasks_of
-from remask.benchmarks.throughput import find_model, format_spread, spread
+from remask.benchmarks.throughput import find_model
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
 GRID = Path(__file__).parent / "study" / "default.toml"
 ARMS = ("plain", "wino")
 NUM_PROMPTS = 3  # of each task
 MAX_LIVE = 4096
-HEADER = ("prompts", "cells", "samples", "plain loop", "study", "times as fast (min to max)")
+HEADER = ("prompts", "cells", "samples", *repeated.RATES)
 
 Jobs = Sequence[tuple[list[int], SamplingParams]]
 
@@ -82,9 +82,7 @@ def measure(num_prompts: int, repetitions: int, steadiness: Steadiness) -> dict[
         "num_prompts": num_prompts,
         "num_cells": num_cells,
         "num_samples": len(jobs),
-        "plain_samples_per_second": spread([plain for plain, _ in rates]),
-        "samples_per_second": spread([own for _, own in rates]),
-        "ratio": spread([own / plain for plain, own in rates]),
+        **repeated.rate_figures(rates),
     }
 
 
@@ -94,9 +92,7 @@ def cells_of(result: dict[str, Any]) -> list[str]:
         str(result["num_prompts"]),
         str(result["num_cells"]),
         str(result["num_samples"]),
-        f"{result['plain_samples_per_second']['median']:.1f} samples/s",
-        f"{result['samples_per_second']['median']:.1f} samples/s",
-        format_spread(result["ratio"]),
+        *repeated.rate_cells(result),
     ]
 
 

@@ -135,54 +135,41 @@ def measure(
         problem = "the engines of all dtypes run at once, and on Ray they would share the workers; give one"
         raise InvalidRequest("dtype", list(dtypes), problem)
     with ExitStack() as engines:
-        return _measure(engines, model, workload_name, num_requests, repetitions, dtypes, keep, options)
-
-
-def _measure(
-    engines: ExitStack,
-    model: str,
-    workload_name: str,
-    num_requests: int,
-    repetitions: int,
-    dtypes: Sequence[Dtype],
-    keep: Keep,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    environment = environment_stamp()  # taken first: the files may change meanwhile
-    directory, load_format = find_model(model)
-    decoders: dict[str, Decoder] = {}
-    jobs: list[Job] = []
-    for dtype in dtypes:
-        llm = engines.enter_context(LLM(directory, dtype=dtype, load_format=load_format, **options))
-        denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
-        if not jobs:
-            jobs = workload(workload_name, llm.tokenizer, denoiser.config, num_requests)
-            decoders[f"plain loop, {dtype}"] = Decoder(plain_loop_decoder(denoiser))
-            decoders[f"static batch, {dtype}"] = Decoder(static_batch_decoder(denoiser))
-        decoders[f"engine, {dtype}"] = Decoder(engine_decoder(llm), denoiser)
-    for decoder in decoders.values():
-        decoder.run(jobs[:1])  # what a first forward sets up stays out of the times
-    steadiness = Steadiness()
-    for done in range(1, repetitions + 1):
+        environment = environment_stamp()  # taken first: the files may change meanwhile
+        directory, load_format = find_model(model)
+        decoders: dict[str, Decoder] = {}
+        jobs: list[Job] = []
+        for dtype in dtypes:
+            llm = engines.enter_context(LLM(directory, dtype=dtype, load_format=load_format, **options))
+            denoiser = load_denoiser(directory, dtype=dtype, load_format=load_format)
+            if not jobs:
+                jobs = workload(workload_name, llm.tokenizer, denoiser.config, num_requests)
+                decoders[f"plain loop, {dtype}"] = Decoder(plain_loop_decoder(denoiser))
+                decoders[f"static batch, {dtype}"] = Decoder(static_batch_decoder(denoiser))
+            decoders[f"engine, {dtype}"] = Decoder(engine_decoder(llm), denoiser)
         for decoder in decoders.values():
-            decoder.repeat(jobs)
-        steadiness.look()
-        counted = [] if all(d.rates for d in decoders.values() if d.model is not None) else [NOT_COUNTED]
-        content = {
-            "benchmark": "throughput",
-            "environment": environment,
-            "model": model,
-            "engine_options": dict(options),
-            "attention_backend": denoiser.attention.name,
-            "num_parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
-            "workload": workload_name,
-            "num_requests": num_requests,
-            "repetitions": done,
-            "notes": [*unfinished(done, repetitions, "repetitions"), *counted, *steadiness.notes()],
-            "results": _results(decoders, jobs, denoiser.config.eos_ids, llm.tokenizer),
-        }
-        keep(content)
-    return content
+            decoder.run(jobs[:1])  # what a first forward sets up stays out of the times
+        steadiness = Steadiness()
+        for done in range(1, repetitions + 1):
+            for decoder in decoders.values():
+                decoder.repeat(jobs)
+            steadiness.look()
+            counted = [] if all(d.rates for d in decoders.values() if d.model is not None) else [NOT_COUNTED]
+            content = {
+                "benchmark": "throughput",
+                "environment": environment,
+                "model": model,
+                "engine_options": dict(options),
+                "attention_backend": denoiser.attention.name,
+                "num_parameters": sum(parameter.numel() for parameter in denoiser.model.parameters()),
+                "workload": workload_name,
+                "num_requests": num_requests,
+                "repetitions": done,
+                "notes": [*unfinished(done, repetitions, "repetitions"), *counted, *steadiness.notes()],
+                "results": _results(decoders, jobs, denoiser.config.eos_ids, llm.tokenizer),
+            }
+            keep(content)
+        return content
 
 
 def plain_loop_decoder(model: TransformerDenoiser) -> Callable[[Sequence[Job]], list[Decoded]]:

@@ -65,7 +65,6 @@ class Intake:
             raise InvalidRequest("max_model_len", options.max_model_len, problem)
         self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, config.mask_id)
         self.decode = None if tokenizer is None else decoder_of(tokenizer)
-        self._silent_ids = [] if tokenizer is None else [*special_tokens(tokenizer).values()]
         self._special = {} if tokenizer is None else special_tokens(tokenizer)
         self._num_requests = self._num_canvases = 0  # under the lock
         self._lock = threading.Lock()
@@ -188,7 +187,7 @@ class Intake:
             logprobs=params.logprobs,
             trace=params.trace,
             find_stop=(
-                StopStrings(params.stop, self.decode, self._silent_ids)
+                StopStrings(params.stop, self.decode, self._special.values())
                 if params.stop and self.decode
                 else None
             ),

@@ -24,9 +24,9 @@ from remask.workers.models.denoiser import load_denoiser
 def start_gpu_tests(log: Path) -> subprocess.Popen[bytes]:
     """The tests marked `gpu` in a process of their own, which writes its output to a file."""
     in_parallel = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
-    where = ["--ignore-glob=tests/workers/test_ray_*", "tests/workers"]  # those that are left out import Ray
-    where += [f"tests/engine/test_golden_{family}.py" for family in ("dream", "moe")]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *in_parallel, *where]
+    without_ray = ["--ignore-glob=tests/workers/test_ray_*"]  # these tests import Ray
+    where = ["tests/workers", "tests/engine/test_golden_families.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *in_parallel, *without_ray, *where]
     with log.open("wb") as file:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
 

@@ -6,11 +6,10 @@ two thresholds whose mean costs enclose the arm's, each prompt's value is interp
 than every threshold of the base is compared with the most expensive one, and `beyond` says so; one that costs
 less, with the cheapest.
 
-Intervals are percentiles of a bootstrap over prompts. A time is measured, too: `low_if_slower` is the lower
-end of the interval if the arm's forwards take as much longer than the base's as repetitions of the two
-differ. Pairs of right and wrong answers are tested by
-McNemar's exact test, everything else by a z test of the mean difference. Holm's correction counts all
-comparisons of one kind and measure.
+Intervals are percentiles of a bootstrap over prompts. At equal time, `low_if_slower` is the lower end of the
+interval if the arm is slower than measured, by the scatter of the repetitions of both arms. Pairs of right
+and wrong answers are tested by McNemar's exact test, everything else by a z test of the mean difference.
+Holm's correction counts all comparisons of one kind and measure.
 """
 
 from __future__ import annotations

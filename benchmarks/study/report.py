@@ -37,8 +37,7 @@ CELL_COLUMNS = (
 )  # fmt: skip
 COMPARISON_COLUMNS = (
     "arm", "base", "block_length", "threshold", "value", "base_value", "difference", "low", "high",
-    "low_if_slower",
-    "num_gained", "num_lost", "p", "p_holm", "test", "beyond",
+    "low_if_slower", "num_gained", "num_lost", "p", "p_holm", "test", "beyond",
 )  # fmt: skip
 SUMMARIES = (
     ("Published claims", "claims", Finding._fields),

@@ -58,7 +58,7 @@ def throughput(
     from remask.benchmarks.throughput import as_table, measure
 
     on_ray = engine.get("distributed_executor_backend") == "ray"
-    dtypes = dtype or ["float32", "bfloat16"][: 1 if on_ray else 2]
+    dtypes = dtype or (["float32"] if on_ray else ["float32", "bfloat16"])
     measured(
         lambda keep: measure(model, workload, num_requests, repetitions, dtypes, keep, engine),  # type: ignore[arg-type]
         as_table,
