@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --durations=30 --durations-min=1
-JOBS ?= 2  # processes that run tests
+# Processes that run tests.
+JOBS ?= 2
 PARALLEL := --numprocesses=$(JOBS) --dist=loadfile
 define SLOW
 $(PYTEST) $(PARALLEL) -m "slow and not ray and not long"

@@ -339,7 +339,6 @@ os._exit(9)
     assert set(worker_processes()) <= before
 
 
-@pytest.mark.long
 def test_weights_through_the_object_store_are_those_of_the_files_and_nothing_is_left(
     cluster: None, workload: Any, expected: Any
 ) -> None:
@@ -379,7 +378,6 @@ def footprint() -> dict[str, Any]:
     }
 
 
-@pytest.mark.long
 def test_one_worker_measures_the_knee_for_all(
     golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,6 @@ with LLM("model", device="cpu", distributed_executor_backend="ray", max_num_rows
     assert done.stdout.strip() == "0579", done.stderr
 
 
-@pytest.mark.long
 def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:
     code = """
 import atexit, threading, time, ray

@@ -147,7 +147,7 @@ def test_kills_at_random_moments(
     assert results(output) == expected
     num_kills = num_finished = 0
     sizes = set()
-    while num_kills < 5:
+    while num_kills < 8:
         if output.exists():
             assert results(output) == expected
             output.unlink()
@@ -159,7 +159,7 @@ def test_kills_at_random_moments(
         sizes.add(partial.stat().st_size if partial.exists() else None)
     assert in_child(command) == 0
     assert results(output) == expected
-    assert len(sizes) > 2, "the kills came at different moments"
+    assert len(sizes) > 3, "the kills came at different moments"
     capfd.readouterr()
 
 

@@ -65,17 +65,25 @@ def test_the_standard_error_is_that_within_strata() -> None:
     assert standard_error([3.0, 3.0]) == 0.0
 
 
+def plain_estimates(
+    model: TransformerDenoiser, prompt: list[int], continuation: list[int], num_samples: int, seed: int
+) -> list[float]:
+    """The estimates of a loop that forwards the whole sequence for each sample."""
+    count, start, estimates = len(continuation), len(prompt) - model.config.shift, []
+    masks, samples = draw_masks(count, num_samples, seed)
+    for mask in masks[samples]:
+        tokens = np.array(prompt + continuation)
+        tokens[len(prompt) :][mask] = model.mask_id
+        logprobs = logits_of(model, tokens)[start : start + count].log_softmax(-1)
+        own = logprobs[torch.arange(count), torch.tensor(continuation)][torch.from_numpy(mask)]
+        estimates.append(count / mask.sum() * float(own.sum()))
+    return estimates
+
+
 def test_a_score_is_the_mean_of_a_plain_loop(golden_llm: LLM, golden_model: TransformerDenoiser) -> None:
     prompt, continuation = [5, 6, 7, 8], [9, 10, 11, 12, 13, 14]
     (found,) = golden_llm.score([prompt], [continuation], num_samples=32, seed=3, use_tqdm=False)
-    masks, samples = draw_masks(6, 32, 3)
-    estimates = []
-    for mask in masks[samples]:
-        tokens = np.array(prompt + continuation)
-        tokens[4:][mask] = golden_model.mask_id
-        logprobs = logits_of(golden_model, tokens)[4:].log_softmax(-1)
-        own = logprobs[torch.arange(6), torch.tensor(continuation)][torch.from_numpy(mask)]
-        estimates.append(6 / mask.sum() * float(own.sum()))
+    estimates = plain_estimates(golden_model, prompt, continuation, 32, 3)
     assert found.logprob == pytest.approx(np.mean(estimates), abs=1e-4)
     assert found.standard_error == pytest.approx(standard_error(estimates), abs=1e-4)
     assert (found.num_samples, found.num_tokens, found.is_greedy) == (32, 6, None)
@@ -85,14 +93,7 @@ def test_scores_of_shifted_logits_are_read_off_the_rows_before(dream_llm: LLM) -
     model = load_denoiser(DREAM, dtype="float32", device="cpu")
     prompt, continuation = [99, 12, 40], [30, 33, 36, 45]
     (found,) = dream_llm.score([prompt], [continuation], num_samples=16, seed=1, use_tqdm=False)
-    masks, samples = draw_masks(4, 16, 1)
-    estimates = []
-    for mask in masks[samples]:
-        tokens = np.array(prompt + continuation)
-        tokens[3:][mask] = model.mask_id
-        logprobs = logits_of(model, tokens)[2:-1].log_softmax(-1)
-        own = logprobs[torch.arange(4), torch.tensor(continuation)][torch.from_numpy(mask)]
-        estimates.append(4 / mask.sum() * float(own.sum()))
+    estimates = plain_estimates(model, prompt, continuation, 16, 1)
     assert found.logprob == pytest.approx(np.mean(estimates), abs=1e-4)
 
 

@@ -173,8 +173,7 @@ def _launches(torch: Any, capability: int, num_rows: int = 64) -> Iterator[tuple
         yield name, lambda x=rows, t=tables: elementwise.rotate_halves(x.view(-1, 32, 128), *t)
         yield name, lambda d=dtype: elementwise.silu_mul(torch.empty(num_rows, 24576, dtype=d))
         yield name, lambda d=dtype: shadows(d, 32)
-        if dtype != fp16:  # as bf16
-            yield f"{name}, experts", lambda d=dtype: routed(d)
+        yield f"{name}, experts", lambda d=dtype: routed(d)
         yield f"{name}, grouped heads", lambda d=dtype: shadows(d, 4)
     if capability >= 89:
         for size in (4096, 12288):

@@ -48,19 +48,17 @@ KINDS: list[dict[str, Any]] = [
     params=[
         "fitting",
         "fixed",
-        pytest.param("fixed with kernels", marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param("fixed with kernels", marks=pytest.mark.slow),
     ],
 )
 def poisoned(request: pytest.FixtureRequest, golden_model: TransformerDenoiser) -> TransformerDenoiser:
-    model = copy.deepcopy(golden_model.model)
+    model, kernels = copy.deepcopy(golden_model.model), request.param == "fixed with kernels"
     model.embedding.data[POISON] = torch.nan
+    if kernels:
+        del model.blocks[2:]  # each takes the interpreter as long
     fixed = request.param != "fitting"
     return TransformerDenoiser(
-        model,
-        SdpaAttention(),
-        pack_rows=1 << 30,
-        static_shapes=fixed,
-        kernels=request.param == "fixed with kernels",
+        model, SdpaAttention(), pack_rows=1 << 30, static_shapes=fixed, kernels=kernels
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -307,15 +308,15 @@ def test_canvases_that_pause_on_the_way_stay_as_they_were(fixed_model: Transform
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_the_fused_head_answers_as_whole_logits_do(
-    golden_model: TransformerDenoiser, fixed_model: TransformerDenoiser
-) -> None:
-    fused = TransformerDenoiser(
-        golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True, kernels=True
+def test_the_fused_head_answers_as_whole_logits_do(golden_model: TransformerDenoiser) -> None:
+    model = copy.deepcopy(golden_model.model)
+    del model.blocks[2:]  # the head is the same, and the interpreter is slow
+    fused, fixed = (
+        TransformerDenoiser(model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True, kernels=kernels)
+        for kernels in (True, False)
     )
     own = [*(canvas(POLICIES[i], 8, 4, 3) for i in (1, 3, 12, 13)), scored(3, 7)]
-    same(finish(fused, own, 4), finish(fixed_model, own, 4))
+    same(finish(fused, own, 4), finish(fixed, own, 4))
 
 
 def test_a_burst_comes_to_a_device_in_one_piece_of_memory(fixed_model: TransformerDenoiser) -> None:
