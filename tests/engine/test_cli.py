@@ -73,7 +73,7 @@ def test_the_table_shows_text_and_figures(remask: Command) -> None:
     prompt, text = ("".join(cell[column].strip() for cell in cells) for column in (1, 2))
     assert prompt == PUZZLE, "long texts are folded, not cut"
     assert SUDOKU_6X6.is_correct(PUZZLE, text)
-    for expected in ("NFE", "tokens/forward", "seconds", "40", "0.90", "1 samples in", "36 visible tokens"):
+    for expected in ("NFE", "tokens/forward", "seconds", "40", "0.90", "1 sample in", "36 visible tokens"):
         assert expected in run.stdout
 
 
