@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from remask.embedded import model_directory
-from remask.intake import Intake, Prompt
+from remask.intake import Intake, Prompt, read_tokenizer
 from remask.limits import Admission
 from remask.options import EngineOptions
 from remask.outputs import (
@@ -33,7 +33,6 @@ from remask.scheduler.params import SamplingParams
 from remask.scheduler.planning import BURST_SECONDS, OVERLAPPED_BURST_SECONDS
 from remask.scheduler.request import Request
 from remask.scheduler.scheduler import Scheduler
-from remask.text import load_tokenizer
 from remask.workers.executors.base import Event, Executor, Finished, Joined
 from remask.workers.executors.in_process import InProcessExecutor
 from remask.workers.startup.setup import WorkerSetup
@@ -107,10 +106,7 @@ class Engine:
     def __init__(self, options: EngineOptions, executor: Executor | None = None) -> None:
         with model_directory(options.model) as directory:
             # The tokenizer first: it is small, so its errors are raised before weights are read.
-            self.tokenizer = load_tokenizer(
-                directory if options.tokenizer is None else Path(options.tokenizer),
-                required=options.tokenizer is not None,
-            )
+            self.tokenizer = read_tokenizer(options, directory)
             self.executor = executor or start_executor(options, directory)
         config = self.executor.facts.config
         try:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from remask.batch.check import Report, check_lines
 from remask.batch.identity import RunName, model_digest, parameters_digest
@@ -20,6 +22,7 @@ from remask.batch.journal import BatchStopped, Journal
 from remask.batch.lines import Line, LineReader
 from remask.batch.parquet import is_parquet, require_pyarrow, write_rows
 from remask.batch.source import Source
+from remask.intake import intake_of
 from remask.openai.responses import (
     Completion,
     ScoreResponse,
@@ -52,6 +55,12 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     resume: bool = False
     record_invalid: bool = False  # invalid lines become results instead of an error
     max_live: int = 2048  # samples in the engine from which on no further line is read
+
+    @property
+    def every_name(self) -> tuple[str, ...]:
+        """What a line may call the model; the first is its name in results."""
+        model = self.engine.model
+        return tuple(dict.fromkeys((*self.model_names, str(model), Path(model).name)))
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +108,7 @@ def run_batch(
     Args:
         source: the input file.
         output: path of the complete output; until then it is `<output>.partial`.
-        make_llm: loads the model; called after the paths have been checked.
+        make_llm: loads the model; called after the file has been checked.
         options: options of the run.
         report: called with the progress after every line.
 
@@ -128,8 +137,17 @@ def run_batch(
             num_lines = sum(1 for _ in lines)
             journal.check_finished(run, num_lines)
             return Summary(num_lines=num_lines, num_done_before=num_lines)
+        reader = LineReader(
+            intake_of(options.engine),
+            unit=lines.unit,
+            model_names=options.every_name,
+            defaults=options.defaults,
+            chat=options.chat,
+        )
+        ids = check_lines(lines, reader, record_invalid=options.record_invalid, report=report)
+        done = journal.recover(run, ids)
         with make_llm() as llm:
-            return _Run(lines, journal, run, llm, options, report).work()
+            return _Run(lines, reader, journal, run, llm, options, report).work(done)
 
 
 def _file_preset(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,33 +160,26 @@ class _Run:
     """The second pass: submits requests and writes results."""
 
     def __init__(
-        self, source: Source, journal: Journal, run: RunName, llm: LLM, options: BatchOptions, report: Report
+        self,
+        source: Source,
+        reader: LineReader,
+        journal: Journal,
+        run: RunName,
+        llm: LLM,
+        options: BatchOptions,
+        report: Report,
     ) -> None:
-        self._source, self._journal, self._run, self._engine = source, journal, run, llm.engine
-        self._options, self._report = options, report
-        self._names = (
-            *options.model_names,
-            str(options.engine.model),
-            Path(options.engine.model).name,
-        )
-        self._reader = LineReader(
-            llm.engine.intake,
-            unit=source.unit,
-            model_names=tuple(dict.fromkeys(self._names)),
-            defaults=options.defaults,
-            chat=options.chat,
-        )
+        self._source, self._reader, self._journal, self._run = source, reader, journal, run
+        self._engine, self._options, self._report = llm.engine, options, report
+        self._model_name = options.every_name[0]
         self._encoder = msgspec.json.Encoder()
         self._live: dict[str, tuple[int, Line]] = {}  # request id -> index and line
         self._num_refused = self._num_failed = self._num_tokens = self._num_forwards = 0
 
-    def work(self) -> Summary:
-        ids = check_lines(
-            self._source, self._reader, record_invalid=self._options.record_invalid, report=self._report
-        )
-        done = self._journal.recover(self._run, ids)
+    def work(self, done: NDArray[np.bool_]) -> Summary:
+        """Runs the lines that are not done."""
         num_before = self._num_done = int(done.sum())
-        self._num_lines = len(ids)
+        self._num_lines = len(done)
         self._report("running", self._num_done, self._num_lines)
         started = time.monotonic()
         try:
@@ -192,7 +203,7 @@ class _Run:
             seconds=time.monotonic() - started,
         )
 
-    def _requests(self, done: Any) -> Iterator[Request]:
+    def _requests(self, done: NDArray[np.bool_]) -> Iterator[Request]:
         """The requests that are not done. Invalid ones become results at once."""
         for index, (number, content) in enumerate(self._source):
             if done[index]:
@@ -222,7 +233,7 @@ class _Run:
         about = {
             "id": f"{ID_PREFIXES[line.kind]}-{''.join(self._run)}-{index}",
             "created": int(time.time()),
-            "model": self._names[0],
+            "model": self._model_name,
         }
         if isinstance(line.checked, CheckedScore):
             body = score_response(line.checked, output, **about)

@@ -17,7 +17,6 @@ import pytest
 from remask import LLM, Engine, EngineOptions, InvalidRequest
 from remask.batch.check import CustomIds, InvalidBatch
 from remask.batch.run import BatchOptions, Summary, run_batch
-from remask.thread import EngineThread
 
 Run = Callable[..., Summary]
 
@@ -47,9 +46,9 @@ def chat_line(custom_id: str, **body: Any) -> dict[str, Any]:
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
-        raise AssertionError("work has started")
+        raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(EngineThread, "add", never)
+    monkeypatch.setattr("remask.batch.run._Run", never)  # which is made when the model is loaded
 
 
 def test_results_are_openai_objects_with_forwards_and_seed(run: Run, tmp_path: Path) -> None:
@@ -106,7 +105,7 @@ def test_text_is_a_prompt_a_line(run: Run, tmp_path: Path) -> None:
 def test_a_model_without_tokenizer_takes_and_gives_token_ids(golden_llm: LLM, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": [33, 11], "max_tokens": 4}, {"prompt_token_ids": [33]})
     defaults = {"max_tokens": 3, "ignore_eos": True}
-    options = BatchOptions(engine=EngineOptions(model="golden"), defaults=defaults)
+    options = BatchOptions(engine=golden_llm.engine.intake.options, defaults=defaults)
     run_batch(source, tmp_path / "out.jsonl", lambda: nullcontext(golden_llm), options)
     found = results(tmp_path / "out.jsonl")
     for name, count in (("line-1", 4), ("line-2", 3)):

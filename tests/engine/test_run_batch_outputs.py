@@ -17,7 +17,6 @@ from remask.batch.parquet import write_rows
 from remask.batch.run import Summary
 from remask.openai.responses import completion
 from remask.outputs import RequestMetrics
-from remask.thread import EngineThread
 
 Run = Callable[..., Summary]
 MakeFile = Callable[[int], Path]
@@ -25,12 +24,12 @@ MakeFile = Callable[[int], Path]
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A function that makes every later request to an engine fail."""
+    """A function after which no run may load a model."""
 
     def never(*_: object) -> None:
-        raise AssertionError("work has started")
+        raise AssertionError("the model was loaded")
 
-    return lambda: monkeypatch.setattr(EngineThread, "add", never)
+    return lambda: monkeypatch.setattr("remask.batch.run._Run", never)
 
 
 def test_resume_starts_a_run_that_has_no_output_and_does_nothing_on_a_finished_one(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,14 +14,14 @@ import pytest
 
 from remask import LLM, EngineOptions, InvalidRequest
 from remask.batch.run import BatchOptions, run_batch
-from remask.intake import Intake
-from remask.text import PromptEncoder, load_tokenizer
+from remask.intake import Intake, intake_of
+from remask.text import PromptEncoder
 
 MASK, EOT = "<|mdm_mask|>", "<|eot_id|>"
 
 
 @pytest.fixture
-def with_template(tiny_llm: LLM, tmp_path: Path) -> Any:
+def with_template(tmp_path: Path) -> Any:
     """`with_template(template)`: an intake whose tokenizer has that chat template."""
 
     def make(template: Any) -> Intake:
@@ -30,17 +29,9 @@ def with_template(tiny_llm: LLM, tmp_path: Path) -> Any:
             model = Path(shutil.copytree(tiny, tmp_path / "model", dirs_exist_ok=True))
         config = json.loads((model / "tokenizer_config.json").read_text())
         (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-        tokenizer = load_tokenizer(model, required=True)
-        return Intake(tiny_llm.engine.intake.config, tokenizer, EngineOptions(model="tiny"))
+        return intake_of(EngineOptions(model=str(model)))
 
     return make
-
-
-@pytest.fixture
-def restored_intake(tiny_llm: LLM) -> Iterator[LLM]:
-    intake = tiny_llm.engine.intake
-    yield tiny_llm
-    tiny_llm.engine.intake = intake
 
 
 def user(content: Any) -> list[dict[str, Any]]:
@@ -161,16 +152,12 @@ def test_a_template_that_fails_is_an_error_of_one_line(
 
 
 def test_lines_that_a_template_fails_for_are_recorded(
-    restored_intake: LLM, with_template: Any, tmp_path: Path
+    tiny_llm: LLM, with_template: Any, tmp_path: Path
 ) -> None:
-    restored_intake.engine.intake = with_template(
-        "{{ messages[0]['content'] + (7 if 'x' in messages[0]['content'] else '=') }}"
-    )
+    intake = with_template("{{ messages[0]['content'] + (7 if 'x' in messages[0]['content'] else '=') }}")
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"messages": user(text)}) + "\n" for text in ("7+8", "x")))
-    options = BatchOptions(
-        engine=EngineOptions(model="tiny"), defaults={"max_tokens": 4}, record_invalid=True
-    )
-    run_batch(source, tmp_path / "out.jsonl", lambda: nullcontext(restored_intake), options)
+    options = BatchOptions(engine=intake.options, defaults={"max_tokens": 4}, record_invalid=True)
+    run_batch(source, tmp_path / "out.jsonl", lambda: nullcontext(tiny_llm), options)
     found = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(response["status_code"] for response in found) == [200, 400]
