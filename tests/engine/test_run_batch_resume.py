@@ -134,8 +134,10 @@ def test_kills_at_random_moments(
     output = tmp_path / f"out.{suffix}"
     rng = random.Random(suffix)
 
-    # Few canvases at a time, so that results come one after another.
+    # Few canvases at a time, so that results come one after another. The rows are given, because measuring
+    # them takes most of the first run's time, and later runs would end before they are killed.
     arguments = ["-i", str(source), "-o", str(output), "--resume", "--device", "cpu", "--max-num-seqs", "4"]
+    arguments += ["--max-num-rows", "512"]
 
     def command() -> None:
         sys.argv = ["remask", "run-batch", *arguments]

@@ -94,6 +94,14 @@ def fixed_model(golden_model: TransformerDenoiser) -> TransformerDenoiser:
     return TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
 
 
+@pytest.fixture(scope="module")
+def short_model(golden_model: TransformerDenoiser) -> TransformerDenoiser:
+    """Two of the model's layers, because Triton's interpreter is slow."""
+    model = copy.deepcopy(golden_model.model)
+    del model.blocks[2:]
+    return TransformerDenoiser(model, SdpaAttention(), pack_rows=1 << 30)
+
+
 def finish(model: TransformerDenoiser, canvases: list[Canvas], num_steps: int) -> list[CanvasState]:
     worker, states = Worker(model), [c.state for c in canvases]
     places: list[int] = []
@@ -192,14 +200,16 @@ def answers(model: TransformerDenoiser, own: list[Canvas], states: list[CanvasSt
 @pytest.mark.parametrize("num_steps", [3, 10], ids=["a whole block", "a shorter one"])
 def test_every_requested_row_has_the_same_statistics_in_static_shapes(
     golden_model: TransformerDenoiser,
+    short_model: TransformerDenoiser,
     dense_attention: AttentionBackend,
     num_steps: int,
     kernels: bool,
     attention: str,
 ) -> None:
     backend = SdpaAttention() if attention == "sdpa" else dense_attention
+    compact = short_model if kernels else golden_model
     fixed = TransformerDenoiser(
-        golden_model.model, backend, pack_rows=1 << 30, static_shapes=True, kernels=kernels
+        compact.model, backend, pack_rows=1 << 30, static_shapes=True, kernels=kernels
     )
     own = [
         canvas(
@@ -212,9 +222,9 @@ def test_every_requested_row_has_the_same_statistics_in_static_shapes(
     batch = StepBatch(
         burst_id=0, num_steps=num_steps, specs=[c.spec for c in own], states=[c.state for c in own]
     )
-    states = Worker(golden_model).run(batch).states
+    states = Worker(compact).run(batch).states
     assert [state.block for state in states] == [num_steps // 8] * len(own)
-    expected, found = answers(golden_model, own, states), answers(fixed, own, states)
+    expected, found = answers(compact, own, states), answers(fixed, own, states)
     assert found.keys() == expected.keys()
     assert any(not is_main for is_main, _ in expected)
     for key, numbers in expected.items():
@@ -308,11 +318,11 @@ def test_canvases_that_pause_on_the_way_stay_as_they_were(fixed_model: Transform
 
 
 @pytest.mark.slow
-def test_the_fused_head_answers_as_whole_logits_do(golden_model: TransformerDenoiser) -> None:
-    model = copy.deepcopy(golden_model.model)
-    del model.blocks[2:]  # the head is the same, and the interpreter is slow
+def test_the_fused_head_answers_as_whole_logits_do(short_model: TransformerDenoiser) -> None:
     fused, fixed = (
-        TransformerDenoiser(model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True, kernels=kernels)
+        TransformerDenoiser(
+            short_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True, kernels=kernels
+        )
         for kernels in (True, False)
     )
     own = [*(canvas(POLICIES[i], 8, 4, 3) for i in (1, 3, 12, 13)), scored(3, 7)]
