@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,17 +24,14 @@ class SdpaAttention(AttentionBackend):
 
     def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
         grouped = q_QHd.shape[1] != k_TKd.shape[1]
-        out = []
-        for run in _runs(layout, batches=self._batches):
-            keys = run.first_key, run.num_keys
-            parts = ((q_QHd, run.first_query, run.num_queries), (k_TKd, *keys), (v_TKd, *keys))
-            q, k, v = (
-                x[first : first + run.count * length].unflatten(0, (run.count, length)).transpose(1, 2)
-                for x, first, length in parts
-            )  # [sequences, heads, rows, d]
+        runs, out = layout.runs if self._batches else layout.sequences, []
+        for first_query, num_queries, first_key, num_keys, count in runs:
+            q = _sequences(q_QHd, first_query, num_queries, count)
+            k, v = (_sequences(x, first_key, num_keys, count) for x in (k_TKd, v_TKd))
             out.append(_rows_first(scaled_dot_product_attention(q, k, v, enable_gqa=grouped)))
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))
-        for shadow in layout.segments:
+        shadows = layout.segments
+        for shadow in shadows:
             own = slice(*(layout.cu_queries[-1] + bound for bound in shadow.queries))
             shadow_keys = slice(*(layout.cu_keys[-1] + bound for bound in shadow.keys))
             main = slice(*layout.cu_keys[shadow.sequence : shadow.sequence + 2])
@@ -50,35 +44,18 @@ class SdpaAttention(AttentionBackend):
                 )
             )
         # Rows after the last sequence are padding.
-        num_padding = len(q_QHd) - sum(map(len, out))
+        num_padding = len(q_QHd) - layout.cu_queries[-1] - (shadows[-1].queries[1] if shadows else 0)
         if num_padding:
             out.append(q_QHd.new_zeros(num_padding, *q_QHd.shape[1:]))
         return torch.cat(out)
 
 
-class _Run(NamedTuple):
-    """Sequences with equal numbers of queries and keys, whose queries and keys follow each other."""
-
-    num_queries: int
-    num_keys: int
-    first_query: int
-    first_key: int
-    count: int
-
-
-def _runs(layout: VarlenLayout, *, batches: bool) -> list[_Run]:
-    keys_of = layout.keys_of or range(len(layout.cu_queries) - 1)
-    runs: list[_Run] = []
-    for (first, end), own in zip(pairwise(layout.cu_queries), keys_of, strict=True):
-        first_key, end_key = layout.cu_keys[own : own + 2]
-        lens = end - first, end_key - first_key
-        last = runs[-1] if runs else None
-        follows = last is not None and last.first_key + last.count * last.num_keys == first_key
-        if batches and last and follows and lens == last[:2]:
-            runs[-1] = last._replace(count=last.count + 1)
-        else:
-            runs.append(_Run(*lens, first, first_key, 1))
-    return runs
+def _sequences(x_RHd: Tensor, first: int, length: int, count: int) -> Tensor:
+    """The sequences of equal length from row `first` on, [count, heads, length, d]; a view made by one call,
+    because a pack may have many sequences."""
+    rows, heads, last = x_RHd.stride()
+    size = count, x_RHd.shape[1], length, x_RHd.shape[2]
+    return x_RHd.as_strided(size, (length * rows, heads, rows, last), x_RHd.storage_offset() + first * rows)
 
 
 def _rows_first(out: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,6 +122,42 @@ class VarlenLayout:
         if self.device is None or self.device.shadows is None:
             return self.shadows
         return self.device.shadows.segments
+
+    @cached_property
+    def sequences(self) -> list[Run]:
+        """A run for each sequence of queries."""
+        keys_of = self.keys_of or range(len(self.cu_queries) - 1)
+        return [
+            Run(first, end - first, self.cu_keys[own], self.cu_keys[own + 1] - self.cu_keys[own], 1)
+            for (first, end), own in zip(pairwise(self.cu_queries), keys_of, strict=True)
+        ]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The sequences, as many in each run as possible."""
+        runs: list[Run] = []
+        for own in self.sequences:
+            last = runs[-1] if runs else None
+            lens = own.num_queries, own.num_keys
+            if (
+                last is not None
+                and (last.num_queries, last.num_keys) == lens
+                and last.first_key + last.count * last.num_keys == own.first_key
+            ):
+                runs[-1] = last._replace(count=last.count + 1)
+            else:
+                runs.append(own)
+        return runs
+
+
+class Run(NamedTuple):
+    """Sequences with equal numbers of queries and keys, whose queries and keys follow each other."""
+
+    first_query: int
+    num_queries: int
+    first_key: int
+    num_keys: int
+    count: int
 
 
 def shadow_mask(holes_K: Tensor, length: int, sees_K: Tensor) -> Tensor:
