@@ -19,7 +19,7 @@ from remask.outputs import CanvasEvent, CompletionOutput, Decode, RequestOutput,
 from remask.scheduler.canvas import Canvas
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.request import Request
-from remask.text import stable_decoder_of
+from remask.text import stable_decoder_of, token_text_of
 
 OutputKind: TypeAlias = Literal["final_only", "cumulative", "delta"]
 TokenText: TypeAlias = Callable[[int], str | None]
@@ -60,7 +60,7 @@ class OutputStream:
             request.record_events()
         num_held = max(map(len, stop), default=1) - 1
         decode = None if tokenizer is None else stable_decoder_of(tokenizer, num_held)
-        token_text = _token_text(tokenizer) if canvas_events else None
+        token_text = token_text_of(tokenizer) if canvas_events else None
         self._samples = [_Sample(canvas, request, decode, token_text) for canvas in request.canvases]
 
     def update(self, heard: Sequence[Progress]) -> RequestOutput | None:
@@ -146,10 +146,3 @@ def _behind(output: CompletionOutput, num_tokens: int, num_characters: int) -> C
         commit_steps=output.commit_steps[num_tokens:],
         logprobs=None if output.logprobs is None else output.logprobs[num_tokens:],
     )
-
-
-def _token_text(tokenizer: PreTrainedTokenizerBase | None) -> TokenText:
-    """The text of single tokens, of special ones too."""
-    if tokenizer is None:
-        return lambda _: None
-    return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False))

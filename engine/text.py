@@ -126,6 +126,13 @@ def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]
     )
 
 
+def token_text_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[int], str | None]:
+    """The texts of single tokens, of special ones too; None without a tokenizer."""
+    if tokenizer is None:
+        return lambda _: None
+    return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
 def stable_decoder_of(tokenizer: PreTrainedTokenizerBase, num_held: int) -> Callable[[list[int]], str]:
     """Text of the first tokens of a completion that no later token can change, less `num_held` characters.
 

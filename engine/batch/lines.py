@@ -38,6 +38,7 @@ class Line(NamedTuple):
     kind: Kind
     checked: CheckedPrompt | CheckedScore | None  # None: the line is invalid
     fault: InvalidRequest | None
+    echo: bool = False
 
 
 class LineReader:
@@ -81,7 +82,8 @@ class LineReader:
                 asked = read_score_body(body, model_names=self._model_names)
             else:
                 asked = read_body(kind, body, model_names=self._model_names, defaults=self._defaults)
-            return Line(number, custom_id, kind, self._check(asked), None)
+            echo = isinstance(asked, Asked) and asked.echo
+            return Line(number, custom_id, kind, self._check(asked), None, echo)
         except InvalidRequest as error:
             return Line(number, custom_id, kind, None, error)
 

@@ -16,6 +16,7 @@ import msgspec
 
 from remask.scheduler.errors import InvalidRequest
 
+TOKEN_COLUMNS = {"tokens": "token", "token_logprobs": "logprob"}  # and their names in a chat
 ROWS = 1024  # rows in memory at a time
 SAME = (
     "finish_reason",
@@ -94,6 +95,8 @@ def write_rows(records: Iterable[bytes], target: Path) -> None:
             "sample": pyarrow.int32(),
             "text": pyarrow.string(),
             "token_ids": pyarrow.list_(pyarrow.int32()),
+            "tokens": pyarrow.list_(pyarrow.string()),
+            "token_logprobs": pyarrow.list_(pyarrow.float64()),
             "finish_reason": pyarrow.string(),
             "stop_reason": pyarrow.string(),
             "nfe": pyarrow.int32(),
@@ -144,7 +147,17 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "sample": choice["index"],
             "text": choice["message"]["content"] if "message" in choice else choice["text"],
             "token_ids": choice.get("token_ids"),
+            **_token_logprobs(choice["logprobs"]),
             **{name: choice[name] for name in SAME},
             "stop_reason": None if choice["stop_reason"] is None else str(choice["stop_reason"]),
             "prompt_tokens": body["usage"]["prompt_tokens"],
         }
+
+
+def _token_logprobs(logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    if logprobs is None:
+        return {}
+    if "content" in logprobs:
+        tokens = logprobs["content"]
+        return {name: [token[of] for token in tokens] for name, of in TOKEN_COLUMNS.items()}
+    return {name: logprobs[name] for name in TOKEN_COLUMNS}

@@ -239,7 +239,8 @@ class _Run:
             body = score_response(line.checked, output, **about)
         else:
             assert line.kind != "score", "a score was checked as one"
-            body = completion(line.kind, output, **about)
+            tokenizer = self._engine.tokenizer
+            body = completion(line.kind, output, tokenizer, echo=line.echo, **about)
         self._write(index, line, OK, body)
 
     def _write(

@@ -15,7 +15,7 @@ FAILED = 3  # exit status if lines have failed
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 
 
-@with_flags(defaults={"model": "tiny"}, sampling_except=["seed", "logprobs", "trace"])
+@with_flags(defaults={"model": "tiny"}, sampling_except=["seed", "trace"])
 def run_batch(
     input_file: Annotated[
         Path, typer.Option("-i", "--input-file", help="Requests: .jsonl, .txt or .parquet.")

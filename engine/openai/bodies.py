@@ -32,7 +32,6 @@ ASKS_NOTHING: dict[str, tuple[object, ...]] = {
 }
 CHAT_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     **ASKS_NOTHING,
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -49,8 +48,6 @@ CHAT_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
 }
 COMPLETION_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     **ASKS_NOTHING,
-    "logprobs": (),
-    "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
 }
@@ -70,6 +67,7 @@ class Asked(NamedTuple):
     kind: Literal["chat", "completion"]
     content: Any  # messages or prompt; the intake checks them
     params: dict[str, Any]
+    echo: bool  # the response begins with the prompt
 
 
 def read_body(
@@ -105,7 +103,10 @@ def read_body(
         raise InvalidRequest("preset", fields["preset"], problem)  # and never a file that a client names
     content = fields.pop(place)
     content = _plain_messages(content) if kind == "chat" else _one_prompt(content)
-    return Asked(kind, content, with_defaults(_own_names(fields), defaults))
+    echo = fields.pop("echo", False)
+    if not isinstance(echo, bool):
+        raise InvalidRequest("echo", echo, "must be true or false")
+    return Asked(kind, content, with_defaults(_own_names(fields, kind), defaults), echo)
 
 
 def read_score_body(body: object, *, model_names: Collection[str]) -> AskedScore:
@@ -141,7 +142,7 @@ def with_defaults(fields: dict[str, Any], defaults: Mapping[str, Any]) -> dict[s
 
 @cache
 def _known_names(kind: str) -> dict[str, None]:
-    own = ("messages", "max_completion_tokens") if kind == "chat" else ("prompt",)
+    own = ("messages", "max_completion_tokens") if kind == "chat" else ("prompt", "echo")
     neutral = CHAT_ASKS_NOTHING if kind == "chat" else COMPLETION_ASKS_NOTHING
     return dict.fromkeys(("model", *own, "preset", *SamplingParams.__struct_fields__, *neutral, *LABELS))
 
@@ -169,8 +170,13 @@ def _drop_what_asks_nothing(fields: dict[str, Any], kind: str) -> None:
             raise InvalidRequest(name, value, f"unknown field of a {kind}; {close}")
 
 
-def _own_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's newer name for max_tokens as ours."""
+def _own_names(fields: dict[str, Any], kind: str) -> dict[str, Any]:
+    """OpenAI's newer name for max_tokens, and a chat's switch for logprobs, as ours."""
+    if kind == "chat" and "logprobs" in fields:
+        asked = fields.pop("logprobs")
+        if not isinstance(asked, bool):
+            raise InvalidRequest("logprobs", asked, "must be true or false")
+        fields["logprobs"] = 0 if asked else None
     if "max_completion_tokens" in fields:
         newer = fields.pop("max_completion_tokens")
         if fields.setdefault("max_tokens", newer) != newer:

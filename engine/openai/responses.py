@@ -6,13 +6,16 @@ repeats it. Usage counts visible tokens, without the end-of-sequence token.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, Literal
 
 import msgspec
+from transformers import PreTrainedTokenizerBase
 
 from remask.outputs import CompletionOutput, RequestOutput
 from remask.scheduler.errors import InvalidRequest
 from remask.scoring import CheckedScore, Score
+from remask.text import token_text_of
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,11 +33,35 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     content: str | None
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """A token of a chat with its log-probability; alternatives are not known."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[None] = []
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """The visible tokens of a chat's choice."""
+
+    content: list[TokenLogprob]
+
+
+class TextLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """The visible tokens of a text completion's choice. With `echo` those of the prompt come first, without a
+    log-probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: None = None  # alternatives are not known
+    text_offset: list[int]  # where each token begins, if every token is decoded by itself
+
+
 class _Choice(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of both kinds of choices."""
 
     index: int
-    logprobs: None = None
     finish_reason: str
     stop_reason: int | str | None  # as vLLM: the stop string or id
     completion_tokens: int  # visible tokens, of this sample
@@ -47,6 +74,7 @@ class ChatChoice(_Choice, frozen=True, kw_only=True):
     """One sample of a chat."""
 
     message: ChatMessage
+    logprobs: ChatLogprobs | None
 
 
 class TextChoice(_Choice, frozen=True, kw_only=True):
@@ -54,6 +82,7 @@ class TextChoice(_Choice, frozen=True, kw_only=True):
 
     text: str | None
     token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET  # only if the model has no tokenizer
+    logprobs: TextLogprobs | None
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,9 +117,23 @@ def score_response(
 
 
 def completion(
-    kind: Literal["chat", "completion"], output: RequestOutput, *, id: str, created: int, model: str
+    kind: Literal["chat", "completion"],
+    output: RequestOutput,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    echo: bool = False,
+    id: str,
+    created: int,
+    model: str,
 ) -> Completion:
-    """The response to a request that has finished."""
+    """The response to a request that has finished.
+
+    Args:
+        kind: the endpoint.
+        output: what the engine wrote.
+        tokenizer: the model's; None: texts are null, and tokens are written like `token_id:7`, as by vLLM.
+        echo: the text of a text completion begins with the prompt.
+    """
     num_prompt = len(output.prompt_token_ids)
     num_visible = sum(sample.num_visible_tokens for sample in output.outputs)
     chat = kind == "chat"
@@ -99,7 +142,11 @@ def completion(
         object="chat.completion" if chat else "text_completion",
         created=created,
         model=model,
-        choices=[(_chat_choice if chat else _text_choice)(sample) for sample in output.outputs],  # type: ignore[arg-type]
+        choices=(
+            [_chat_choice(sample, tokenizer) for sample in output.outputs]
+            if chat
+            else [_text_choice(sample, output if echo else None, tokenizer) for sample in output.outputs]
+        ),
         usage=Usage(
             prompt_tokens=num_prompt, completion_tokens=num_visible, total_tokens=num_prompt + num_visible
         ),
@@ -121,13 +168,45 @@ def _error_body(message: str, kind: str | None, parameter: str | None) -> dict[s
     return {"error": {"message": message, "type": kind, "param": parameter, "code": None}}
 
 
-def _chat_choice(sample: CompletionOutput) -> ChatChoice:
-    return ChatChoice(message=ChatMessage(content=sample.text), **_common(sample))
+def _chat_choice(sample: CompletionOutput, tokenizer: PreTrainedTokenizerBase | None) -> ChatChoice:
+    logprobs = None
+    if sample.logprobs is not None:
+        num_visible = sample.num_visible_tokens
+        tokens = _token_texts(sample.token_ids[:num_visible], tokenizer)
+        content = [
+            TokenLogprob(token=text, logprob=logprob, bytes=list(text.encode()))
+            for text, logprob in zip(tokens, sample.logprobs[:num_visible], strict=True)
+        ]
+        logprobs = ChatLogprobs(content=content)
+    return ChatChoice(message=ChatMessage(content=sample.text), logprobs=logprobs, **_common(sample))
 
 
-def _text_choice(sample: CompletionOutput) -> TextChoice:
-    token_ids = msgspec.UNSET if sample.text is not None else sample.token_ids
-    return TextChoice(text=sample.text, token_ids=token_ids, **_common(sample))
+def _text_choice(
+    sample: CompletionOutput, echoed: RequestOutput | None, tokenizer: PreTrainedTokenizerBase | None
+) -> TextChoice:
+    prompt_ids = [] if echoed is None else echoed.prompt_token_ids
+    text, token_ids = sample.text, msgspec.UNSET
+    if text is None:
+        token_ids = [*prompt_ids, *sample.token_ids]
+    elif echoed is not None:
+        assert tokenizer is not None, "a text was made by it"
+        text = (str(tokenizer.decode(prompt_ids)) if echoed.prompt is None else echoed.prompt) + text
+    logprobs = None
+    if sample.logprobs is not None:
+        num_visible = sample.num_visible_tokens
+        tokens = _token_texts([*prompt_ids, *sample.token_ids[:num_visible]], tokenizer)
+        logprobs = TextLogprobs(
+            tokens=tokens,
+            token_logprobs=[*[None] * len(prompt_ids), *sample.logprobs[:num_visible]],
+            text_offset=list(accumulate(map(len, tokens), initial=0))[:-1],
+        )
+    return TextChoice(text=text, token_ids=token_ids, logprobs=logprobs, **_common(sample))
+
+
+def _token_texts(token_ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    text_of = token_text_of(tokenizer)
+    texts = ((token_id, text_of(token_id)) for token_id in token_ids)
+    return [f"token_id:{token_id}" if text is None else text for token_id, text in texts]
 
 
 def _common(sample: CompletionOutput) -> dict[str, Any]:

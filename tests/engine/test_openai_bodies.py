@@ -42,7 +42,7 @@ def test_the_newer_name_of_max_tokens_is_the_same() -> None:
     "fields",
     [
         {"stream": False},
-        {"logprobs": False, "top_logprobs": 0},
+        {"top_logprobs": 0},
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
         {"response_format": {"type": "text"}},
         {"user": "somebody", "metadata": {}, "store": False},
@@ -58,7 +58,9 @@ def test_what_asks_for_nothing_is_accepted_and_leaves_no_trace(fields: dict[str,
     [
         ("chat", {"stream": True}, "stream: is not supported"),
         ("chat", {"stream": 0}, "stream"),
-        ("chat", {"logprobs": True}, "logprobs: is not supported"),
+        ("chat", {"logprobs": 1}, "logprobs: must be true or false"),
+        ("chat", {"logprobs": True, "top_logprobs": 2}, "top_logprobs: is not supported"),
+        ("chat", {"echo": True}, "echo: unknown field of a chat"),
         ("chat", {"tools": [{"type": "function"}]}, "tools"),
         ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
         ("chat", {"temprature": 1.0}, "temprature: unknown field of a chat; did you mean 'temperature'"),
@@ -68,7 +70,7 @@ def test_what_asks_for_nothing_is_accepted_and_leaves_no_trace(fields: dict[str,
         ("chat", {"user": 5}, "user: must be text"),
         ("chat", {"model": "gpt-4o"}, "model: is not the model of this run; it is called 'tiny' or 'other'"),
         ("chat", {"model": ["tiny"]}, "model: is not"),
-        ("completion", {"echo": True}, "echo"),
+        ("completion", {"echo": "yes"}, "echo: must be true or false"),
         ("completion", {"best_of": 2}, "best_of"),
         ("completion", {"best_of": True}, "best_of"),
         ("completion", {"suffix": "x"}, "suffix"),
@@ -105,6 +107,18 @@ def test_text_parts_are_lines_of_the_message() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     asked = read(messages=[{"role": "user", "content": parts, "tool_calls": None}])
     assert asked.content == [{"role": "user", "content": "a\nb"}]
+
+
+def test_logprobs_of_both_kinds_ask_for_those_of_the_committed_tokens() -> None:
+    assert read(logprobs=True).params == {"logprobs": 0}
+    assert read(logprobs=False, defaults={"logprobs": 0}).params == {"logprobs": None}
+    assert read("completion", logprobs=1).params == {"logprobs": 1}
+    assert read("completion", logprobs=None).params == {}
+
+
+def test_a_text_completion_may_begin_with_its_prompt() -> None:
+    assert read("completion", echo=True).echo
+    assert not read("completion", echo=None).echo
 
 
 def test_defaults_give_way_to_the_body_and_to_its_preset() -> None:

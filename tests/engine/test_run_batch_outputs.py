@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from remask import CompletionOutput, InvalidRequest, RequestOutput
+from remask import LLM, CompletionOutput, InvalidRequest, RequestOutput
 from remask.batch.identity import RunName, model_digest, parse_id
 from remask.batch.journal import BatchStopped, Journal
 from remask.batch.parquet import write_rows
@@ -178,12 +178,61 @@ def test_parquet_tells_the_tokens_that_were_counted(tmp_path: Path) -> None:
     output = RequestOutput(
         request_id="r", prompt="x", prompt_token_ids=[5], outputs=[sample, more], finished=True, metrics=times
     )
-    body = completion("completion", output, id="a", created=0, model="tiny")
+    body = completion("completion", output, None, id="a", created=0, model="tiny")
     record = {"id": "a", "custom_id": "b", "response": {"status_code": 200, "body": body}}
     write_rows([msgspec.json.encode(record)], tmp_path / "out.parquet")
     table = parquet.read_table(tmp_path / "out.parquet")
     assert table["completion_tokens"].to_pylist() == [2, 1]
     assert body.usage.completion_tokens == 3
+
+
+def test_logprobs_have_the_texts_of_the_visible_tokens(run: Run, tiny_llm: LLM, tmp_path: Path) -> None:
+    """In both kinds of bodies, behind the prompt with `echo`, and in Parquet."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    prompt, fields = "12.34.2=", {"max_tokens": 12}
+    (expected,) = tiny_llm.generate(prompt, {**fields, "logprobs": 1})
+    (sample,) = expected.outputs
+    tokens = [tiny_llm.engine.tokenizer.decode([token]) for token in sample.token_ids]
+    visible = tokens[: sample.num_visible_tokens]
+    assert 0 < len(visible) < len(tokens), "the end of the text is none of them"
+    assert sample.logprobs is not None
+    logprobs = sample.logprobs[: len(visible)]
+    lines = [
+        {"prompt": prompt, **fields, "logprobs": 0},
+        {"prompt": prompt, **fields, "logprobs": 1, "echo": True},
+        {"prompt": expected.prompt_token_ids, **fields, "echo": True},
+        {"messages": [{"role": "user", "content": prompt[:-1]}], **fields, "logprobs": True},
+        {"messages": [{"role": "user", "content": prompt[:-1]}], **fields, "logprobs": False},
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("out.jsonl", "out.parquet"):
+        run(source, tmp_path / name)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    choices = {line["custom_id"]: line["response"]["body"]["choices"][0] for line in found}
+    assert choices["line-1"]["logprobs"] == {
+        "tokens": visible,
+        "token_logprobs": pytest.approx(logprobs, abs=1e-5),
+        "top_logprobs": None,
+        "text_offset": list(range(len(visible))),
+    }
+    assert choices["line-1"]["text"] == sample.text
+    echoed = choices["line-2"]
+    assert echoed["text"] == choices["line-3"]["text"] == prompt + (sample.text or "")
+    assert "".join(echoed["logprobs"]["tokens"]) == echoed["text"]
+    assert echoed["logprobs"]["token_logprobs"][: len(prompt)] == [None] * len(prompt)
+    assert echoed["logprobs"]["token_logprobs"][len(prompt) :] == pytest.approx(logprobs, abs=1e-5)
+    assert echoed["logprobs"]["text_offset"] == list(range(len(echoed["text"])))
+    assert choices["line-3"]["logprobs"] is choices["line-5"]["logprobs"] is None
+    content = choices["line-4"]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == visible
+    assert [entry["logprob"] for entry in content] == pytest.approx(logprobs, abs=1e-5)
+    assert content[0]["bytes"] == list(visible[0].encode())
+    rows = {row["custom_id"]: row for row in parquet.read_table(tmp_path / "out.parquet").to_pylist()}
+    for name in ("line-1", "line-4"):
+        assert rows[name]["tokens"] == visible
+        assert rows[name]["token_logprobs"] == pytest.approx(logprobs, abs=1e-5)
+    assert rows["line-3"]["tokens"] is None
 
 
 def test_a_refused_line_is_a_row_of_parquet_with_its_error(run: Run, tmp_path: Path) -> None:
