@@ -160,20 +160,24 @@ class Run(NamedTuple):
     count: int
 
 
-def shadow_mask(holes_K: Tensor, length: int, sees_K: Tensor) -> Tensor:
+def shadow_mask(holes_K: Tensor, length: int, sees_K: Tensor, *, has_pairs: bool = True) -> Tensor:
     """Mask of the shadow rows of a sequence over its main rows, then its shadow rows: bool [K, length + K].
 
     Args:
         holes_K: int64 [K]: the main row that each shadow row does not see.
         length: number of main rows.
         sees_K: int8 [K]: `ITSELF`, `ITS_BLOCK` (here all are keys) or `ITS_PAIR`.
+        has_pairs: whether `sees_K` may hold `ITS_PAIR`.
     """
     count = len(holes_K)
     holes_K1, sees_K1 = holes_K.unsqueeze(1), sees_K.unsqueeze(1)
     rows, own = (torch.arange(size, device=holes_K.device) for size in (length, count))
-    hidden = (rows == holes_K1) | ((rows == holes_K1 - 1) & (sees_K1 == ITS_PAIR))
-    next_one = (own == own.unsqueeze(1) + 1) & (sees_K1 == ITS_PAIR)
-    seen = (own == own.unsqueeze(1)) | (sees_K1 == ITS_BLOCK) | next_one
+    hidden = rows == holes_K1
+    seen = (own == own.unsqueeze(1)) | (sees_K1 == ITS_BLOCK)
+    if has_pairs:
+        is_pair = sees_K1 == ITS_PAIR
+        hidden |= (rows == holes_K1 - 1) & is_pair
+        seen |= (own == own.unsqueeze(1) + 1) & is_pair
     return torch.cat([~hidden, seen], dim=1)
 
 

@@ -32,12 +32,13 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
         plan = _live_copies(plan, is_copied, len(num_candidates))
         num_candidates += [1] * len(plan.copies.slots)
     is_read = committed[plan.shadows.slots]
-    is_read.view(-1, plan.rows_of_slot)[:, 1:] = False  # of the rows of a slot the first answers
+    if plan.rows_of_slot > 1:
+        is_read.view(-1, plan.rows_of_slot)[:, 1:] = False  # of the rows of a slot the first answers
     every: tuple[ShadowSegment, ...] = ()
     verifying: tuple[ShadowSegment, ...] = ()
     if len(is_read):
         plan, every, verifying = _live_shadows(plan, spare, blocks, is_read)
-    answers = is_read.view(-1, plan.rows_of_slot)[:, 0]
+    answers = is_read[:: plan.rows_of_slot]
     is_answered = torch.cat([is_candidate[: plan.num_main_slots], is_copied, answers])
     cu_keys, cu_queries = plan.layout.cu_keys, _bounds(num_candidates)
     return replace(
@@ -101,7 +102,9 @@ def _live_shadows(
     num_read = _counts(is_read, bounds)
     # Rows that the head does not read are keys of the others.
     is_key = (spare.sees == ITS_BLOCK) & (num_read > 0).repeat_interleave(bounds.diff())
-    is_whole = is_read.view(-1, plan.rows_of_slot)[:, :1].expand(-1, plan.rows_of_slot).flatten()
+    is_whole = is_read[:: plan.rows_of_slot]
+    if plan.rows_of_slot > 1:
+        is_whole = is_whole.repeat_interleave(plan.rows_of_slot)
     is_shadow = is_whole | (blocks.valid.flatten()[plan.shadows.slots] & is_key)
     shadows, sees = plan.shadows.select(is_shadow), spare.sees[is_shadow]
     holes = blocks.rows.flatten()[shadows.slots] + shadows.shifts
@@ -114,7 +117,7 @@ def _live_shadows(
         own = slice(*keys)
         if keys[0] == keys[1]:
             continue
-        mask = shadow_mask(holes[own] - first, last - first, sees[own])
+        mask = shadow_mask(holes[own] - first, last - first, sees[own], has_pairs=plan.rows_of_slot > 1)
         every.append(ShadowSegment(sequence, keys, keys, mask))
         read.append(ShadowSegment(sequence, queries, keys, mask[is_read[own]]))
     plan = replace(plan, shadows=shadows, read_shadows=is_read.nonzero().squeeze(1))
