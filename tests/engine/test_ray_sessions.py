@@ -97,7 +97,7 @@ waiter.start()
 time.sleep(1)
 ray.wait = wait
 assert waits.wait(60)
-time.sleep(0.5)
+time.sleep(0.05)  # Ray's wait looks once a second whether the process ends, and may hang if that is too early
 ray.shutdown()
 waiter.join(10)
 if waiter.is_alive():
