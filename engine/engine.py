@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from remask.checkpoint import read_tokenizer
 from remask.embedded import model_directory
-from remask.intake import Intake, Prompt, read_tokenizer
+from remask.intake import Intake, Prompt
 from remask.limits import Admission
 from remask.options import EngineOptions
 from remask.outputs import (

@@ -8,14 +8,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from numbers import Integral
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from remask.embedded import model_directory
 from remask.limits import check_num_prompts, check_params
 from remask.options import EngineOptions
 from remask.scheduler.canvas import Canvas, new_canvas
@@ -29,13 +27,11 @@ from remask.text import (
     PromptEncoder,
     content_text,
     decoder_of,
-    load_tokenizer,
     render_chat,
     special_tokens,
     split_stops,
 )
 from remask.workers.models.config import ModelConfig
-from remask.workers.models.loading import read_config
 
 Prompt = str | list[int] | dict[str, Any]
 Message = dict[str, Any]
@@ -370,27 +366,6 @@ def _entries(values: Any, part: type, max_parts: int, max_entries: int | None) -
     first = list(itertools.islice(values, 1))
     is_single = any(isinstance(entry, part) for entry in first)
     return [*first, *itertools.islice(values, max_parts if is_single else max_entries)]
-
-
-def read_tokenizer(options: EngineOptions, directory: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the options name, else that of the checkpoint; None if it has none.
-
-    Raises:
-        InvalidRequest: it cannot be read, or the options name one that is not there.
-    """
-    own = options.tokenizer
-    return load_tokenizer(directory if own is None else Path(own), required=own is not None)
-
-
-def intake_of(options: EngineOptions) -> Intake:
-    """The intake of a model that is not loaded: it reads the configuration and the tokenizer alone.
-
-    Raises:
-        InvalidRequest: as the constructor of `LLM`, for what these two files decide.
-    """
-    with model_directory(options.model) as directory:
-        tokenizer, (_, config) = read_tokenizer(options, directory), read_config(directory)
-    return Intake(config, tokenizer, options)
 
 
 def _one_each(name: str, values: Any, count: int) -> list[Any]:

@@ -140,8 +140,10 @@ def stable_decoder_of(tokenizer: PreTrainedTokenizerBase, num_held: int) -> Call
     tokenizers with byte fallback write what they have no token for: it is decoded as a whole.
     """
     decode = decoder_of(tokenizer)
-    ids = [tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in range(256)]
-    byte_ids = {own for own in ids if isinstance(own, int) and own != tokenizer.unk_token_id}
+    without = (None, tokenizer.unk_token_id)
+    has_bytes = tokenizer.convert_tokens_to_ids("<0x00>") not in without  # all of them or none, so look once
+    ids = (tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in range(256 * has_bytes))
+    byte_ids = {own for own in ids if isinstance(own, int) and own not in without}
 
     def belongs_to_run(token: int) -> bool:
         return token in byte_ids or not decode([token])  # tokens without text do not end a run

@@ -26,7 +26,7 @@ from remask.scheduler.request import Request
 logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0  # between two steps of an idle engine, which check its workers
-DROP_SECONDS = 10.0  # what the garbage collector waits for an engine to close
+DROP_SECONDS = 10.0  # maximum wait of the garbage collector for an engine to close
 CLOSED = "the engine was closed; make a new one"
 
 _engines: weakref.WeakSet[EngineThread] = weakref.WeakSet()
@@ -163,8 +163,8 @@ class EngineThread:
             self._thread.join(timeout)
 
     def drop(self) -> None:
-        """Closes an engine that nobody holds any more. The wait is bounded: the garbage collector may call it
-        in a thread that holds what closing needs, such as a lock of Ray's."""
+        """Closes an engine to which no reference is left; waits at most `DROP_SECONDS`. The garbage collector
+        may call it in a thread that holds what closing needs, such as a lock of Ray's."""
         self.close(DROP_SECONDS)
 
     def _work(self) -> None:

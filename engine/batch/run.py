@@ -22,7 +22,7 @@ from remask.batch.journal import BatchStopped, Journal
 from remask.batch.lines import Line, LineReader
 from remask.batch.parquet import is_parquet, require_pyarrow, write_rows
 from remask.batch.source import Source
-from remask.intake import intake_of
+from remask.checkpoint import intake_of
 from remask.openai.responses import (
     Completion,
     ScoreResponse,

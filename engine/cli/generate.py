@@ -86,6 +86,6 @@ def _print_table(outputs: list[RequestOutput], seconds: float) -> None:
     num_tokens = sum(sample.num_visible_tokens for _, sample in samples)
     num_forwards = sum(sample.nfe for _, sample in samples)
     console.print(
-        f"{len(samples)} sample{'s' * (len(samples) > 1)} in {seconds:.2f} s: {num_tokens} visible tokens "
+        f"{len(samples)} sample{'s' * (len(samples) != 1)} in {seconds:.2f} s: {num_tokens} visible tokens "
         f"({num_tokens / seconds:.0f} a second), {num_forwards} forwards"
     )

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from remask.outputs import CompletionOutput, RequestOutput
 from remask.scheduler.errors import InvalidRequest
 from remask.scoring import CheckedScore, Score
-from remask.text import token_text_of
+from remask.text import decoder_of, token_text_of
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,7 +190,7 @@ def _text_choice(
         token_ids = [*prompt_ids, *sample.token_ids]
     elif echoed is not None:
         assert tokenizer is not None, "a text was made by it"
-        text = (str(tokenizer.decode(prompt_ids)) if echoed.prompt is None else echoed.prompt) + text
+        text = (decoder_of(tokenizer)(prompt_ids) if echoed.prompt is None else echoed.prompt) + text
     logprobs = None
     if sample.logprobs is not None:
         num_visible = sample.num_visible_tokens

@@ -22,7 +22,7 @@ MakeFile = Callable[[int], Path]
 def run(tiny_llm: LLM) -> Run:
     """`run(source, output, **options)` on the embedded model, loaded once; a forked process loads its own.
 
-    Options of the engine only name the run.
+    Options of the engine name the run and check its lines; the model that runs them has its own.
     """
     pid = os.getpid()
 

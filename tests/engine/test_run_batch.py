@@ -114,6 +114,16 @@ def test_a_model_without_tokenizer_takes_and_gives_token_ids(golden_llm: LLM, tm
         assert len(choice["token_ids"]) == count
 
 
+def test_tokens_without_a_tokenizer_are_written_as_ids(golden_llm: LLM, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": [33, 11], "max_tokens": 3, "logprobs": 0, "echo": True})
+    options = BatchOptions(engine=golden_llm.engine.intake.options, defaults={"ignore_eos": True})
+    run_batch(source, tmp_path / "out.jsonl", lambda: nullcontext(golden_llm), options)
+    (choice,) = results(tmp_path / "out.jsonl")["line-1"]["response"]["body"]["choices"]
+    assert choice["token_ids"][:2] == [33, 11]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
+    assert [logprob is None for logprob in choice["logprobs"]["token_logprobs"]] == [True] * 2 + [False] * 3
+
+
 FAULTS: list[tuple[Any, str]] = [
     ("{", "JSON: cannot be read"),
     ("[1]", "JSON: must be an object"),

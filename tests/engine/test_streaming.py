@@ -162,9 +162,9 @@ def test_coroutines_get_the_offline_output(llm: AsyncLLM, params: Params, kind: 
 def bytes_tokenizer(directory: Path, kind: str) -> Path:
     """150 tokens of one byte each: letters, and the bytes of characters of two bytes. These are tokens like
     any other, as in GPT-2's tokenizer, or "fallback": tokens `<0xC3>`, as in Llama's."""
-    values = [*range(0x41, 0x79), *range(0x80, 0xC0), *range(0xC2, 0xE0)]
+    values = [*range(0x41, 0x78), *range(0x80, 0xC0), *range(0xC2, 0xE0), 0]
     if kind == "fallback":
-        names = [chr(value) if value < 0x80 else f"<0x{value:02X}>" for value in values]
+        names = [chr(value) if 0 < value < 0x80 else f"<0x{value:02X}>" for value in values]
         decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     else:
         names = [bytes_to_unicode()[value] for value in values]

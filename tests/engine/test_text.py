@@ -14,7 +14,8 @@ import pytest
 
 from remask import LLM, EngineOptions, InvalidRequest
 from remask.batch.run import BatchOptions, run_batch
-from remask.intake import Intake, intake_of
+from remask.checkpoint import intake_of
+from remask.intake import Intake
 from remask.text import PromptEncoder
 
 MASK, EOT = "<|mdm_mask|>", "<|eot_id|>"

@@ -24,7 +24,8 @@ class SdpaAttention(AttentionBackend):
 
     def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
         grouped = q_QHd.shape[1] != k_TKd.shape[1]
-        runs, out = layout.runs if self._batches else layout.sequences, []
+        runs = layout.runs if self._batches else layout.sequences
+        out: list[Tensor] = []
         for first_query, num_queries, first_key, num_keys, count in runs:
             q = _sequences(q_QHd, first_query, num_queries, count)
             k, v = (_sequences(x, first_key, num_keys, count) for x in (k_TKd, v_TKd))

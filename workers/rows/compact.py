@@ -32,8 +32,7 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
         plan = _live_copies(plan, is_copied, len(num_candidates))
         num_candidates += [1] * len(plan.copies.slots)
     is_read = committed[plan.shadows.slots]
-    if plan.rows_of_slot > 1:
-        is_read.view(-1, plan.rows_of_slot)[:, 1:] = False  # of the rows of a slot the first answers
+    is_read.view(-1, plan.rows_of_slot)[:, 1:] = False  # of the rows of a slot the first answers
     every: tuple[ShadowSegment, ...] = ()
     verifying: tuple[ShadowSegment, ...] = ()
     if len(is_read):
@@ -102,9 +101,7 @@ def _live_shadows(
     num_read = _counts(is_read, bounds)
     # Rows that the head does not read are keys of the others.
     is_key = (spare.sees == ITS_BLOCK) & (num_read > 0).repeat_interleave(bounds.diff())
-    is_whole = is_read[:: plan.rows_of_slot]
-    if plan.rows_of_slot > 1:
-        is_whole = is_whole.repeat_interleave(plan.rows_of_slot)
+    is_whole = is_read[:: plan.rows_of_slot].repeat_interleave(plan.rows_of_slot)
     is_shadow = is_whole | (blocks.valid.flatten()[plan.shadows.slots] & is_key)
     shadows, sees = plan.shadows.select(is_shadow), spare.sees[is_shadow]
     holes = blocks.rows.flatten()[shadows.slots] + shadows.shifts
