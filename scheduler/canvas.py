@@ -70,6 +70,11 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return np.frombuffer(self.slots, TOKEN).astype(np.int64)
 
     @cached_property
+    def num_leading(self) -> int:
+        """How many fixed tokens stand before all slots."""
+        return int(self.slot_array.min())
+
+    @cached_property
     def block_lens(self) -> list[int]:
         whole, rest = divmod(self.canvas_len, self.block_length)
         return [self.block_length] * whole + [rest] * (rest > 0)

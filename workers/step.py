@@ -8,6 +8,7 @@ enters the decision about another.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -22,7 +23,7 @@ from remask.workers.models.denoiser import Denoiser
 from remask.workers.rows.compact import compacted
 from remask.workers.rows.pack import ActiveBlocks, HeadQuery, PackedRows, StepInputs, group_canvases
 from remask.workers.rows.plan import Plan, plan_pack
-from remask.workers.rows.repeats import without_repeats
+from remask.workers.rows.repeats import may_repeat, without_repeats
 from remask.workers.strategies.view import BlockView, prob
 
 Plans: TypeAlias = Sequence[Plan]
@@ -36,7 +37,12 @@ def plan_packs(state: BurstState, model: Denoiser, pack_rows: int) -> Plans:
     lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
     num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
     groups = group_canvases(num_rows, live, pack_rows)
-    return [plan_pack(group, state.specs, state.cu_tokens) for group in groups]
+    plans = [plan_pack(group, state.specs, state.cu_tokens) for group in groups]
+    if model.static_shapes:
+        return plans
+    return [
+        replace(plan, may_repeat=may_repeat(group, state)) for group, plan in zip(groups, plans, strict=True)
+    ]
 
 
 def pack(plan: Plan, step: StepInputs, model: Denoiser) -> tuple[PackedRows, HeadQuery]:
@@ -57,7 +63,7 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     step = StepInputs(state.tokens, blocks, model.mask_id, state.sampling, keys, state.needs, state.removed)
     for plan in plans:
         rows, query = pack(plan, step, model)
-        if not model.static_shapes:
+        if plan.may_repeat:
             rows = without_repeats(rows)
         found = model.statistics(rows, query)
         num_rows += len(rows.ids_T)

@@ -75,6 +75,22 @@ def test_a_pack_without_repeats_stays_as_it_is(golden_model: TransformerDenoiser
     assert without_repeats(rows) is rows
 
 
+def test_only_canvases_that_may_become_equal_are_compared(golden_model: TransformerDenoiser) -> None:
+    def compared(*canvases: Canvas) -> bool:
+        (plan,) = plan_packs(
+            BurstState([c.spec for c in canvases], [c.state for c in canvases]), golden_model, 1 << 20
+        )
+        return plan.may_repeat
+
+    one, other = canvas(SamplingParams(**PLAIN)), canvas(SamplingParams(**PLAIN), OTHER)
+    longer = canvas(SamplingParams(**{**PLAIN, "max_tokens": 13}))
+    assert not compared(one)
+    assert not compared(one, other, longer)
+    assert compared(one, other, canvas(SamplingParams(**PLAIN), seed=1))
+    guided = canvas(SamplingParams(**PLAIN, cfg_scale=1.0), OTHER)
+    assert compared(one, guided)
+
+
 def test_a_step_computes_the_samples_of_a_prompt_once_while_they_are_equal(
     golden_model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
 ) -> None:

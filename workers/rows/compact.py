@@ -31,14 +31,15 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
     if len(is_copied):
         plan = _live_copies(plan, is_copied, len(num_candidates))
         num_candidates += [1] * len(plan.copies.slots)
-    is_read = committed[plan.shadows.slots]
-    is_read.view(-1, plan.rows_of_slot)[:, 1:] = False  # of the rows of a slot the first answers
+    is_read = is_verified = committed[plan.shadows.slots]
+    if plan.rows_of_slot > 1:  # the first answers
+        is_read.view(-1, plan.rows_of_slot)[:, 1:] = False
+        is_verified = is_read[:: plan.rows_of_slot]
     every: tuple[ShadowSegment, ...] = ()
     verifying: tuple[ShadowSegment, ...] = ()
     if len(is_read):
         plan, every, verifying = _live_shadows(plan, spare, blocks, is_read)
-    answers = is_read[:: plan.rows_of_slot]
-    is_answered = torch.cat([is_candidate[: plan.num_main_slots], is_copied, answers])
+    is_answered = torch.cat([is_candidate[: plan.num_main_slots], is_copied, is_verified])
     cu_keys, cu_queries = plan.layout.cu_keys, _bounds(num_candidates)
     return replace(
         plan,
@@ -101,7 +102,9 @@ def _live_shadows(
     num_read = _counts(is_read, bounds)
     # Rows that the head does not read are keys of the others.
     is_key = (spare.sees == ITS_BLOCK) & (num_read > 0).repeat_interleave(bounds.diff())
-    is_whole = is_read[:: plan.rows_of_slot].repeat_interleave(plan.rows_of_slot)
+    is_whole = is_read
+    if plan.rows_of_slot > 1:
+        is_whole = is_read[:: plan.rows_of_slot].repeat_interleave(plan.rows_of_slot)
     is_shadow = is_whole | (blocks.valid.flatten()[plan.shadows.slots] & is_key)
     shadows, sees = plan.shadows.select(is_shadow), spare.sees[is_shadow]
     holes = blocks.rows.flatten()[shadows.slots] + shadows.shifts

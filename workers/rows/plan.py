@@ -116,6 +116,7 @@ class Plan:
         slots_N: int64 [N]: the slots that are answered for: of first copies, of copies and of shadow rows.
         spare: None: all rows are live.
         shift: offset of the row that answers for a position: row i - shift answers for position i.
+        may_repeat: whether sequences may be equal in a step.
     """
 
     token_index: Tensor
@@ -132,6 +133,7 @@ class Plan:
     slots_N: Tensor
     spare: Spare | None
     shift: int
+    may_repeat: bool = False
 
     @property
     def rows_of_slot(self) -> int:

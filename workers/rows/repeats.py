@@ -7,7 +7,7 @@ canvas has candidates of its own.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from remask.workers.attention.varlen import ShadowSegment, VarlenLayout
+from remask.workers.burst.state import BurstState
 from remask.workers.rows.pack import PackedRows
 
 Span = tuple[int, int]
@@ -37,6 +38,18 @@ class Kept(NamedTuple):
         """Where the rows of a run are after."""
         number = self.numbers[run]
         return self.bounds[number], self.bounds[number + 1]
+
+
+def may_repeat(canvases: Sequence[int], state: BurstState) -> bool:
+    """Whether some canvases of a burst, on a host, may ever hold equal sequences. Those with different fixed
+    tokens before their slots do not, apart from second copies, in which fixed tokens are masked."""
+    tokens, beginnings = state.tokens.numpy(), set[Hashable]()
+    for c in canvases:
+        spec, (start, end) = state.specs[c], state.cu_tokens[c : c + 2]
+        if spec.is_guided:
+            return True
+        beginnings.add((end - start, tokens[start : start + spec.num_leading].tobytes()))
+    return len(beginnings) < len(canvases)
 
 
 def without_repeats(rows: PackedRows) -> PackedRows:
