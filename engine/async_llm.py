@@ -7,7 +7,6 @@ share every step.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import weakref
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 
 import msgspec
 
-from remask.engine import Engine, Progress
+from remask.engine import Engine
 from remask.intake import Prompt
 from remask.options import EngineOptions, call_signature
 from remask.outputs import RequestOutput
-from remask.scheduler.errors import RemaskError
 from remask.scheduler.params import SamplingParams
-from remask.scheduler.request import Request
-from remask.streaming import OutputKind, OutputStream, check_kind
+from remask.streaming import OutputKind, check_kind
+from remask.submission import submit
 from remask.thread import EngineThread
 
 
@@ -86,47 +84,26 @@ class AsyncLLM:
             WorkerDied: Several workers in a row died while the request ran alone.
             EngineDead, Unavailable: The engine was closed, has failed, or has no workers left.
         """
-        engine, intake = self.engine, self.engine.intake
+        engine = self.engine
         check_kind(output_kind, canvas_events)
         engine.check_alive()
-        loop, items = asyncio.get_running_loop(), asyncio.Queue[Progress | RemaskError]()
-
-        def send(item: Progress | RemaskError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits
-                loop.call_soon_threadsafe(items.put_nowait, item)
-
-        ordinal = intake.reserve()  # before anything is awaited, so that seeds follow the order of the calls
-
-        def prepare() -> tuple[Request, OutputStream | None]:
-            checked = intake.check(prompt, sampling_params)
-            request = intake.request(checked, ordinal)
-            if output_kind == "final_only":
-                return request, None
-            stop, tokenizer = checked.params.stop, engine.tokenizer
-            return request, OutputStream(request, output_kind, stop, tokenizer, canvas_events=canvas_events)
-
-        request, stream = await asyncio.to_thread(prepare)
-        engine.add([request], send, every_burst=stream is not None)
+        ordinal = (
+            engine.intake.reserve()
+        )  # before anything is awaited, so that seeds follow the order of the calls
+        submission = await submit(
+            engine,
+            lambda: [engine.intake.check(prompt, sampling_params)],
+            ordinal=ordinal,
+            output_kind=output_kind,
+            canvas_events=canvas_events,
+        )
         try:
-            has_ended = False
-            while not has_ended:
-                heard: list[Progress] = []
-                while not (heard and items.empty()):  # what came while the reader was busy makes one output
-                    item = await items.get()
-                    if isinstance(item, RemaskError):
-                        engine.check_alive()
-                        raise item
-                    heard.append(item)
-                if request.failure is not None:
-                    raise request.failure
-                has_ended = heard[-1].has_ended
-                output = await asyncio.to_thread(_output_of, heard, stream)
-                if output is not None and request_id is not None:
+            async for _, output in submission:
+                if request_id is not None:
                     output = msgspec.structs.replace(output, request_id=request_id)
-                if output is not None:
-                    yield output
+                yield output
         finally:
-            engine.abort([request.request_id])
+            submission.close()
 
     def scale(self, num_workers: int) -> None:
         """As `LLM.scale`."""
@@ -141,7 +118,3 @@ class AsyncLLM:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
-
-
-def _output_of(heard: list[Progress], stream: OutputStream | None) -> RequestOutput | None:
-    return heard[-1].output if stream is None else stream.update(heard)

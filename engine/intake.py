@@ -25,11 +25,11 @@ from remask.scheduler.sampling import BIAS, TOKEN, id_array
 from remask.stops import StopStrings
 from remask.text import (
     PromptEncoder,
-    content_text,
     decoder_of,
     render_chat,
     special_tokens,
     split_stops,
+    text_messages,
 )
 from remask.workers.models.config import ModelConfig
 
@@ -57,6 +57,7 @@ class Intake:
         config: shape and special ids of the model.
         options: options of the engine.
         decode: converts visible ids to text; None without a tokenizer.
+        max_len: maximum tokens of prompt and canvas together.
 
     Raises:
         InvalidRequest: `max_model_len` exceeds the model's.
@@ -66,8 +67,8 @@ class Intake:
         self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
     ) -> None:
         self.config, self.options, self._tokenizer = config, options, tokenizer
-        self._max_len = config.max_len if options.max_model_len is None else options.max_model_len
-        if not 2 <= self._max_len <= config.max_len:
+        self.max_len = config.max_len if options.max_model_len is None else options.max_model_len
+        if not 2 <= self.max_len <= config.max_len:
             problem = f"must lie between 2 and the model's {config.max_len}"
             raise InvalidRequest("max_model_len", options.max_model_len, problem)
         self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, config.mask_id)
@@ -98,16 +99,30 @@ class Intake:
         own_priorities = _one_each("priority", priorities, len(every))
         if priorities is not None and listed(priorities, 0) is None:
             raise InvalidRequest("priority", priorities, "give a list of an integer for each prompt")
+        checked = self.check_each(every, params, own_priorities)
+        first = self.reserve(len(checked))
+        return [self.request(entry, first + index) for index, entry in enumerate(checked)]
+
+    def check_each(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | dict[str, Any] | None],
+        priorities: Sequence[int | None],
+    ) -> list[CheckedPrompt]:
+        """The prompts of one call, with a value of each of the others for each prompt.
+
+        Raises:
+            InvalidRequest: names the index of the first invalid prompt and its parameter.
+        """
         checked: list[CheckedPrompt] = []
         num_tokens = 0  # of the canvases so far
-        for index, (prompt, own, priority) in enumerate(zip(every, params, own_priorities, strict=True)):
+        for index, (prompt, own, priority) in enumerate(zip(prompts, params, priorities, strict=True)):
             try:
                 checked.append(self.check(prompt, own, priority))
                 num_tokens = check_params(self.options, checked[-1].params, num_tokens)
             except InvalidRequest as error:
                 raise error.at(f"prompt {index}") from None
-        first = self.reserve(len(checked))
-        return [self.request(entry, first + index) for index, entry in enumerate(checked)]
+        return checked
 
     def reserve(self, num_requests: int = 1) -> int:
         """The first ordinal of requests that follow each other, whatever other threads do meanwhile."""
@@ -209,7 +224,7 @@ class Intake:
         """
         self._check_template()
         ceiling = self.options.max_prompts_per_call
-        given = None if isinstance(messages, Mapping) else _entries(messages, Mapping, self._max_len, ceiling)
+        given = None if isinstance(messages, Mapping) else _entries(messages, Mapping, self.max_len, ceiling)
         if not given:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
         conversations: list[Any] = [given] if isinstance(given[0], Mapping) else given
@@ -222,7 +237,7 @@ class Intake:
         """One conversation, as `chat_prompts`; `name` is what errors call it."""
         self._check_template()
         assert self._tokenizer is not None, "checked with the template"
-        messages = _text_messages(name, plain(conversation))
+        messages = text_messages(name, plain(conversation))
         text = render_chat(self._tokenizer, messages, name=name)
         assert self._encoder is not None, "there is a tokenizer"
         ids = self._encoder.encode(text, add_special_tokens=False)
@@ -237,7 +252,7 @@ class Intake:
         what errors call it."""
         if isinstance(prompts, str | Mapping):
             return [prompts]
-        every = _entries(prompts, Integral, self._max_len, self.options.max_prompts_per_call)
+        every = _entries(prompts, Integral, self.max_len, self.options.max_prompts_per_call)
         if every is None:
             raise InvalidRequest(name, prompts, f"give a {name.removesuffix('s')} or a list of {name}")
         return [every] if every and all(isinstance(entry, Integral) for entry in every) else every
@@ -260,7 +275,7 @@ class Intake:
         else:
             ids = prompt
         if ids is None:
-            ids = self._encoded("prompt", text, add_special_tokens=True)
+            ids = self.encode("prompt", text, add_special_tokens=True)
         return text if isinstance(text, str) else None, self._check_ids("prompt", ids)
 
     def read_continuation(self, continuation: object) -> list[int]:
@@ -271,10 +286,11 @@ class Intake:
         """
         name, ids = "continuation", plain(continuation)
         if isinstance(ids, str):
-            ids = self._encoded(name, ids, add_special_tokens=False)
+            ids = self.encode(name, ids, add_special_tokens=False)
         return self._check_ids(name, ids)
 
-    def _encoded(self, name: str, text: object, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, name: str, text: object, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a text, which errors call `name`; raises InvalidRequest if there can be none."""
         if not isinstance(text, str):
             raise InvalidRequest(name, text, "must be text or a list of token ids")
         if self._encoder is None:
@@ -300,13 +316,13 @@ class Intake:
 
     def check_lengths(self, ids: list[int], max_tokens: int, name: str = "max_tokens") -> None:
         """Raises InvalidRequest, for the parameter `name`, if prompt and canvas are longer than the model."""
-        room = self._max_len - len(ids)
+        room = self.max_len - len(ids)
         if max_tokens > room:
             fix = f"use {name} <= {room}" if room > 0 else "shorten the prompt"
             raise InvalidRequest(
                 name,
                 max_tokens,
-                f"prompt of {len(ids)} tokens and canvas exceed the model's length {self._max_len}; {fix}",
+                f"prompt of {len(ids)} tokens and canvas exceed the model's length {self.max_len}; {fix}",
             )
 
     def _with_own_ids(self, params: ResolvedParams) -> ResolvedParams:
@@ -376,18 +392,6 @@ def _one_each(name: str, values: Any, count: int) -> list[Any]:
         num_given = len(values) if isinstance(values, Sized) else len(given)
         raise InvalidRequest(name, num_given, f"give one for each of the {count} prompts")
     return given
-
-
-def _text_messages(name: str, conversation: object) -> list[dict[str, Any]]:
-    """Messages whose content is text."""
-    if not isinstance(conversation, list) or not conversation:
-        raise InvalidRequest(name, conversation, "must be a list of at least one message")
-    for place, message in enumerate(conversation):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InvalidRequest(f"{name}[{place}]", message, "must have a text `role` and a text `content`")
-        content = content_text(f"{name}[{place}].content", message.get("content"))
-        conversation[place] = {**message, "content": content}
-    return conversation
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:

@@ -118,6 +118,22 @@ def content_text(name: str, content: object) -> str:
     return content
 
 
+def text_messages(name: str, conversation: object) -> list[dict[str, Any]]:
+    """Messages whose content is text; `name` is what errors call the conversation.
+
+    Raises:
+        InvalidRequest: a message has no text role or content.
+    """
+    if not isinstance(conversation, list) or not conversation:
+        raise InvalidRequest(name, conversation, "must be a list of at least one message")
+    for place, message in enumerate(conversation):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"{name}[{place}]", message, "must have a text `role` and a text `content`")
+        content = content_text(f"{name}[{place}].content", message.get("content"))
+        conversation[place] = {**message, "content": content}
+    return conversation
+
+
 def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     """Text as the tokens write it, without special tokens. More tokens only add to it, so that a stop string
     stays where it is."""
