@@ -192,6 +192,7 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
     num_query_rows: int = 0  # rows of its forwards, whatever a backend leaves out
+    num_remasked: int = 0  # tokens that were taken back
     finished: bool = False
     fault: int = 0  # the fault that ended it, one of those above; 0: none
     error: str = ""  # class and message of the exception of its policy's kernel

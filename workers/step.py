@@ -140,6 +140,8 @@ def _update(
     state.block_forwards += running
     state.num_query_rows += running * state.rows_of_forward(blocks)
     commit, remask, holds, _ = outcome
+    if state.remask:
+        state.num_remasked += remask.sum(1)
     takes_top = outcome.takes_top.unsqueeze(1)
     proposal = torch.where(takes_top, main.top_token.view(slots.shape), main.proposal.view(slots.shape))
     logprob = torch.where(

@@ -20,7 +20,9 @@ from remask.workers.burst.state import BurstState
 from remask.workers.strategies.view import Memory
 
 TABLES = ("confidences", "logprobs", "commit_steps")  # [R, slots]
-COUNTERS = ("block", "num_forwards", "block_forwards", "num_query_rows", "finished", "fault")  # [R]
+COUNTERS = (
+    "block", "num_forwards", "block_forwards", "num_query_rows", "num_remasked", "finished", "fault",
+)  # [R]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class BurstState(HoldsTensors):
         slot_rows: int64 [R, G + 1]: index of each slot in `tokens`.
         targets: int64 [R, G + 1]: the tokens to commit, -1 for the proposals; None: no canvas has targets.
         confidences, logprobs, commit_steps: [R, G + 1].
-        block, num_forwards, block_forwards, num_query_rows: int64 [R].
+        block, num_forwards, block_forwards, num_query_rows, num_remasked: int64 [R].
         finished: bool [R].
         paused: bool [R]: takes no more steps in this burst: finished, at fault, or at the end of a block
             whose text the engine searches for stop strings.
@@ -77,6 +77,7 @@ class BurstState(HoldsTensors):
         self.num_forwards = column([state.num_forwards for state in states])
         self.block_forwards = column([state.num_block_forwards for state in states])
         self.num_query_rows = column([state.num_query_rows for state in states])
+        self.num_remasked = column([state.num_remasked for state in states])
         rows = [spec.forward_rows(state.sequence_len) for spec, state in zip(specs, states, strict=True)]
         self.num_main_rows, self.rows_per_slot, self.rows_per_commit = map(column, zip(*rows, strict=True))
         self.finished = column([state.finished for state in states], np.bool_)
@@ -166,6 +167,7 @@ class BurstState(HoldsTensors):
                     self.num_forwards,
                     self.block_forwards,
                     self.num_query_rows,
+                    self.num_remasked,
                     self.finished.long(),
                     self.fault,
                 ]

@@ -23,7 +23,8 @@ class Results:
     confidences: Tensor
     logprobs: Tensor
     commit_steps: Tensor
-    counters: Tensor  # int64 [6, R]: block, num_forwards, block_forwards, num_query_rows, finished, fault
+    # int64 [7, R]: block, num_forwards, block_forwards, num_query_rows, num_remasked, finished, fault
+    counters: Tensor
     memory: list[Memory]
     removed: Tensor | None
     events: list[Tensor]
@@ -103,7 +104,9 @@ def pack_states(
     states = []
     for i, spec in enumerate(specs):
         length = spec.canvas_len
-        block, num_forwards, block_forwards, num_query_rows, finished, fault = (line[i] for line in counters)
+        block, num_forwards, block_forwards, num_query_rows, num_remasked, finished, fault = (
+            line[i] for line in counters
+        )
         states.append(
             CanvasState(
                 tokens=tokens[cu_tokens[i] : cu_tokens[i + 1]].tobytes(),
@@ -116,6 +119,7 @@ def pack_states(
                 num_forwards=num_forwards,
                 num_block_forwards=block_forwards,
                 num_query_rows=num_query_rows,
+                num_remasked=num_remasked,
                 finished=bool(finished),
                 fault=fault,
                 error=errors.get(i, "") if fault else "",
