@@ -30,6 +30,7 @@ from remask.outputs import (
 )
 from remask.scheduler.canvas import Canvas, new_probe
 from remask.scheduler.errors import EngineDead, RemaskError
+from remask.scheduler.messages import StepResult
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.planning import BURST_SECONDS, OVERLAPPED_BURST_SECONDS
 from remask.scheduler.request import Request
@@ -55,6 +56,11 @@ class Progress:
     ) -> None:
         self.request_id, self.state, self.has_ended = canvas.request_id, canvas.state, has_ended
         self._canvas, self._records, self._request, self._decode = canvas, records, request, decode
+
+    @property
+    def arrival_time(self) -> float:
+        """Monotonic seconds when the engine accepted the request."""
+        return self._request.arrival_time
 
     @property
     def sample(self) -> int:
@@ -98,6 +104,8 @@ class Engine:
         executor: the workers.
         intake: validates prompts and parameters and makes requests.
         admission: counts live requests.
+        result: the burst whose result the last step applied; None if it applied none.
+        last_answer: monotonic seconds when a worker last answered.
 
     Raises:
         InvalidRequest: an option or a file of the checkpoint is invalid; the error names it.
@@ -126,6 +134,8 @@ class Engine:
         self._live: dict[str, Request] = {}
         self._num_in_flight: Counter[int] = Counter()  # bursts of each worker whose result was not taken yet
         self._dead: RemaskError | None = None
+        self.result: StepResult | None = None
+        self.last_answer = time.monotonic()
 
     def add(
         self,
@@ -169,6 +179,11 @@ class Engine:
         """Drops requests. Ids that are not live are ignored."""
         self._scheduler.abort([request_id for request_id in request_ids if self._forget(request_id)])
 
+    def has_answered(self, seconds: float) -> bool:
+        """Whether workers run, and one has answered in the last seconds, or none of them has work."""
+        is_idle = self._num_in_flight.total() == 0
+        return len(self.executor.workers) > 0 and (is_idle or time.monotonic() - self.last_answer < seconds)
+
     def has_unfinished(self) -> bool:
         """Whether requests are live or bursts are in flight."""
         return self._scheduler.num_live > 0 or self._num_in_flight.total() > 0
@@ -184,6 +199,7 @@ class Engine:
             EngineDead: every burst fails, or the executor has failed.
             Unavailable: no worker is running and none can be started.
         """
+        self.result = None
         try:
             self._fill()
             if convicted := self._scheduler.take_convicted():
@@ -215,9 +231,12 @@ class Engine:
 
     def _apply(self, event: Event) -> list[Progress]:
         """Passes an event to the scheduler."""
+        if isinstance(event, Joined | Finished):
+            self.last_answer = time.monotonic()
         if isinstance(event, Joined):
             return []
         if isinstance(event, Finished):
+            self.result = event.result
             self._num_in_flight[event.worker] -= 1
             ended = self._scheduler.update(event.result)
             return self._progress(ended, self._scheduler.moved)

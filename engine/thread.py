@@ -15,11 +15,12 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from remask.engine import Engine, Progress
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError
+from remask.scheduler.messages import StepResult
 from remask.scheduler.plain import plain
 from remask.scheduler.request import Request
 
@@ -34,6 +35,16 @@ _engines: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 Listener: TypeAlias = Callable[[Progress | RemaskError], None]
 
 
+class Observer(Protocol):
+    """Sees all that an engine does; called by its thread, which waits for it."""
+
+    def heard(self, found: Sequence[Progress], result: StepResult | None) -> None:
+        """What a step has brought, and the burst that it applied."""
+
+    def dropped(self, request_ids: Iterable[str]) -> None:
+        """Requests that were aborted; some may have ended before."""
+
+
 class EngineThread:
     """Steps an engine until it is closed or fails.
 
@@ -43,11 +54,13 @@ class EngineThread:
     Attributes:
         intake: makes the requests for `add` and `serve`, in any thread.
         tokenizer: the model's tokenizer; None: there is none.
+        observer: sees all that the engine does; None: nobody does.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.intake, self.tokenizer = engine.intake, engine.tokenizer
+        self.observer: Observer | None = None
         self._pid = os.getpid()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Listener] = {}  # the thread's own, as the next line
@@ -63,6 +76,21 @@ class EngineThread:
     def num_live(self) -> int:
         """Number of requests that have not ended."""
         return self._engine.admission.num_requests
+
+    @property
+    def num_live_tokens(self) -> int:
+        """Tokens of the canvases of these requests."""
+        return self._engine.admission.num_tokens
+
+    @property
+    def num_workers(self) -> int:
+        """Number of the workers that run."""
+        return len(self._engine.executor.workers)
+
+    def is_ready(self, seconds: float) -> bool:
+        """Whether the engine can serve requests: it has not ended, and a worker has answered in the last
+        seconds unless all are idle."""
+        return self._dead is None and self._engine.has_answered(seconds)
 
     def check_alive(self) -> None:
         """Raises EngineDead or Unavailable if the engine has ended, or belongs to another process."""
@@ -171,7 +199,10 @@ class EngineThread:
         error: RemaskError = EngineDead(CLOSED)
         try:
             while self._take_messages():
-                for progress in self._engine.step():
+                found = self._engine.step()
+                if self.observer is not None:
+                    self.observer.heard(found, self._engine.result)
+                for progress in found:
                     self._tell(progress)
         except RemaskError as failure:
             error = failure
@@ -225,6 +256,8 @@ class EngineThread:
         for request_id in request_ids:
             self._listeners.pop(request_id, None)
             self._watched.discard(request_id)
+        if self.observer is not None:
+            self.observer.dropped(request_ids)
 
     def _close(self) -> None:
         self._closing = True
