@@ -46,6 +46,12 @@ class InvalidRequest(RemaskError, ValueError):
         return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)
 
 
+class UnknownModel(InvalidRequest):
+    """A request names a model that is not served."""
+
+    status = 404
+
+
 class Overloaded(RemaskError):
     """The engine's queue is full (`max_queued_requests`, `max_queued_tokens`); try again later."""
 

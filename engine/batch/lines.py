@@ -111,7 +111,8 @@ class LineReader:
     def _check(self, asked: Asked | AskedScore) -> CheckedPrompt | CheckedScore:
         if isinstance(asked, AskedScore):
             return check_score(self._intake, asked.prompt, asked.continuation, asked.params)
-        prompt = self._intake.chat_prompt(asked.content) if asked.kind == "chat" else asked.content
+        (content,) = asked.contents
+        prompt = self._intake.chat_prompt(content) if asked.kind == "chat" else content
         return self._intake.check(prompt, asked.params)
 
 

@@ -86,7 +86,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 class _Response(msgspec.Struct, frozen=True):
     status_code: int
     request_id: str
-    body: Completion | ScoreResponse | dict[str, Any]
+    body: Completion[Any] | ScoreResponse | dict[str, Any]
 
 
 class _Result(msgspec.Struct, frozen=True):
@@ -240,11 +240,11 @@ class _Run:
         else:
             assert line.kind != "score", "a score was checked as one"
             tokenizer = self._engine.tokenizer
-            body = completion(line.kind, output, tokenizer, echo=line.echo, **about)
+            body = completion(line.kind, [output], tokenizer, echo=line.echo, **about)
         self._write(index, line, OK, body)
 
     def _write(
-        self, index: int, line: Line, status: int, body: Completion | ScoreResponse | dict[str, Any]
+        self, index: int, line: Line, status: int, body: Completion[Any] | ScoreResponse | dict[str, Any]
     ) -> None:
         response = _Response(status, f"{''.join(self._run)}-{index}", body)
         result = _Result(self._run.id(index), line.custom_id, response)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from remask.scheduler.errors import InvalidRequest, did_you_mean, shown
+from remask.scheduler.errors import InvalidRequest, UnknownModel, did_you_mean, shown
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.policies import PRESETS
 from remask.scoring import ScoreParams
@@ -61,13 +61,21 @@ class AskedScore(NamedTuple):
     params: ScoreParams
 
 
+class StreamOptions(NamedTuple):
+    """What a stream holds beside the text."""
+
+    include_usage: bool = False  # a last chunk with the usage
+    canvas: bool = False  # what each burst commits and removes
+
+
 class Asked(NamedTuple):
-    """A parsed body: a prompt or a conversation, and fields of `SamplingParams`."""
+    """A parsed body: prompts or a conversation, and fields of `SamplingParams`."""
 
     kind: Literal["chat", "completion"]
-    content: Any  # messages or prompt; the intake checks them
+    contents: list[Any]  # messages or prompts; the intake checks them
     params: dict[str, Any]
     echo: bool  # the response begins with the prompt
+    stream: StreamOptions | None = None  # None: one response
 
 
 def read_body(
@@ -76,6 +84,7 @@ def read_body(
     *,
     model_names: Collection[str],
     defaults: Mapping[str, Any],
+    is_served: bool = False,
 ) -> Asked:
     """Parses the body of a request.
 
@@ -84,8 +93,10 @@ def read_body(
         body: the decoded JSON.
         model_names: names of the served model.
         defaults: default parameters. A preset in the body overrides them.
+        is_served: whether a server answers, which takes several prompts and streams.
 
     Raises:
+        UnknownModel: the body names another model.
         InvalidRequest: a field is unknown, not supported or missing. The intake checks the values of
             parameters.
     """
@@ -93,7 +104,8 @@ def read_body(
         raise InvalidRequest("body", body, "must be a JSON object")
     known = _known_names(kind)
     fields = {name: value for name, value in body.items() if value is not None or name not in known}
-    _check_model(fields.pop("model", None), model_names)
+    check_model(fields.pop("model", None), model_names)
+    stream = _stream(fields) if is_served else None
     _drop_what_asks_nothing(fields, kind)
     place = "messages" if kind == "chat" else "prompt"
     if place not in fields:
@@ -102,11 +114,14 @@ def read_body(
         problem = "is no published preset; use " + ", ".join(PRESETS)
         raise InvalidRequest("preset", fields["preset"], problem)  # and never a file that a client names
     content = fields.pop(place)
-    content = _plain_messages(content) if kind == "chat" else _one_prompt(content)
+    if kind == "chat":
+        contents: list[Any] = [_plain_messages(content)]
+    else:
+        contents = _prompts(content) if is_served else [_one_prompt(content)]
     echo = fields.pop("echo", False)
     if not isinstance(echo, bool):
         raise InvalidRequest("echo", echo, "must be true or false")
-    return Asked(kind, content, with_defaults(_own_names(fields, kind), defaults), echo)
+    return Asked(kind, contents, with_defaults(_own_names(fields, kind), defaults), echo, stream)
 
 
 def read_score_body(body: object, *, model_names: Collection[str]) -> AskedScore:
@@ -123,7 +138,7 @@ def read_score_body(body: object, *, model_names: Collection[str]) -> AskedScore
             close = did_you_mean(name, list(known))
             raise InvalidRequest(name, value, f"unknown field of a score; {close}")
     fields = {name: value for name, value in body.items() if value is not None}
-    _check_model(fields.pop("model", None), model_names)
+    check_model(fields.pop("model", None), model_names)
     for name in ("prompt", "continuation"):
         if name not in fields:
             raise InvalidRequest(name, None, "is missing; a score needs it")
@@ -147,10 +162,31 @@ def _known_names(kind: str) -> dict[str, None]:
     return dict.fromkeys(("model", *own, "preset", *SamplingParams.__struct_fields__, *neutral, *LABELS))
 
 
-def _check_model(model: object, names: Collection[str]) -> None:
+def check_model(model: object, names: Collection[str]) -> None:
+    """Raises UnknownModel unless the model is None or has one of these names."""
     if model is not None and model not in names:
         served = " or ".join(repr(name) for name in names)
-        raise InvalidRequest("model", model, f"is not the model of this run; it is called {served}")
+        raise UnknownModel("model", model, f"is not the model that is served; it is called {served}")
+
+
+def _stream(fields: dict[str, Any]) -> StreamOptions | None:
+    """Removes `stream` and `stream_options` from the fields."""
+    stream, options = fields.pop("stream", False), fields.pop("stream_options", None)
+    if not isinstance(stream, bool):
+        raise InvalidRequest("stream", stream, "must be true or false")
+    if options is None:
+        return StreamOptions() if stream else None
+    if not stream:
+        raise InvalidRequest("stream_options", options, "is for streams; set stream to true")
+    if not isinstance(options, dict):
+        raise InvalidRequest("stream_options", options, "must be an object")
+    for name, value in options.items():
+        if name not in StreamOptions._fields:
+            fix = f"unknown option; {did_you_mean(name, StreamOptions._fields)}"
+            raise InvalidRequest(f"stream_options.{name}", value, fix)
+        if not isinstance(value, bool | None):
+            raise InvalidRequest(f"stream_options.{name}", value, "must be true or false")
+    return StreamOptions(**{name: bool(value) for name, value in options.items()})
 
 
 def _drop_what_asks_nothing(fields: dict[str, Any], kind: str) -> None:
@@ -183,6 +219,13 @@ def _own_names(fields: dict[str, Any], kind: str) -> dict[str, Any]:
             problem = f"and max_tokens {shown(fields['max_tokens'])} contradict each other; give one"
             raise InvalidRequest("max_completion_tokens", newer, problem)
     return fields
+
+
+def _prompts(prompts: object) -> list[Any]:
+    """One or several prompts, each text or token ids."""
+    if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
+        return [_one_prompt(prompt) for prompt in prompts]
+    return [_one_prompt(prompts)]
 
 
 def _one_prompt(prompt: object) -> object:

@@ -27,8 +27,8 @@ def test_the_fields_of_sampling_params_stand_under_their_own_names() -> None:
         "n": 2,
         "seed": 5,
     }
-    assert asked.content == HELLO
-    assert read("completion", prompt=[1, 2]).content == [1, 2]
+    assert asked.contents == [HELLO]
+    assert read("completion", prompt=[1, 2]).contents == [[1, 2]]
 
 
 def test_the_newer_name_of_max_tokens_is_the_same() -> None:
@@ -68,7 +68,11 @@ def test_what_asks_for_nothing_is_accepted_and_leaves_no_trace(fields: dict[str,
         ("chat", {"prompt": "x"}, "prompt: unknown field of a chat"),
         ("chat", {"messages": None}, "messages: is missing"),
         ("chat", {"user": 5}, "user: must be text"),
-        ("chat", {"model": "gpt-4o"}, "model: is not the model of this run; it is called 'tiny' or 'other'"),
+        (
+            "chat",
+            {"model": "gpt-4o"},
+            "model: is not the model that is served; it is called 'tiny' or 'other'",
+        ),
         ("chat", {"model": ["tiny"]}, "model: is not"),
         ("completion", {"echo": "yes"}, "echo: must be true or false"),
         ("completion", {"best_of": 2}, "best_of"),
@@ -106,7 +110,7 @@ def test_messages_hold_role_and_text(message: Any, named: str) -> None:
 def test_text_parts_are_lines_of_the_message() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     asked = read(messages=[{"role": "user", "content": parts, "tool_calls": None}])
-    assert asked.content == [{"role": "user", "content": "a\nb"}]
+    assert asked.contents == [[{"role": "user", "content": "a\nb"}]]
 
 
 def test_logprobs_of_both_kinds_ask_for_those_of_the_committed_tokens() -> None:

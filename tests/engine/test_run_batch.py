@@ -147,7 +147,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({**chat_line("x"), "body": []}, "body: must be a JSON object"),
     ({**chat_line(""), "custom_id": None}, "custom_id: must be text"),
     (chat_line("x", stream=True), "stream: is not supported"),
-    (chat_line("x", model="gpt-4o"), "model: is not the model of this run"),
+    (chat_line("x", model="gpt-4o"), "model: is not the model that is served"),
 ]
 
 

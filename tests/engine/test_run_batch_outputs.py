@@ -178,7 +178,7 @@ def test_parquet_tells_the_tokens_that_were_counted(tmp_path: Path) -> None:
     output = RequestOutput(
         request_id="r", prompt="x", prompt_token_ids=[5], outputs=[sample, more], finished=True, metrics=times
     )
-    body = completion("completion", output, None, id="a", created=0, model="tiny")
+    body = completion("completion", [output], None, id="a", created=0, model="tiny")
     record = {"id": "a", "custom_id": "b", "response": {"status_code": 200, "body": body}}
     write_rows([msgspec.json.encode(record)], tmp_path / "out.parquet")
     table = parquet.read_table(tmp_path / "out.parquet")
