@@ -14,6 +14,7 @@ from remask.cli.generate import generate
 from remask.cli.models import models
 from remask.cli.plan import plan
 from remask.cli.run_batch import run_batch
+from remask.cli.serve import serve
 from remask.cli.study import study
 from remask.cli.trace import trace
 from remask.scheduler.errors import RemaskError
@@ -21,6 +22,7 @@ from remask.scheduler.errors import RemaskError
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(generate)
 app.command()(run_batch)
+app.command()(serve)
 app.command()(plan)
 app.command()(models)
 app.command()(trace)

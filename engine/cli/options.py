@@ -34,18 +34,22 @@ def with_flags(
     defaults: Mapping[str, Any] | None = None,
     engine_except: Collection[str] = (),
     sampling_except: Collection[str] | None = None,
+    server: type[msgspec.Struct] | None = None,
 ) -> Callable[[Command], Command]:
     """A decorator that gives a command a flag for each option of the engine and each sampling parameter.
 
-    The command receives the given flags as the arguments `engine` and `sampling`, dicts by field name.
+    The command receives the given flags as the arguments `engine`, `sampling` and `server`, dicts by field
+    name.
 
     Args:
         defaults: defaults of this command for options of the engine.
         engine_except: options of the engine without a flag.
         sampling_except: parameters without a flag; None: the command has no sampling parameters.
+        server: the options of a server; None: the command has none.
     """
     own_defaults = dict(defaults or {})
     engine = _flags(EngineOptions, "Engine", {*engine_except, *NOT_TEXT}, own_defaults)
+    served = _flags(server, "Server", (), {}) if server is not None else {}
     sampling: dict[str, inspect.Parameter] = {}
     if sampling_except is not None:
         preset = typer.Option(None, "--preset", help=PRESET_HELP, rich_help_panel="Sampling")
@@ -54,16 +58,18 @@ def with_flags(
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [p for p in own if p.name not in ("engine", "sampling")]
+        parameters = [p for p in own if p.name not in ("engine", "sampling", "server")]
 
         def run(**given: Any) -> Any:
             given["engine"] = own_defaults | _taken(given, engine)
             if sampling:
                 given["sampling"] = _taken(given, sampling)
+            if served:
+                given["server"] = _taken(given, served)
             return command(**given)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        every = [*parameters, *sampling.values(), *engine.values()]
+        every = [*parameters, *served.values(), *sampling.values(), *engine.values()]
         every = [p.replace(kind=p.KEYWORD_ONLY) for p in every]
         run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in every}

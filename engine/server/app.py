@@ -1,0 +1,262 @@
+"""The endpoints of `remask serve`, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Awaitable
+from importlib.resources import files
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from litestar import Litestar, Request, Response, get, post
+from litestar.config.cors import CORSConfig
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+
+import remask
+from remask.async_llm import AsyncLLM
+from remask.openai.responses import error_body, error_object
+from remask.scheduler.errors import RemaskError, UnknownModel
+from remask.server.answers import INTERNAL_ERROR, Answerer, EventStream, decode, in_thread_if_large
+from remask.server.gate import App, Gate
+from remask.server.metrics import Metrics
+from remask.server.openapi import description
+from remask.server.options import ServerOptions
+from remask.server.tokens import detokenize, tokenize
+
+logger = logging.getLogger(__name__)
+
+READY_SECONDS = 60.0  # within which a worker with work must have answered
+RETRY_SECONDS = 1  # what clients are told to wait after 429 and 503
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CLIENT_CLOSED = 499  # nobody reads it
+
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """The client has closed its connection."""
+
+
+class Served:
+    """What the endpoints share.
+
+    Args:
+        llm: the engine.
+        options: validated options of the server.
+        defaults: default parameters of requests.
+    """
+
+    def __init__(self, llm: AsyncLLM, options: ServerOptions, defaults: dict[str, Any]) -> None:
+        self.engine = llm.engine
+        self.names = options.model_names(self.engine.intake.options)
+        self.metrics = Metrics(self.engine, self.names[0])
+        self.answerer = Answerer(self.engine, self.names, defaults, self.metrics)
+        self.started = int(time.time())
+        self.page, self.page_headers = _page()
+        self.description = msgspec.json.encode(description(remask.__version__))
+
+
+def make_app(served: Served, options: ServerOptions) -> App:
+    """The application with its endpoints and what stands before them."""
+    cors = None
+    if options.allowed_origins:
+        cors = CORSConfig(
+            allow_origins=options.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id"],
+        )
+    endpoints = [
+        page, health, ready, version, metrics, openapi, models, model, completions, chat_completions,
+        tokenize_prompt, detokenize_ids,
+    ]  # fmt: skip
+    app = Litestar(
+        endpoints,
+        state=State({"served": served}),
+        openapi_config=None,
+        cors_config=cors,
+        logging_config=None,
+        request_max_body_size=options.max_body_bytes,
+        exception_handlers={RemaskError: _refuse, HTTPException: _refuse_http, Exception: _fail},
+    )
+    return Gate(app, options.api_key)
+
+
+@get("/", sync_to_thread=False)
+def page(state: State) -> Response[bytes]:
+    served: Served = state.served
+    return Response(served.page, media_type="text/html; charset=utf-8", headers=served.page_headers)
+
+
+@get("/health", sync_to_thread=False)
+def health(state: State) -> Response[dict[str, str]]:
+    """Whether the process serves at all: 503 if its engine has ended, so that it should be restarted."""
+    state.served.engine.check_alive()
+    return Response({"status": "ok"})
+
+
+@get("/ready", sync_to_thread=False)
+def ready(state: State) -> Response[dict[str, str]]:
+    """Whether requests should be sent here: 503 while it shuts down or no worker answers."""
+    served: Served = state.served
+    if served.answerer.is_closing:
+        return Response({"status": "shutting down"}, status_code=503)
+    if not served.engine.is_ready(READY_SECONDS):
+        return Response({"status": "no worker answers"}, status_code=503)
+    return Response({"status": "ready"})
+
+
+@get("/version", sync_to_thread=False)
+def version() -> dict[str, str]:
+    return {"version": remask.__version__}
+
+
+@get("/metrics", sync_to_thread=False)
+def metrics(state: State) -> Response[bytes]:
+    return Response(state.served.metrics.text(), media_type=METRICS_TYPE)
+
+
+@get("/openapi.json", sync_to_thread=False)
+def openapi(state: State) -> Response[bytes]:
+    return Response(state.served.description, media_type="application/json")
+
+
+@get("/v1/models", sync_to_thread=False)
+def models(state: State) -> dict[str, Any]:
+    return {"object": "list", "data": [_model(state.served, name) for name in state.served.names]}
+
+
+@get("/v1/models/{name:path}", sync_to_thread=False)
+def model(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
+    name, names = str(request.path_params["name"]), state.served.names
+    for own in (name, name.removeprefix("/")):  # the path of a name has a slash in front
+        if own in names:
+            return _model(state.served, own)
+    raise UnknownModel("model", name.removeprefix("/"), f"is not served; use {' or '.join(names)}")
+
+
+@post("/v1/completions", status_code=200)
+async def completions(request: Request[Any, Any, Any], state: State) -> Response[Any]:
+    return await _answer("completion", request, state.served)
+
+
+@post("/v1/chat/completions", status_code=200)
+async def chat_completions(request: Request[Any, Any, Any], state: State) -> Response[Any]:
+    return await _answer("chat", request, state.served)
+
+
+@post("/tokenize", status_code=200)
+async def tokenize_prompt(request: Request[Any, Any, Any], state: State) -> Response[bytes]:
+    served: Served = state.served
+    body = await request.body()
+    intake = served.engine.intake
+    found = await in_thread_if_large(body, lambda: tokenize(intake, decode(body), served.names))
+    return _json(found)
+
+
+@post("/detokenize", status_code=200)
+async def detokenize_ids(request: Request[Any, Any, Any], state: State) -> Response[bytes]:
+    served: Served = state.served
+    body = await request.body()
+    intake, tokenizer = served.engine.intake, served.engine.tokenizer
+    found = await in_thread_if_large(body, lambda: detokenize(intake, tokenizer, decode(body), served.names))
+    return _json(found)
+
+
+async def _answer(
+    kind: Literal["chat", "completion"], request: Request[Any, Any, Any], served: Served
+) -> Response[Any]:
+    body = await request.body()
+    request_id = request.scope["state"]["request_id"]
+    try:
+        answer = await _unless_gone(request, served.answerer.answer(kind, body, request_id))
+    except ClientGone:
+        return Response(b"", status_code=CLIENT_CLOSED)
+    return answer if isinstance(answer, EventStream) else _json(answer)
+
+
+async def _unless_gone(request: Request[Any, Any, Any], work: Awaitable[Result]) -> Result:
+    """Waits for some work; cancels it and raises ClientGone if the client closes its connection."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for own in (task, watch):
+            if not own.done():
+                own.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await own
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response[bytes]:
+    return Response(
+        msgspec.json.encode(content), status_code=status, media_type="application/json", headers=headers
+    )
+
+
+def _model(served: Served, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": served.started,
+        "owned_by": "remask",
+        "root": served.names[0],
+        "parent": None,
+        "max_model_len": served.engine.intake.max_len,
+    }
+
+
+def _refuse(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    assert isinstance(error, RemaskError), "registered for it"
+    request.app.state.served.metrics.refused(error.status)
+    headers = {"retry-after": str(RETRY_SECONDS)} if error.status in (429, 503) else None
+    return _json(error_body(error), error.status, headers)
+
+
+def _refuse_http(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    assert isinstance(error, HTTPException), "registered for it"
+    kind = "invalid_request_error" if error.status_code < 500 else "internal_error"
+    return _json(error_object(error.detail, kind), error.status_code, error.headers)
+
+
+def _fail(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    logger.error("a request has failed", exc_info=error)
+    request.app.state.served.metrics.refused(500)
+    return _json(error_object(INTERNAL_ERROR, "internal_error"), 500)
+
+
+def _page() -> tuple[bytes, dict[str, str]]:
+    """The page, and headers by which a browser runs its own script and style alone."""
+    text = files("remask.server").joinpath("page.html").read_text(encoding="utf-8")
+    hashes = {
+        tag: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+            for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        )
+        for tag in ("script", "style")
+    }
+    policy = (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text.encode(), {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }

@@ -1,0 +1,170 @@
+"""Overload and ends of `remask serve`: full queues, clients that leave or read slowly, and shutting down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from served import Running, running
+
+from remask import AsyncLLM, EngineDead
+from remask.engine import Engine
+
+# Some hundred forwards, one after another.
+LONG: dict[str, Any] = {
+    "prompt": "1+2=",
+    "max_tokens": 400,
+    "block_length": 8,
+    "unmask": "schedule",
+    "ignore_eos": True,
+}
+MEDIUM = {**LONG, "max_tokens": 120}
+SHORT: dict[str, Any] = {"prompt": "12..34..2.4.43.1=", "max_tokens": 16, "block_length": 16}
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[AsyncLLM]:
+    own = AsyncLLM("tiny", device="cpu", max_num_rows=512, max_queued_requests=6)
+    yield own
+    own.close()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it never came true"
+        time.sleep(0.01)
+
+
+def raw_request(server: Running, body: dict[str, Any]) -> socket.socket:
+    """A connection on which a request was sent and nothing is read."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\n\r\n"
+    )
+    sock = socket.create_connection(("127.0.0.1", server.port))
+    sock.sendall(head.encode() + content)
+    return sock
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_aborts_its_request(llm: AsyncLLM, stream: bool) -> None:
+    with running(llm) as server:
+        sock = raw_request(server, {**LONG, "stream": stream})
+        wait_for(lambda: llm.engine.num_live == 1)
+        time.sleep(0.2)  # it runs
+        sock.close()
+        started = time.monotonic()
+        wait_for(lambda: llm.engine.num_live == 0)
+        assert time.monotonic() - started < 2, "it was aborted and did not run to its end"
+        assert server.answer(**SHORT)["choices"][0]["text"] == "1234341221434321"
+        assert not server.served.answerer.live
+
+
+def test_a_full_queue_answers_429_and_takes_more_when_there_is_room(llm: AsyncLLM) -> None:
+    with running(llm) as server:
+        held = [raw_request(server, {**LONG, "stream": True}) for _ in range(6)]
+        wait_for(lambda: llm.engine.num_live == 6)
+        response = server.post("/v1/completions", **SHORT)
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) > 0
+        assert response.json()["error"]["type"] == "Overloaded"
+        assert server.client.get("/ready").status_code == 200
+        for sock in held:
+            sock.close()
+        wait_for(lambda: llm.engine.num_live == 0)
+        assert server.post("/v1/completions", **SHORT).status_code == 200
+        # All prompts of a body are admitted, or none is.
+        assert server.post("/v1/completions", **{**SHORT, "prompt": ["1+2="] * 7}).status_code == 429
+        assert llm.engine.num_live == 0
+
+
+def test_many_requests_at_once_are_answered_or_refused(llm: AsyncLLM) -> None:
+    async def ask(client: httpx.AsyncClient) -> int:
+        return (await client.post("/v1/completions", json=SHORT)).status_code
+
+    async def ask_all(url: str) -> list[int]:
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(100)))
+
+    with running(llm) as server:
+        statuses = asyncio.run(ask_all(server.url))
+    assert set(statuses) == {200, 429}
+    assert llm.engine.num_live == 0
+
+
+def test_a_slow_reader_holds_up_nobody(llm: AsyncLLM) -> None:
+    with running(llm) as server:
+        body = {**MEDIUM, "stream": True, "stream_options": {"canvas": True}}
+        slow = raw_request(server, body)
+        wait_for(lambda: llm.engine.num_live == 1)
+        for _ in range(3):
+            assert server.post("/v1/completions", **SHORT).status_code == 200
+        wait_for(lambda: llm.engine.num_live == 0, 60)  # it has run to its end, unread
+        text = b""
+        while b"[DONE]" not in text:
+            part = slow.recv(1 << 16)
+            assert part, "the stream ends with [DONE]"
+            text += part
+        slow.close()
+
+
+def begin_end(server: Running) -> None:
+    server.server.handle_exit(15, None)
+
+
+def test_a_signal_lets_what_runs_end_and_admits_nothing(llm: AsyncLLM) -> None:
+    with running(llm) as server, ThreadPoolExecutor() as pool:
+        running_on = pool.submit(server.events, **MEDIUM)
+        wait_for(lambda: llm.engine.num_live == 1)
+        begin_end(server)
+        assert server.client.get("/ready").status_code == 503
+        response = server.post("/v1/completions", **SHORT)
+        assert response.status_code == 503
+        assert "shutting down" in response.json()["error"]["message"]
+        assert running_on.result()[-1]["choices"][0]["finish_reason"] == "length"
+        wait_for(lambda: server.server.should_exit)
+
+
+def test_what_has_not_ended_in_time_gets_an_error(llm: AsyncLLM) -> None:
+    with running(llm, shutdown_timeout=0.3) as server, ThreadPoolExecutor() as pool:
+        stream = pool.submit(server.events, **LONG)
+        whole = pool.submit(server.post, "/v1/completions", **LONG)
+        wait_for(lambda: llm.engine.num_live == 2)
+        begin_end(server)
+        assert "shutting down" in stream.result()[-1]["error"]["message"]
+        assert whole.result().status_code == 503
+    wait_for(lambda: llm.engine.num_live == 0)
+
+
+def test_an_engine_that_fails_is_told_by_all_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = AsyncLLM("tiny", device="cpu", max_num_rows=512)
+    fails = threading.Event()
+    step = Engine.step
+
+    def failing(self: Engine) -> Any:
+        if fails.is_set():
+            raise EngineDead("the engine has failed; make a new one")
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", failing)
+    with running(llm) as server, ThreadPoolExecutor() as pool:
+        stream = pool.submit(server.events, **LONG)
+        wait_for(lambda: llm.engine.num_live == 1)
+        fails.set()
+        error = stream.result()[-1]["error"]
+        assert (error["type"], error["param"]) == ("EngineDead", None)
+        for path in ("/health", "/ready"):
+            assert server.client.get(path).status_code == 503
+        assert server.post("/v1/completions", **SHORT).status_code == 503
+    llm.close()
