@@ -12,7 +12,7 @@ from served import Running, running
 
 from remask import AsyncLLM, InvalidRequest
 from remask.server.gate import OPEN_PATHS
-from remask.server.options import ServerOptions
+from remask.server.options import ServerOptions, check_defaults
 
 KEYS = ["first-key", "second-key"]
 BODY = {"prompt": "1+2=", "max_tokens": 4}
@@ -118,6 +118,12 @@ def test_an_invalid_option_is_refused_by_name(options: dict[str, Any], parameter
     with pytest.raises(InvalidRequest, match=f"^{parameter}: ") as caught:
         ServerOptions(**options).check()
     assert "spaced" not in str(caught.value), "a key is not shown"
+
+
+def test_invalid_defaults_of_requests_are_refused() -> None:
+    check_defaults({"unmask": "schedule", "temperature": 0.5})
+    with pytest.raises(InvalidRequest, match=r"^unmask: "):
+        check_defaults({"unmask": "thresold:0.9"})
 
 
 def test_a_certificate_is_checked_with_its_key(tmp_path: Path) -> None:
