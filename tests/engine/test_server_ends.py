@@ -119,6 +119,17 @@ def test_a_slow_reader_holds_up_nobody(llm: AsyncLLM) -> None:
         slow.close()
 
 
+def test_a_response_is_not_held_back(llm: AsyncLLM) -> None:
+    """Nagle's algorithm would add 40 ms to every response."""
+    with running(llm) as server:
+        seconds = []
+        for _ in range(20):
+            started = time.perf_counter()
+            assert server.client.get("/health").status_code == 200
+            seconds.append(time.perf_counter() - started)
+    assert min(seconds[1:]) < 0.03
+
+
 def begin_end(server: Running) -> None:
     server.server.handle_exit(15, None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import uvicorn
 from remask import AsyncLLM
 from remask.server.app import Served, make_app
 from remask.server.options import ServerOptions
-from remask.server.run import Server
+from remask.server.run import Server, bound
 
 SECONDS = 60.0
 
@@ -59,7 +58,7 @@ class Running:
 @contextmanager
 def running(llm: AsyncLLM, defaults: dict[str, Any] | None = None, **options: Any) -> Iterator[Running]:
     """A server on an engine, which stays open; it ends with the context."""
-    own = ServerOptions(**options)
+    own = ServerOptions(port=0, **options)
     own.check()
     served = Served(llm, own, defaults or {})
     config = uvicorn.Config(
@@ -72,8 +71,7 @@ def running(llm: AsyncLLM, defaults: dict[str, Any] | None = None, **options: An
     )
     is_open = threading.Event()
     server = Server(config, served.answerer, own.shutdown_timeout, is_open.set)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+    with bound(own) as sock:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
