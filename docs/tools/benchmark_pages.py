@@ -24,7 +24,7 @@ from remask.benchmarks import (
     tuning,
 )
 from remask.benchmarks.gpu import figures
-from remask.benchmarks.serving import compare
+from remask.benchmarks.serving import compare, server_cost
 from remask.benchmarks.tiny import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +175,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
         [scheduling.cells(result) for result in found["results"]],
     ),
     "scoring": lambda found: Table(scoring.HEADER, [scoring.cells(result) for result in found["results"]]),
+    "server_cost": lambda found: Table(
+        server_cost.HEADER, [server_cost.cells_of(result) for result in found["results"]]
+    ),
     "study_speed": lambda found: Table(
         study_speed.HEADER, [study_speed.cells_of(result) for result in found["results"]]
     ),

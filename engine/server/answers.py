@@ -27,9 +27,12 @@ logger = logging.getLogger(__name__)
 
 ID_PREFIXES = {"chat": "chatcmpl", "completion": "cmpl"}
 INTERNAL_ERROR = "the server has failed; its log tells how"
-SHUTTING_DOWN = "the server is shutting down; send the request to another one, or again later"
 DONE = b"data: [DONE]\n\n"
 SMALL_BYTES = 65_536  # bodies that are parsed on the event loop
+
+
+class ShuttingDown(Unavailable):
+    """The server is shutting down; send the request to another one, or again later."""
 
 
 class Answerer:
@@ -61,11 +64,11 @@ class Answerer:
         Raises:
             InvalidRequest: the body is invalid.
             Overloaded: the engine's queue is full.
-            Unavailable: the server is shutting down, or the engine has no workers.
+            ShuttingDown: nothing new is admitted.
             RemaskError: a request has failed.
         """
         if self.is_closing:
-            raise Unavailable(SHUTTING_DOWN)
+            raise ShuttingDown
         asked = await in_thread_if_large(body, self._read, kind, body)
         checked: list[CheckedPrompt] = []
 
@@ -114,7 +117,7 @@ class Answerer:
     def fail_live(self) -> None:
         """Ends all that is not answered with an error."""
         for submission in list(self.live):
-            submission.fail(Unavailable(SHUTTING_DOWN))
+            submission.fail(ShuttingDown())
 
     def _read(self, kind: Literal["chat", "completion"], body: bytes) -> Asked:
         fields = decode(body)
@@ -144,7 +147,7 @@ class Answerer:
                 yield event(writer.usage())
         except RemaskError as error:
             self._metrics.refused(error.status)
-            yield event(error_body(error))
+            yield event(failure(error))
         except Exception:
             logger.exception("a stream has failed")
             self._metrics.refused(500)
@@ -194,6 +197,15 @@ def decode(body: bytes) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         problem = f"is not JSON: {error}"
     raise InvalidRequest("body", f"{len(body)} bytes", problem)
+
+
+def failure(error: RemaskError) -> dict[str, Any]:
+    """The error object that a client gets. If the server is to blame, it tells the class alone, so that nothing
+    about the process leaves it; the log has the rest."""
+    if error.status < 500:
+        return error_body(error)
+    logger.error("%s: %s", type(error).__name__, error)
+    return error_object((type(error).__doc__ or "").partition("\n")[0], type(error).__name__)
 
 
 def event(content: Any) -> bytes:

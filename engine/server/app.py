@@ -21,9 +21,16 @@ from litestar.exceptions import HTTPException
 
 import remask
 from remask.async_llm import AsyncLLM
-from remask.openai.responses import error_body, error_object
+from remask.openai.responses import error_object
 from remask.scheduler.errors import RemaskError, UnknownModel
-from remask.server.answers import INTERNAL_ERROR, Answerer, EventStream, decode, in_thread_if_large
+from remask.server.answers import (
+    INTERNAL_ERROR,
+    Answerer,
+    EventStream,
+    decode,
+    failure,
+    in_thread_if_large,
+)
 from remask.server.gate import App, Gate
 from remask.server.metrics import Metrics
 from remask.server.openapi import description
@@ -225,7 +232,7 @@ def _refuse(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
     assert isinstance(error, RemaskError), "registered for it"
     request.app.state.served.metrics.refused(error.status)
     headers = {"retry-after": str(RETRY_SECONDS)} if error.status in (429, 503) else None
-    return _json(error_body(error), error.status, headers)
+    return _json(failure(error), error.status, headers)
 
 
 def _refuse_http(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

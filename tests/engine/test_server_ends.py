@@ -165,7 +165,7 @@ def test_an_engine_that_fails_is_told_by_all_endpoints(monkeypatch: pytest.Monke
 
     def failing(self: Engine) -> Any:
         if fails.is_set():
-            raise EngineDead("the engine has failed; make a new one")
+            raise EngineDead("the engine has failed: OSError('/a/secret/path')")
         return step(self)
 
     monkeypatch.setattr(Engine, "step", failing)
@@ -174,7 +174,8 @@ def test_an_engine_that_fails_is_told_by_all_endpoints(monkeypatch: pytest.Monke
         wait_for(lambda: llm.engine.num_live == 1)
         fails.set()
         error = stream.result()[-1]["error"]
-        assert (error["type"], error["param"]) == ("EngineDead", None)
+        assert error["type"] == "EngineDead"
+        assert error["message"] == "The engine was closed or has failed; make a new one."
         for path in ("/health", "/ready"):
             assert server.client.get(path).status_code == 503
         assert server.post("/v1/completions", **SHORT).status_code == 503
