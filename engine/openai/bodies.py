@@ -65,6 +65,7 @@ class StreamOptions(NamedTuple):
     """What a stream holds beside the text."""
 
     include_usage: bool = False  # a last chunk with the usage
+    continuous_usage_stats: bool = False  # every chunk has the usage so far, as vLLM's
     canvas: bool = False  # what each burst commits and removes
 
 

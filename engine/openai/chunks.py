@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from transformers import PreTrainedTokenizerBase
 
+from remask.openai.bodies import StreamOptions
 from remask.openai.responses import (
     ChatLogprobs,
     TextLogprobs,
@@ -90,9 +91,9 @@ class ChunkWriter:
         kind: the endpoint.
         tokenizer: the model's; None: chunks have token ids in place of text.
         n: samples of a prompt.
-        canvas: length and block length of the canvases; None: chunks have no canvas events.
+        canvas: length and block length of the canvases.
         echo: the text of a text completion begins with the prompt.
-        include_usage: whether the last chunk has the usage.
+        options: what the chunks hold beside the text.
         about: id, time and model of the response.
     """
 
@@ -102,16 +103,16 @@ class ChunkWriter:
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         n: int,
-        canvas: tuple[int, int] | None,
+        canvas: tuple[int, int],
         echo: bool,
-        include_usage: bool,
+        options: StreamOptions,
         about: dict[str, Any],
     ) -> None:
         self._kind, self._tokenizer, self._n = kind, tokenizer, n
-        self._canvas, self._echo = canvas, echo
+        self._canvas, self._echo, self._options = canvas, echo, options
         self._common = {
             "object": "chat.completion.chunk" if kind == "chat" else "text_completion",
-            "usage": None if include_usage else UNSET,
+            "usage": None if options.include_usage else UNSET,
             **about,
         }
         self._prompts: dict[int, RequestOutput] = {}
@@ -122,12 +123,17 @@ class ChunkWriter:
         """The chunks for a delta of the prompt with this place."""
         self._prompts[place] = output
         choices = [self._choice(place * self._n + sample.index, output, sample) for sample in output.outputs]
-        return [Chunk(choices=[choice], **self._common) for choice in choices]
+        common = self._common
+        if self._options.continuous_usage_stats:
+            common = {**common, "usage": self._usage()}
+        return [Chunk(choices=[choice], **common) for choice in choices]
 
     def usage(self) -> Chunk[Any]:
         """The chunk with the usage of all that was written."""
-        usage = usage_of(self._prompts.values(), sum(self._num_visible.values()))
-        return Chunk(choices=[], **{**self._common, "usage": usage})
+        return Chunk(choices=[], **{**self._common, "usage": self._usage()})
+
+    def _usage(self) -> Usage:
+        return usage_of(self._prompts.values(), sum(self._num_visible.values()))
 
     def _choice(
         self, index: int, output: RequestOutput, sample: CompletionOutput
@@ -138,7 +144,7 @@ class ChunkWriter:
         figures: dict[str, Any] = {"index": index}
         if sample.finish_reason is not None:
             figures = {**sample_figures(index, sample), "completion_tokens": num_visible}
-        if self._canvas is not None and sample.canvas_events is not None:
+        if sample.canvas_events is not None:
             length, block_length = self._canvas
             figures["canvas"] = CanvasChunk(
                 length=length, block_length=block_length, nfe=sample.nfe, events=sample.canvas_events

@@ -95,9 +95,9 @@ class Answerer:
                 kind,
                 self._engine.tokenizer,
                 n=params.n,
-                canvas=(params.max_tokens, params.block_length) if stream.canvas else None,
+                canvas=(params.max_tokens, params.block_length),
                 echo=asked.echo,
-                include_usage=stream.include_usage,
+                options=stream,
                 about=about,
             )
             events = self._events(submission, writer, checked, include_usage=stream.include_usage)
@@ -200,8 +200,11 @@ def decode(body: bytes) -> Any:
 
 
 def failure(error: RemaskError) -> dict[str, Any]:
-    """The error object that a client gets. If the server is to blame, it tells the class alone, so that nothing
-    about the process leaves it; the log has the rest."""
+    """The error object that a client gets.
+
+    If the server is to blame, the object tells the class of the error alone: messages may hold what is not a
+    client's to know. The log has them.
+    """
     if error.status < 500:
         return error_body(error)
     logger.error("%s: %s", type(error).__name__, error)

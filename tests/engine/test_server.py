@@ -65,6 +65,11 @@ def test_several_prompts_have_their_samples_one_after_another(server: Running) -
     assert joined(events) == dict(enumerate(texts))
     assert events[-1]["choices"] == []
     assert events[-1]["usage"] == together["usage"]
+    assert {event["usage"] for event in events[:-1]} == {None}
+    events = server.events(prompt=prompts, stream_options={"continuous_usage_stats": True}, **fields)
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == together["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.get("unmask") or policy["preset"])
