@@ -34,7 +34,7 @@ LOADS: dict[str, dict[str, Any]] = {
     "64 slots, one a forward": {"max_tokens": 64, "block_length": 16, "unmask": "schedule"},
     "8 slots, `threshold:0.9`": {"max_tokens": 8, "block_length": 8, "unmask": "threshold:0.9"},
 }
-REQUESTS = {1: 12, 16: 32, 64: 128}  # by the number of requests at a time
+REQUESTS = {1: 8, 16: 32, 64: 64}  # by the number of requests at a time
 HEADER = ("requests", "at a time", "in process", "over HTTP", "times as fast (min to max)", "added latency")
 
 Ask = Callable[[int], Awaitable[int]]  # sends the request with this number; returns its visible tokens

@@ -116,7 +116,7 @@ def read_body(
         raise InvalidRequest("preset", fields["preset"], problem)  # and never a file that a client names
     content = fields.pop(place)
     if kind == "chat":
-        contents: list[Any] = [_plain_messages(content)]
+        contents: list[Any] = [plain_messages(content)]
     else:
         contents = _prompts(content) if is_served else [_one_prompt(content)]
     echo = fields.pop("echo", False)
@@ -238,7 +238,7 @@ def _one_prompt(prompt: object) -> object:
     return prompt
 
 
-def _plain_messages(messages: object) -> object:
+def plain_messages(messages: object) -> list[dict[str, str]]:
     """Messages with text content; what a message may hold besides role and content is refused."""
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages", messages, "must be a list of at least one message")

@@ -22,7 +22,7 @@ from litestar.exceptions import HTTPException
 import remask
 from remask.async_llm import AsyncLLM
 from remask.openai.responses import error_object
-from remask.scheduler.errors import RemaskError, UnknownModel
+from remask.scheduler.errors import InvalidRequest, RemaskError, UnknownModel
 from remask.server.answers import (
     INTERNAL_ERROR,
     Answerer,
@@ -49,6 +49,12 @@ Result = TypeVar("Result")
 
 class ClientGone(Exception):
     """The client has closed its connection."""
+
+
+class WrongType(InvalidRequest):
+    """A body is not JSON by its content type."""
+
+    status = 415
 
 
 class Served:
@@ -162,7 +168,7 @@ async def chat_completions(request: Request[Any, Any, Any], state: State) -> Res
 @post("/tokenize", status_code=200)
 async def tokenize_prompt(request: Request[Any, Any, Any], state: State) -> Response[bytes]:
     served: Served = state.served
-    body = await request.body()
+    body = await _body(request)
     intake = served.engine.intake
     found = await in_thread_if_large(body, lambda: tokenize(intake, decode(body), served.names))
     return _json(found)
@@ -171,7 +177,7 @@ async def tokenize_prompt(request: Request[Any, Any, Any], state: State) -> Resp
 @post("/detokenize", status_code=200)
 async def detokenize_ids(request: Request[Any, Any, Any], state: State) -> Response[bytes]:
     served: Served = state.served
-    body = await request.body()
+    body = await _body(request)
     intake, tokenizer = served.engine.intake, served.engine.tokenizer
     found = await in_thread_if_large(body, lambda: detokenize(intake, tokenizer, decode(body), served.names))
     return _json(found)
@@ -180,13 +186,20 @@ async def detokenize_ids(request: Request[Any, Any, Any], state: State) -> Respo
 async def _answer(
     kind: Literal["chat", "completion"], request: Request[Any, Any, Any], served: Served
 ) -> Response[Any]:
-    body = await request.body()
+    body = await _body(request)
     request_id = request.scope["state"]["request_id"]
     try:
         answer = await _unless_gone(request, served.answerer.answer(kind, body, request_id))
     except ClientGone:
         return Response(b"", status_code=CLIENT_CLOSED)
     return answer if isinstance(answer, EventStream) else _json(answer)
+
+
+async def _body(request: Request[Any, Any, Any]) -> bytes:
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise WrongType("content-type", kind, "must be application/json")
+    return await request.body()
 
 
 async def _unless_gone(request: Request[Any, Any, Any], work: Awaitable[Result]) -> Result:

@@ -1,4 +1,4 @@
-"""What stands before the endpoints: request ids, keys and the type of bodies."""
+"""What stands before the endpoints: request ids and keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Gate:
     """An ASGI application in front of another one.
 
     Every response has `X-Request-Id`, the client's if it sent a printable one. With keys, every path but
-    `OPEN_PATHS` wants one of them. A body must be JSON by its content type.
+    `OPEN_PATHS` wants one of them.
 
     Args:
         app: the application behind it. It finds the request id in the scope's state.
@@ -65,12 +65,6 @@ class Gate:
             if scheme.lower() != b"bearer" or not any(known):
                 problem = "a valid key is needed; send it as `Authorization: Bearer KEY`"
                 return 401, error_object(problem, "authentication_error", code="invalid_api_key")
-        if scope["method"] == "POST":
-            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-            if kind != b"application/json":
-                return 415, error_object(
-                    "content-type: must be application/json", "invalid_request_error", "content-type"
-                )
         return None
 
 

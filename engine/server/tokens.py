@@ -9,7 +9,7 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from remask.intake import Intake
-from remask.openai.bodies import check_model
+from remask.openai.bodies import check_model, plain_messages
 from remask.scheduler.errors import InvalidRequest, did_you_mean
 
 
@@ -40,7 +40,7 @@ def tokenize(intake: Intake, body: Any, model_names: Collection[str]) -> Tokeniz
     if not isinstance(adds, bool):
         raise InvalidRequest("add_special_tokens", adds, "must be true or false")
     if "messages" in fields:
-        prompt = intake.chat_prompt(fields["messages"])
+        prompt = intake.chat_prompt(plain_messages(fields["messages"]))
         assert isinstance(prompt, dict), "of a template"
         ids = prompt["prompt_token_ids"]
     else:
