@@ -43,6 +43,12 @@ def test_the_study_runs_at_least_twice_as_fast_as_the_plain_loop() -> None:
     assert REPORTS["study_speed"]["repetitions"] >= 5
 
 
+def test_serving_over_http_costs_little() -> None:
+    results = REPORTS["server_cost"]["results"]
+    at_once = [r for r in results if r["max_concurrency"] == 64 and r["load"].startswith("64 slots")]
+    assert [r["ratio"]["median"] >= 0.9 for r in at_once] == [True]
+
+
 def test_the_committed_study_has_failed_nowhere() -> None:
     summary = json.loads((RESULTS / "study" / "summary.json").read_text())
     assert (summary["num_cells"], summary["num_samples"], summary["num_failed"]) == (333, 144_064, 0)

@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,74 +56,65 @@ def process(*arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[str]
         own.stderr.close()
 
 
-def refusal(*arguments: str, **env: str) -> str:
-    """The one line of a server that does not start."""
-    done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=SECONDS, env={**os.environ, **env}
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    *_, last = lines = done.stderr.splitlines()
-    assert len([line for line in lines if "error" in line]) == 1, done.stderr
-    assert last.startswith("remask: error: ")
-    return last
+def test_what_cannot_start_says_so_in_one_line(
+    remask: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusal(*arguments: str) -> str:
+        done = remask("serve", *arguments)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        *_, last = done.stderr.splitlines()
+        assert last.startswith("remask: error: ")
+        return last
 
-
-def test_what_cannot_start_says_so_in_one_line(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "port: cannot be bound" in refusal("tiny", "--port", str(taken.getsockname()[1]))
     assert "model: " in refusal("/no/such/model", "--port", "0")
-    assert "api_key: is empty" in refusal("tiny", REMASK_API_KEY="")
     assert "ssl_certfile: cannot be read" in refusal("tiny", "--ssl-certfile", str(tmp_path / "none.pem"))
+    assert "unmask: " in refusal("tiny", "--port", "0", "--unmask", "thresold:0.9")
     assert "uds: cannot be bound" in refusal("tiny", "--uds", str(tmp_path / "no" / "folder"))
+    monkeypatch.setenv("REMASK_API_KEY", "")
+    assert "api_key: is empty" in refusal("tiny", "--port", "0")
 
 
-def test_a_signal_ends_the_server_after_what_runs() -> None:
-    with process("tiny", "--max-num-rows", "512") as (own, url), httpx.Client(timeout=SECONDS) as client:
-        with client.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as response:
+def test_a_signal_ends_the_server_after_what_runs(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with process("tiny", "--max-num-rows", "512", "--uds", str(path)) as (own, address):
+        assert address == f"unix:{path}"
+        transport = httpx.HTTPTransport(uds=str(path))
+        client = httpx.Client(transport=transport, base_url="http://remask", timeout=SECONDS)
+        with client, client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
             lines = response.iter_lines()
             next(lines)
             own.send_signal(signal.SIGTERM)
             time.sleep(0.2)
-            assert httpx.get(f"{url}/ready").status_code == 503
+            assert client.get("/ready").status_code == 503
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert own.wait(10) == 0
-
-
-def test_a_second_signal_ends_it_at_once() -> None:
-    body = {**LONG, "max_tokens": 400, "stream": True}
-    with (
-        process("tiny", "--max-num-rows", "512") as (own, url),
-        httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=SECONDS) as response,
-    ):
-        next(response.iter_lines())
-        own.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-        own.send_signal(signal.SIGINT)
-        assert own.wait(2) != 0
-
-
-def test_a_socket_file_and_a_certificate(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    with process("tiny", "--max-num-rows", "512", "--uds", str(path)) as (own, address):
-        assert address == f"unix:{path}"
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
-            assert client.get("http://remask/ready").status_code == 200
-        own.send_signal(signal.SIGTERM)
-        assert own.wait(10) == 0
         assert not path.exists()
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *names]
     subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
     files = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
-    with process("tiny", "--max-num-rows", "512", *files, REMASK_API_KEY="secret") as (own, url):
+    context = ssl.create_default_context(cafile=str(certificate))
+    with (
+        process("tiny", "--max-num-rows", "512", *files, REMASK_API_KEY="secret") as (own, url),
+        httpx.Client(verify=context, base_url=url, timeout=SECONDS) as client,
+    ):
         assert url.startswith("https://")
-        context = ssl.create_default_context(cafile=str(certificate))
-        with httpx.Client(verify=context, base_url=url) as client:
-            assert client.get("/v1/models").status_code == 401
-            assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/v1/models").status_code == 401
+        client.headers["authorization"] = "Bearer secret"
+        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+            next(response.iter_lines())
+            own.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+            own.send_signal(signal.SIGINT)
+            assert own.wait(2) != 0
