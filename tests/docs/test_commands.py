@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 import typer
+from served import running
 from snippets import ROOT, Snippet, pages, snippets
 
+from remask import AsyncLLM
 from remask.cli import app
 
 RUN = ("bash", "python", "json")
-SHELL = ("cat", "printf", "make", "pip", "pre-commit", "python", "remask")
+SHELL = ("cat", "curl", "guidellm", "printf", "make", "pip", "pre-commit", "python", "remask", "vllm")
 ALL = [snippet for page in pages() for snippet in snippets(page)]
 PAGES = {
     path.relative_to(ROOT).as_posix(): [s for s in ALL if s.page == path.relative_to(ROOT).as_posix()]
@@ -208,6 +210,23 @@ def test_commands_of_blocks_that_do_not_run_parse(
             parse(command)
 
 
+@pytest.mark.slow
+def test_requests_to_a_server_are_answered(remask: Remask) -> None:
+    own = [s for s in ALL if s.options.get("no-run") == "needs-a-server" and s.language == "bash"]
+    commands = [words_of(line) for snippet in own for line in lines(snippet.code)]
+    llm = AsyncLLM("tiny", device="cpu", max_num_rows=512)
+    with running(llm) as server:
+        for words in commands:
+            words = [word.replace("http://127.0.0.1:8000", server.url) for word in words]
+            if words[0] == "curl":
+                done = subprocess.run(words, capture_output=True, text=True, check=True)
+                assert json.loads(done.stdout)["choices"][0]["text"] == "1234341221434321"
+            elif words[0] == "remask":
+                assert remask(*words[1:]).returncode == 0
+    llm.close()
+    assert {words[0] for words in commands} == {"curl", "remask", "vllm", "guidellm"}
+
+
 def test_every_block_that_does_not_run_says_why() -> None:
     for snippet in ALL:
         for word in ("no-run", "slow"):
@@ -215,7 +234,7 @@ def test_every_block_that_does_not_run_says_why() -> None:
 
 
 def test_blocks_of_code_name_a_language_that_is_run() -> None:
-    known = {*RUN, "text", "toml"}
+    known = {*RUN, "text", "toml", "yaml"}
     assert {snippet.language for snippet in ALL} <= known
     assert len([s for s in ALL if s.language in RUN and "no-run" not in s.options]) >= 30
     assert os.environ.get("XDG_CACHE_HOME"), "what runs here leaves nothing in the user's cache"
