@@ -113,7 +113,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         assert client.get("/v1/models").status_code == 401
         client.headers["authorization"] = "Bearer secret"
         with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # dropping it would close the connection
+            next(lines)
             own.send_signal(signal.SIGINT)
             time.sleep(0.2)
             own.send_signal(signal.SIGINT)
