@@ -87,9 +87,8 @@ class AsyncLLM:
         engine = self.engine
         check_kind(output_kind, canvas_events)
         engine.check_alive()
-        ordinal = (
-            engine.intake.reserve()
-        )  # before anything is awaited, so that seeds follow the order of the calls
+        # Before anything is awaited, so that seeds follow the order of the calls.
+        ordinal = engine.intake.reserve()
         submission = await submit(
             engine,
             lambda: [engine.intake.check(prompt, sampling_params)],

@@ -105,7 +105,6 @@ class Engine:
         intake: validates prompts and parameters and makes requests.
         admission: counts live requests.
         result: the burst whose result the last step applied; None if it applied none.
-        last_answer: monotonic seconds when a worker last answered.
 
     Raises:
         InvalidRequest: an option or a file of the checkpoint is invalid; the error names it.
@@ -135,7 +134,7 @@ class Engine:
         self._num_in_flight: Counter[int] = Counter()  # bursts of each worker whose result was not taken yet
         self._dead: RemaskError | None = None
         self.result: StepResult | None = None
-        self.last_answer = time.monotonic()
+        self._last_answer = time.monotonic()
 
     def add(
         self,
@@ -182,7 +181,7 @@ class Engine:
     def has_answered(self, seconds: float) -> bool:
         """Whether workers run, and one has answered in the last seconds, or none of them has work."""
         is_idle = self._num_in_flight.total() == 0
-        return len(self.executor.workers) > 0 and (is_idle or time.monotonic() - self.last_answer < seconds)
+        return len(self.executor.workers) > 0 and (is_idle or time.monotonic() - self._last_answer < seconds)
 
     def has_unfinished(self) -> bool:
         """Whether requests are live or bursts are in flight."""
@@ -232,7 +231,7 @@ class Engine:
     def _apply(self, event: Event) -> list[Progress]:
         """Passes an event to the scheduler."""
         if isinstance(event, Joined | Finished):
-            self.last_answer = time.monotonic()
+            self._last_answer = time.monotonic()
         if isinstance(event, Joined):
             return []
         if isinstance(event, Finished):

@@ -95,6 +95,11 @@ class EngineOptions(WorkerOptions, frozen=True, kw_only=True, forbid_unknown_fie
     max_queued_requests: Ceiling | None = None
     max_queued_tokens: Ceiling | None = None
 
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What requests may call the model: the option as given, and the name of the directory."""
+        return tuple(dict.fromkeys((str(self.model), Path(self.model).name)))
+
     @classmethod
     def parse(cls, **given: Any) -> EngineOptions:
         """Validated options; numbers may be NumPy's.

@@ -54,7 +54,7 @@ class EngineThread:
     Attributes:
         intake: makes the requests for `add` and `serve`, in any thread.
         tokenizer: the model's tokenizer; None: there is none.
-        observer: sees all that the engine does; None: nobody does.
+        observer: sees all that the engine does; None: there is none.
     """
 
     def __init__(self, engine: Engine) -> None:

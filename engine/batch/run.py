@@ -24,6 +24,7 @@ from remask.batch.parquet import is_parquet, require_pyarrow, write_rows
 from remask.batch.source import Source
 from remask.checkpoint import intake_of
 from remask.openai.responses import (
+    ID_PREFIXES,
     Completion,
     ScoreResponse,
     completion,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from remask.llm import LLM
 
 OK, REFUSED = 200, 400  # HTTP
-ID_PREFIXES = {"chat": "chatcmpl", "completion": "cmpl", "score": "score"}
 DECISIVE = ("dtype", "quantization", "batch_invariant", "seed")  # engine options that determine results
 
 
@@ -59,8 +59,7 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def every_name(self) -> tuple[str, ...]:
         """What a line may call the model; the first is its name in results."""
-        model = self.engine.model
-        return tuple(dict.fromkeys((*self.model_names, str(model), Path(model).name)))
+        return tuple(dict.fromkeys((*self.model_names, *self.engine.model_names)))
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,8 +30,8 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's protocol, and a page on which a canvas fills.
 
-    Sampling flags are the defaults of requests that do not set them. Without a key, whoever reaches the port
-    may use the model.
+    Sampling flags are the defaults of requests that do not set them. If no key is set, every client that
+    reaches the port may use the model.
     """
     log_to_stderr()
     if (key := os.environ.get(KEY_VARIABLE)) is not None:

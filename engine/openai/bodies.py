@@ -131,15 +131,8 @@ def read_score_body(body: object, *, model_names: Collection[str]) -> AskedScore
     Raises:
         InvalidRequest: a field is unknown, invalid or missing.
     """
-    if not isinstance(body, dict):
-        raise InvalidRequest("body", body, "must be a JSON object")
-    known = ("model", "prompt", "continuation", *ScoreParams.__struct_fields__)
-    for name, value in body.items():
-        if name not in known:
-            close = did_you_mean(name, list(known))
-            raise InvalidRequest(name, value, f"unknown field of a score; {close}")
-    fields = {name: value for name, value in body.items() if value is not None}
-    check_model(fields.pop("model", None), model_names)
+    known = ("prompt", "continuation", *ScoreParams.__struct_fields__)
+    fields = given_fields(body, known, model_names, "score")
     for name in ("prompt", "continuation"):
         if name not in fields:
             raise InvalidRequest(name, None, "is missing; a score needs it")
@@ -161,6 +154,25 @@ def _known_names(kind: str) -> dict[str, None]:
     own = ("messages", "max_completion_tokens") if kind == "chat" else ("prompt", "echo")
     neutral = CHAT_ASKS_NOTHING if kind == "chat" else COMPLETION_ASKS_NOTHING
     return dict.fromkeys(("model", *own, "preset", *SamplingParams.__struct_fields__, *neutral, *LABELS))
+
+
+def given_fields(
+    body: object, known: Collection[str], model_names: Collection[str], kind: str
+) -> dict[str, Any]:
+    """The fields of a body that has only `model` and known fields, without `model` and those that are null.
+
+    Raises:
+        UnknownModel: the body names another model.
+        InvalidRequest: it is no object, or a field is unknown in a body of this kind.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("body", body, "must be a JSON object")
+    for name, value in body.items():
+        if name != "model" and name not in known:
+            close = did_you_mean(name, ["model", *known])
+            raise InvalidRequest(name, value, f"unknown field of a {kind}; {close}")
+    check_model(body.get("model"), model_names)
+    return {name: value for name, value in body.items() if value is not None and name != "model"}
 
 
 def check_model(model: object, names: Collection[str]) -> None:

@@ -128,9 +128,11 @@ class ChunkWriter:
             common = {**common, "usage": self._usage()}
         return [Chunk(choices=[choice], **common) for choice in choices]
 
-    def usage(self) -> Chunk[Any]:
-        """The chunk with the usage of all that was written."""
-        return Chunk(choices=[], **{**self._common, "usage": self._usage()})
+    def last(self) -> list[Chunk[Any]]:
+        """The chunk with the usage of all that was written, if it was asked for."""
+        if not self._options.include_usage:
+            return []
+        return [Chunk(choices=[], **{**self._common, "usage": self._usage()})]
 
     def _usage(self) -> Usage:
         return usage_of(self._prompts.values(), sum(self._num_visible.values()))

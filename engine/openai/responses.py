@@ -18,6 +18,8 @@ from remask.scheduler.errors import InvalidRequest, RemaskError, UnknownModel
 from remask.scoring import CheckedScore, Score
 from remask.text import decoder_of, token_text_of
 
+ID_PREFIXES = {"chat": "chatcmpl", "completion": "cmpl", "score": "score"}
+
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of a response, summed over its choices."""

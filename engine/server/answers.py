@@ -16,7 +16,7 @@ from remask.intake import CheckedPrompt, Intake
 from remask.limits import check_num_prompts
 from remask.openai.bodies import Asked, read_body
 from remask.openai.chunks import Chunk, ChunkWriter
-from remask.openai.responses import Completion, completion, error_body, error_object
+from remask.openai.responses import ID_PREFIXES, Completion, completion, error_body, error_object
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import InvalidRequest, RemaskError, Unavailable
 from remask.server.metrics import Metrics
@@ -25,7 +25,6 @@ from remask.thread import EngineThread
 
 logger = logging.getLogger(__name__)
 
-ID_PREFIXES = {"chat": "chatcmpl", "completion": "cmpl"}
 INTERNAL_ERROR = "the server has failed; its log tells how"
 DONE = b"data: [DONE]\n\n"
 SMALL_BYTES = 65_536  # bodies that are parsed on the event loop
@@ -100,7 +99,7 @@ class Answerer:
                 options=stream,
                 about=about,
             )
-            events = self._events(submission, writer, checked, include_usage=stream.include_usage)
+            events = self._events(submission, writer, checked)
             return EventStream(events, lambda: self._end(submission))
         try:
             outputs: dict[int, RequestOutput] = {}
@@ -128,12 +127,7 @@ class Answerer:
         self.live.discard(submission)
 
     async def _events(
-        self,
-        submission: Submission,
-        writer: ChunkWriter,
-        checked: Sequence[CheckedPrompt],
-        *,
-        include_usage: bool,
+        self, submission: Submission, writer: ChunkWriter, checked: Sequence[CheckedPrompt]
     ) -> AsyncIterator[bytes]:
         """The server-sent events of a stream."""
         try:
@@ -143,14 +137,14 @@ class Answerer:
                     yield event(chunk)
                 if output.finished:
                     self._count_request(output, checked)
-            if include_usage:
-                yield event(writer.usage())
+            for chunk in writer.last():
+                yield event(chunk)
         except RemaskError as error:
-            self._metrics.refused(error.status)
+            self._metrics.failed(error.status)
             yield event(failure(error))
         except Exception:
             logger.exception("a stream has failed")
-            self._metrics.refused(500)
+            self._metrics.failed(500)
             yield event(error_object(INTERNAL_ERROR, "internal_error"))
         yield DONE
 

@@ -21,8 +21,9 @@ from litestar.exceptions import HTTPException
 
 import remask
 from remask.async_llm import AsyncLLM
+from remask.openai.bodies import check_model
 from remask.openai.responses import error_object
-from remask.scheduler.errors import InvalidRequest, RemaskError, UnknownModel
+from remask.scheduler.errors import InvalidRequest, RemaskError
 from remask.server.answers import (
     INTERNAL_ERROR,
     Answerer,
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 READY_SECONDS = 60.0  # within which a worker with work must have answered
 RETRY_SECONDS = 1  # what clients are told to wait after 429 and 503
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-CLIENT_CLOSED = 499  # nobody reads it
+CLIENT_CLOSED = 499  # nginx's status of a request whose client has closed the connection
 
 Result = TypeVar("Result")
 
@@ -68,7 +69,7 @@ class Served:
 
     def __init__(self, llm: AsyncLLM, options: ServerOptions, defaults: dict[str, Any]) -> None:
         self.engine = llm.engine
-        self.names = options.model_names(self.engine.intake.options)
+        self.names = options.served_model_name or list(self.engine.intake.options.model_names)
         self.metrics = Metrics(self.engine, self.names[0])
         self.answerer = Answerer(self.engine, self.names, defaults, self.metrics)
         self.started = int(time.time())
@@ -99,7 +100,7 @@ def make_app(served: Served, options: ServerOptions) -> App:
         request_max_body_size=options.max_body_bytes,
         exception_handlers={RemaskError: _refuse, HTTPException: _refuse_http, Exception: _fail},
     )
-    return Gate(app, options.api_key)
+    return Gate(app, options.api_key, served.metrics.failed)
 
 
 @get("/", sync_to_thread=False)
@@ -149,10 +150,10 @@ def models(state: State) -> dict[str, Any]:
 @get("/v1/models/{name:path}", sync_to_thread=False)
 def model(request: Request[Any, Any, Any], state: State) -> dict[str, Any]:
     name, names = str(request.path_params["name"]), state.served.names
-    for own in (name, name.removeprefix("/")):  # the path of a name has a slash in front
-        if own in names:
-            return _model(state.served, own)
-    raise UnknownModel("model", name.removeprefix("/"), f"is not served; use {' or '.join(names)}")
+    if name not in names:
+        name = name.removeprefix("/")  # which stands in front of every path
+    check_model(name, names)
+    return _model(state.served, name)
 
 
 @post("/v1/completions", status_code=200)
@@ -241,9 +242,8 @@ def _model(served: Served, name: str) -> dict[str, Any]:
     }
 
 
-def _refuse(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+def _refuse(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     assert isinstance(error, RemaskError), "registered for it"
-    request.app.state.served.metrics.refused(error.status)
     headers = {"retry-after": str(RETRY_SECONDS)} if error.status in (429, 503) else None
     return _json(failure(error), error.status, headers)
 
@@ -254,9 +254,8 @@ def _refuse_http(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]
     return _json(error_object(error.detail, kind), error.status_code, error.headers)
 
 
-def _fail(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+def _fail(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     logger.error("a request has failed", exc_info=error)
-    request.app.state.served.metrics.refused(500)
     return _json(error_object(INTERNAL_ERROR, "internal_error"), 500)
 
 

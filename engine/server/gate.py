@@ -30,10 +30,12 @@ class Gate:
     Args:
         app: the application behind it. It finds the request id in the scope's state.
         keys: the keys that are valid; empty: none is asked for.
+        on_error: called with the status of each response that is an error.
     """
 
-    def __init__(self, app: App, keys: Collection[str]) -> None:
+    def __init__(self, app: App, keys: Collection[str], on_error: Callable[[int], None]) -> None:
         self._app, self._digests = app, [_digest(key.encode()) for key in keys]
+        self._on_error = on_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,6 +47,8 @@ class Gate:
 
         async def send_with_id(message: Any) -> None:
             if message["type"] == "http.response.start":
+                if message["status"] >= 400:
+                    self._on_error(message["status"])
                 more = (b"x-request-id", request_id.encode())
                 message = {**message, "headers": [*message.get("headers", ()), more]}
             await send(message)

@@ -5,6 +5,7 @@ The engine's thread counts what workers do (`heard`); the endpoints count respon
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
 
@@ -20,27 +21,8 @@ from remask.scheduler.messages import StepResult
 from remask.thread import EngineThread
 
 SECONDS = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.08,
-    0.16,
-    0.3,
-    0.5,
-    0.8,
-    1,
-    1.5,
-    2.5,
-    5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-)
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.5, 0.8, 1, 1.5, 2.5, 5, 10, 20, 40, 80, 160, 640,
+)  # fmt: skip
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 PER_FORWARD = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
@@ -81,7 +63,7 @@ class Metrics(Collector):
         self._success = self._counter_of(
             "request_success", "Samples that have ended, by the reason.", "finished_reason"
         )
-        self._refused = self._counter_of(
+        self._errors = self._counter_of(
             "request_errors", "Requests that got an error, by HTTP status.", "status"
         )
         histograms = {
@@ -126,21 +108,24 @@ class Metrics(Collector):
             yield gauge
 
     def heard(self, found: Sequence[Progress], result: StepResult | None) -> None:
-        """Counts a burst; called by the engine's thread."""
+        """Counts a burst; called by the engine's thread, so that a counter is written once a burst."""
         now, num_steps = monotonic(), 0
+        gained = collections.Counter[str]()
         for progress in found:
             samples = self._running.setdefault(progress.request_id, {})
-            watched = samples.get(progress.sample)
-            if watched is None:
-                watched = samples[progress.sample] = _Watched(progress.arrival_time)
-            num_steps = max(num_steps, progress.state.num_forwards - watched.num_forwards)
-            self._count(progress, watched, now)
+            if progress.sample not in samples:
+                samples[progress.sample] = _Watched(progress.arrival_time)
+            watched, num_before = samples[progress.sample], gained["denoising_steps"]
+            self._count(progress, watched, now, gained)
+            num_steps = max(num_steps, gained["denoising_steps"] - num_before)
             if progress.has_ended:
                 del self._running[progress.request_id]
         if result is not None and num_steps:
-            self._counters["forward_rows"].inc(result.num_rows)
+            gained["forward_rows"] = result.num_rows
             self._histograms["rows_per_step"].observe(result.num_rows / num_steps)
             self._histograms["sequences_per_step"].observe(len(result.states))
+        for name, number in gained.items():
+            self._counters[name].inc(number)
 
     def dropped(self, request_ids: Iterable[str]) -> None:
         """Forgets requests; called by the engine's thread."""
@@ -162,17 +147,19 @@ class Metrics(Collector):
         self._histograms["tokens_per_forward"].observe(tokens_per_forward)
         self._success.labels(model_name=self._model, finished_reason=finish_reason).inc()
 
-    def refused(self, status: int) -> None:
-        """Counts a request that got an error."""
-        self._refused.labels(model_name=self._model, status=str(status)).inc()
+    def failed(self, status: int) -> None:
+        """Counts a response that is an error, or a stream that has ended with one."""
+        self._errors.labels(model_name=self._model, status=str(status)).inc()
 
-    def _count(self, progress: Progress, watched: _Watched, now: float) -> None:
+    def _count(
+        self, progress: Progress, watched: _Watched, now: float, gained: collections.Counter[str]
+    ) -> None:
         state = progress.state
         num_filled = int(np.count_nonzero(np.frombuffer(state.commit_steps, TOKEN)))
         num_removed = state.num_remasked - watched.num_remasked
-        self._counters["denoising_steps"].inc(state.num_forwards - watched.num_forwards)
-        self._counters["remasked_tokens"].inc(num_removed)
-        self._counters["committed_tokens"].inc(num_filled - watched.num_filled + num_removed)
+        gained["denoising_steps"] += state.num_forwards - watched.num_forwards
+        gained["remasked_tokens"] += num_removed
+        gained["committed_tokens"] += num_filled - watched.num_filled + num_removed
         watched.num_forwards, watched.num_remasked = state.num_forwards, state.num_remasked
         watched.num_filled = num_filled
         if (num_new := progress.num_stable_tokens - watched.num_stable) > 0:

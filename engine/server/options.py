@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
-from remask.options import EngineOptions
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import resolve
 
@@ -43,7 +41,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    port: int = 8000
     uds: str | None = None
     api_key: list[str] = []
     served_model_name: list[str] = []
@@ -51,8 +49,8 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     ssl_keyfile: str | None = None
     root_path: str = ""
     allowed_origins: list[str] = []
-    max_body_bytes: Annotated[int, Meta(ge=1)] = 4_194_304
-    shutdown_timeout: Annotated[float, Meta(ge=0)] = 30.0
+    max_body_bytes: int = 4_194_304
+    shutdown_timeout: float = 30.0
 
     def check(self) -> None:
         """Raises InvalidRequest if an option is invalid."""
@@ -81,11 +79,6 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise InvalidRequest("ssl_keyfile", self.ssl_keyfile, "goes with ssl_certfile; give it, too")
         if self.ssl_certfile is not None:
             self._check_certificate(self.ssl_certfile)
-
-    def model_names(self, engine: EngineOptions) -> list[str]:
-        """What requests may call the model; responses have the first."""
-        model = str(engine.model)
-        return list(dict.fromkeys(self.served_model_name or (model, Path(model).name)))
 
     def _check_certificate(self, certfile: str) -> None:
         for name, path in (("ssl_certfile", certfile), ("ssl_keyfile", self.ssl_keyfile)):

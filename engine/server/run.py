@@ -60,30 +60,34 @@ def serve(
     with bound(options) as sock:
         llm = AsyncLLM.from_options(engine)
         try:
-            served = Served(llm, options, defaults)
-            config = uvicorn.Config(
-                make_app(served, options),
-                lifespan="off",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                root_path=options.root_path,
-                ssl_certfile=options.ssl_certfile,
-                ssl_keyfile=options.ssl_keyfile,
-                http="h11",
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=LAST_SECONDS,
-                ws="none",
-            )
             address = _address(options, sock)
-            server = Server(config, served.answerer, options.shutdown_timeout, lambda: on_start(address))
-            server.run(sockets=[sock])
+            served = Served(llm, options, defaults)
+            make_server(served, options, lambda: on_start(address)).run(sockets=[sock])
         finally:
             llm.close()
+
+
+def make_server(served: Served, options: ServerOptions, on_start: Callable[[], None]) -> Server:
+    """The server of an application; `on_start` is called when the port is open."""
+    config = uvicorn.Config(
+        make_app(served, options),
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        root_path=options.root_path,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_SECONDS,
+        ws="none",
+    )
+    return Server(config, served.answerer, options.shutdown_timeout, on_start)
 
 
 class Server(uvicorn.Server):
@@ -170,7 +174,7 @@ def bound(options: ServerOptions) -> Iterator[socket.socket]:
 
 
 def _remove_stale(path: str) -> None:
-    """Removes a socket on which nobody listens any more."""
+    """Removes the socket file of a process that has ended."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return  # binding fails, and the file stays

@@ -9,8 +9,8 @@ import msgspec
 from transformers import PreTrainedTokenizerBase
 
 from remask.intake import Intake
-from remask.openai.bodies import check_model, plain_messages
-from remask.scheduler.errors import InvalidRequest, did_you_mean
+from remask.openai.bodies import given_fields, plain_messages
+from remask.scheduler.errors import InvalidRequest
 
 
 class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +33,7 @@ def tokenize(intake: Intake, body: Any, model_names: Collection[str]) -> Tokeniz
     Raises:
         InvalidRequest: the body is invalid, or the model has no tokenizer.
     """
-    fields = _fields(body, ("model", "prompt", "add_special_tokens", "messages"), model_names)
+    fields = given_fields(body, ("prompt", "add_special_tokens", "messages"), model_names, "text to tokenize")
     if ("prompt" in fields) == ("messages" in fields):
         raise InvalidRequest("prompt", fields.get("prompt"), "give either prompt or messages")
     adds = fields.get("add_special_tokens", True)
@@ -56,7 +56,7 @@ def detokenize(
     Raises:
         InvalidRequest: the body is invalid, or the model has no tokenizer.
     """
-    ids = _fields(body, ("model", "tokens"), model_names).get("tokens")
+    ids = given_fields(body, ("tokens",), model_names, "text to detokenize").get("tokens")
     if tokenizer is None:
         raise InvalidRequest("tokens", ids, "the model has no tokenizer")
     if not isinstance(ids, list) or any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
@@ -65,15 +65,3 @@ def detokenize(
     if outside := [i for i in ids if not 0 <= i <= last]:
         raise InvalidRequest("tokens", outside[0], f"is outside the vocabulary 0..{last}")
     return Detokenized(prompt=str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
-
-
-def _fields(body: Any, known: Collection[str], model_names: Collection[str]) -> dict[str, Any]:
-    """The fields of a body that are given."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("body", body, "must be a JSON object")
-    for name, value in body.items():
-        if name not in known:
-            raise InvalidRequest(name, value, f"unknown field; {did_you_mean(name, known)}")
-    fields = {name: value for name, value in body.items() if value is not None}
-    check_model(fields.pop("model", None), model_names)
-    return fields

@@ -226,4 +226,10 @@ def test_metrics_count_what_ran(server: Running) -> None:
     assert gained["remask:e2e_request_latency_seconds_count"] == 1
     assert gained["remask:time_to_first_token_seconds_count"] == 1
     assert gained["remask:rows_per_step_count"] > 0
+    server.client.get("/nowhere")
+    server.post("/v1/completions", prompt="a", top_q=1)
+    errors = {name: number for name, number in read().items() if "request_errors_total" in name}
+    for status in (400, 404):
+        name = f'remask:request_errors_total{{model_name="tiny",status="{status}"}}'
+        assert errors[name] == after.get(name, 0) + 1
     assert after["remask:num_requests_running"] == after["remask:num_requests_waiting"] == 0

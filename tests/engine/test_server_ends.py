@@ -17,6 +17,7 @@ from served import Running, running
 
 from remask import AsyncLLM, EngineDead
 from remask.engine import Engine
+from remask.workers.executors.in_process import InProcessExecutor
 
 # Some hundred forwards, one after another.
 LONG: dict[str, Any] = {
@@ -44,14 +45,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def raw_request(server: Running, body: dict[str, Any]) -> socket.socket:
-    """A connection on which a request was sent and nothing is read."""
+def raw_request(server: Running, body: dict[str, Any], receive_bytes: int | None = None) -> socket.socket:
+    """A connection on which a request was sent and nothing is read; `receive_bytes` is its buffer's size."""
     content = json.dumps(body).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         f"content-length: {len(content)}\r\n\r\n"
     )
-    sock = socket.create_connection(("127.0.0.1", server.port))
+    sock = socket.socket()
+    if receive_bytes is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    sock.connect(("127.0.0.1", server.port))
     sock.sendall(head.encode() + content)
     return sock
 
@@ -103,20 +107,47 @@ def test_many_requests_at_once_are_answered_or_refused(llm: AsyncLLM) -> None:
     assert llm.engine.num_live == 0
 
 
-def test_a_slow_reader_holds_up_nobody(llm: AsyncLLM) -> None:
-    with running(llm) as server:
-        body = {**MEDIUM, "stream": True, "stream_options": {"canvas": True}}
-        slow = raw_request(server, body)
+def test_a_slow_reader_delays_no_other_request(llm: AsyncLLM) -> None:
+    body = {**MEDIUM, "n": 8, "temperature": 1.0, "stream": True, "stream_options": {"canvas": True}}
+    with running(llm, send_bytes=4096) as server:
+        slow = raw_request(server, body, receive_bytes=4096)
         wait_for(lambda: llm.engine.num_live == 1)
         for _ in range(3):
             assert server.post("/v1/completions", **SHORT).status_code == 200
-        wait_for(lambda: llm.engine.num_live == 0, 60)  # it has run to its end, unread
+        wait_for(lambda: llm.engine.num_live == 0, 60)  # it has run to its end
+        time.sleep(0.3)
+        assert len(server.served.answerer.live) == 1, "the stream waits for its reader"
         text = b""
         while b"[DONE]" not in text:
             part = slow.recv(1 << 16)
             assert part, "the stream ends with [DONE]"
             text += part
         slow.close()
+        wait_for(lambda: not server.served.answerer.live)
+
+
+def test_a_server_whose_worker_does_not_answer_is_not_ready(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, next_event = threading.Event(), InProcessExecutor.next_event
+
+    def hanging(self: InProcessExecutor, timeout: float | None = None) -> Any:
+        goes_on.wait()
+        return next_event(self, timeout)
+
+    monkeypatch.setattr("remask.server.app.READY_SECONDS", 0.2)
+    with running(llm) as server, ThreadPoolExecutor() as pool:
+        assert server.client.get("/ready").status_code == 200
+        monkeypatch.setattr(InProcessExecutor, "next_event", hanging)
+        answer = pool.submit(server.answer, **SHORT)
+        wait_for(lambda: server.client.get("/ready").status_code == 503)
+        assert server.client.get("/ready").json() == {"status": "no worker answers"}
+        assert server.client.get("/health").status_code == 200
+        goes_on.set()
+        assert answer.result()["choices"][0]["text"] == "1234341221434321"
+        assert server.client.get("/ready").status_code == 200
+        monkeypatch.setattr(llm.engine._engine.executor, "workers", ())
+        assert server.client.get("/ready").status_code == 503
 
 
 def test_a_response_is_not_held_back(llm: AsyncLLM) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import uvicorn
 
 from remask import AsyncLLM
-from remask.server.app import Served, make_app
+from remask.server.app import Served
 from remask.server.options import ServerOptions
-from remask.server.run import Server, bound
+from remask.server.run import Server, bound, make_server
 
 SECONDS = 60.0
 
@@ -56,22 +56,19 @@ class Running:
 
 
 @contextmanager
-def running(llm: AsyncLLM, defaults: dict[str, Any] | None = None, **options: Any) -> Iterator[Running]:
-    """A server on an engine, which stays open; it ends with the context."""
+def running(
+    llm: AsyncLLM, defaults: dict[str, Any] | None = None, *, send_bytes: int | None = None, **options: Any
+) -> Iterator[Running]:
+    """A server on an engine, which stays open; it ends with the context. `send_bytes` is the size of the
+    kernel's buffer of what a client has not taken."""
     own = ServerOptions(port=0, **options)
     own.check()
     served = Served(llm, own, defaults or {})
-    config = uvicorn.Config(
-        make_app(served, own),
-        lifespan="off",
-        log_config=None,
-        http="h11",
-        root_path=own.root_path,
-        timeout_graceful_shutdown=1,
-    )
     is_open = threading.Event()
-    server = Server(config, served.answerer, own.shutdown_timeout, is_open.set)
+    server = make_server(served, own, is_open.set)
     with bound(own) as sock:
+        if send_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:

@@ -41,8 +41,9 @@ class Kept(NamedTuple):
 
 
 def may_repeat(canvases: Sequence[int], state: BurstState) -> bool:
-    """Whether some canvases of a burst, on a host, may ever hold equal sequences. Those with different fixed
-    tokens before their slots do not, apart from second copies, in which fixed tokens are masked."""
+    """Whether to look for equal sequences of some canvases of a burst, on a host: if two have the same length
+    and the same fixed tokens before their slots, or if fixed tokens are masked in second copies. (A canvas
+    that comes to hold the prompt of another one is not looked for.)"""
     tokens, beginnings = state.tokens.numpy(), set[Hashable]()
     for c in canvases:
         spec, (start, end) = state.specs[c], state.cu_tokens[c : c + 2]
