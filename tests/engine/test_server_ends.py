@@ -140,10 +140,12 @@ def test_a_server_whose_worker_does_not_answer_is_not_ready(
         assert server.client.get("/ready").status_code == 200
         monkeypatch.setattr(InProcessExecutor, "next_event", hanging)
         answer = pool.submit(server.answer, **SHORT)
-        wait_for(lambda: server.client.get("/ready").status_code == 503)
-        assert server.client.get("/ready").json() == {"status": "no worker answers"}
-        assert server.client.get("/health").status_code == 200
-        goes_on.set()
+        try:
+            wait_for(lambda: server.client.get("/ready").status_code == 503, 10)
+            assert server.client.get("/ready").json() == {"status": "no worker answers"}
+            assert server.client.get("/health").status_code == 200
+        finally:
+            goes_on.set()
         assert answer.result()["choices"][0]["text"] == "1234341221434321"
         assert server.client.get("/ready").status_code == 200
         monkeypatch.setattr(llm.engine._engine.executor, "workers", ())
