@@ -17,42 +17,58 @@ import re
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from remask import AsyncLLM
+import msgspec
+
+from remask import AsyncLLM, SamplingParams
 from remask.benchmarks import repeated
 from remask.benchmarks.environment import Steadiness
+from remask.benchmarks.serving.load import Run, closed_loop, figures
+from remask.benchmarks.serving.targets import Answer, EngineTarget, Target
 from remask.benchmarks.throughput import format_spread, spread
+from remask.benchmarks.workloads import Job
 
-ENGINE = {"dtype": "float32", "device": "cpu", "max_num_rows": 2048}
+ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_rows": 2048}
 # At least ten forwards, and small answers, whose overheads weigh most.
-LOADS: dict[str, dict[str, Any]] = {
-    "64 slots, one a forward": {"max_tokens": 64, "block_length": 16, "unmask": "schedule"},
-    "8 slots, `threshold:0.9`": {"max_tokens": 8, "block_length": 8, "unmask": "threshold:0.9"},
+LOADS = {
+    "64 slots, one a forward": SamplingParams(
+        max_tokens=64, block_length=16, unmask="schedule", ignore_eos=True
+    ),
+    "8 slots, `threshold:0.9`": SamplingParams(
+        max_tokens=8, block_length=8, unmask="threshold:0.9", ignore_eos=True
+    ),
 }
 REQUESTS = {1: 8, 16: 32, 64: 64}  # by the number of requests at a time
+PAIRS = 8  # of requests whose latencies are compared, in a repetition
 HEADER = ("requests", "at a time", "in process", "over HTTP", "times as fast (min to max)", "added latency")
 
-Ask = Callable[[int], Awaitable[int]]  # sends the request with this number; returns its visible tokens
 
+class StreamTarget(Target):
+    """`remask serve`, which gets all parameters of a job and streams. Connections are used again.
 
-class Connection:
-    """A connection to a server, for one request after another; opened when it is needed."""
+    The client costs little, because it shares a core with the server that is measured: it looks for the usage
+    alone.
+    """
+
+    name = "remask serve"
 
     def __init__(self, url: str) -> None:
         self._address = urlsplit(url)
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def tokens(self, body: dict[str, Any]) -> int:
-        """Sends a streamed completion and reads it to its end; returns its visible tokens."""
-        if self._streams is None or self._streams[0].at_eof():  # the server closes idle connections
-            self._streams = await asyncio.open_connection(self._address.hostname, self._address.port)
-        reader, writer = self._streams
-        content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    async def answer(self, job: Job) -> Answer:
+        fields = {
+            name: value for name, value in msgspec.structs.asdict(job.params).items() if value is not None
+        }
+        options = {"include_usage": True}
+        content = json.dumps(
+            {"prompt": job.prompt, "stream": True, "stream_options": options, **fields}
+        ).encode()
+        reader, writer = await self._connection()
         head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
         if not (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 "):
@@ -63,120 +79,105 @@ class Connection:
             if b'"usage":{' in data:
                 num_tokens = json.loads(data.partition(b"data: ")[2])["usage"]["completion_tokens"]
         await reader.readexactly(2)
-        return num_tokens
+        self._idle.append((reader, writer))
+        return Answer(None, num_tokens)
 
-    def close(self) -> None:
-        if self._streams is not None:
-            self._streams[1].close()
+    async def __aexit__(self, *_: object) -> None:
+        for _, writer in self._idle:
+            writer.close()
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            streams = self._idle.pop()
+            if not streams[0].at_eof():  # the server closes what is idle for long
+                return streams
+        return await asyncio.open_connection(self._address.hostname, self._address.port)
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """A server process with the embedded model; its address."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
+def serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of `remask serve` whose port is open, and its address; killed if it has not ended."""
     command = [
         sys.executable,
         "-c",
         "from remask.cli import main; main()",
         "serve",
-        "tiny",
+        *arguments,
         "--port",
         "0",
-        *flags,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    ) as process:
         assert process.stderr is not None
         try:
             lines = []
             for line in process.stderr:
                 lines.append(line)
-                if found := re.search(r" at (http://\S+)$", line):
-                    yield found.group(1)
+                if found := re.search(r"serves \S+ at (\S+)$", line):
+                    yield process, found.group(1)
                     return
             raise RuntimeError(f"the server has not started: {''.join(lines)}")
         finally:
-            process.terminate()
-            process.wait()
+            process.kill()
 
 
-def body_of(params: dict[str, Any], number: int) -> dict[str, Any]:
-    return {
-        "prompt": f"{100 + number % 900}+{7 * number % 900}=",
-        "ignore_eos": True,
-        "seed": number,
-        **params,
-    }
+def jobs_of(llm: AsyncLLM, params: SamplingParams, count: int) -> list[Job]:
+    """Sums, each with a seed of its own."""
+    texts = (f"{100 + number % 900}+{7 * number % 900}=" for number in range(count))
+    encode = llm.engine.intake.encode
+    return [
+        Job(encode("prompt", text, add_special_tokens=True), msgspec.structs.replace(params, seed=number))
+        for number, text in enumerate(texts)
+    ]
 
 
-async def closed_loop(asks: list[Ask], count: int) -> float:
-    """Visible tokens a second of callers that take the next request in turn."""
-    numbers, num_tokens = iter(range(count)), 0
-
-    async def caller(ask: Ask) -> None:
-        nonlocal num_tokens
-        for number in numbers:
-            own = await ask(number)
-            num_tokens += own
-
-    started = time.perf_counter()
-    await asyncio.gather(*map(caller, asks))
-    return num_tokens / (time.perf_counter() - started)
+async def run(target: Target, jobs: Sequence[Job], concurrency: int) -> Run:
+    """Serves jobs, of which none may fail."""
+    found = await closed_loop(target, jobs, concurrency)
+    if errors := [served.error for served in found.served if served.error is not None]:
+        raise RuntimeError(errors[0])
+    return found
 
 
 async def measure(llm: AsyncLLM, url: str, repetitions: int, steadiness: Steadiness) -> list[dict[str, Any]]:
     results = []
-    for name, params in LOADS.items():
-
-        async def in_process(number: int, params: dict[str, Any] = params) -> int:
-            body = body_of(params, number)
-            async for output in llm.generate(body.pop("prompt"), body):
-                return output.outputs[0].num_visible_tokens
-            raise RuntimeError("the engine has ended")
-
-        for concurrency, count in REQUESTS.items():
-            rates: list[tuple[float, float]] = []
-            added: list[float] = []
-            own = [Connection(url) for _ in range(concurrency)]
-
-            def over_http(connection: Connection, params: dict[str, Any] = params) -> Ask:
-                return lambda number: connection.tokens(body_of(params, number))
-
-            sides = [[in_process] * concurrency, [over_http(each) for each in own]]
-            for repetition in range(repetitions):
-                order = (0, 1) if repetition % 2 else (1, 0)
-                found = {side: await closed_loop(sides[side], count) for side in order}
-                rates.append((found[0], found[1]))
-                if concurrency == 1:
-                    added += await differences(in_process, sides[1][0], count)
-                steadiness.look()
-            for each in own:
-                each.close()
-            results.append(
-                {
-                    "load": name,
-                    "max_concurrency": concurrency,
-                    "num_requests": count,
-                    "in_process_tokens_per_second": spread([rate for rate, _ in rates]),
-                    "served_tokens_per_second": spread([rate for _, rate in rates]),
-                    "ratio": spread([served / rate for rate, served in rates]),
-                    "added_latency_ms": 1000 * statistics.median(added) if added else None,
-                }
-            )
+    in_process = EngineTarget(llm)
+    async with StreamTarget(url) as over_http:
+        for name, params in LOADS.items():
+            for concurrency, count in REQUESTS.items():
+                jobs = jobs_of(llm, params, count)
+                rates: list[tuple[float, float]] = []
+                added: list[float] = []
+                for repetition in range(repetitions):
+                    order = (in_process, over_http) if repetition % 2 else (over_http, in_process)
+                    found = {target: figures(await run(target, jobs, concurrency)) for target in order}
+                    own, served = (found[target]["output_throughput"] for target in (in_process, over_http))
+                    rates.append((own, served))
+                    if concurrency == 1:
+                        added += await differences(in_process, over_http, jobs[:PAIRS])
+                    steadiness.look()
+                results.append(
+                    {
+                        "load": name,
+                        "max_concurrency": concurrency,
+                        "num_requests": count,
+                        "in_process_tokens_per_second": spread([own for own, _ in rates]),
+                        "served_tokens_per_second": spread([served for _, served in rates]),
+                        "ratio": spread([served / own for own, served in rates]),
+                        "added_latency_ms": 1000 * statistics.median(added) if added else None,
+                    }
+                )
     return results
 
 
-async def differences(in_process: Ask, over_http: Ask, count: int) -> list[float]:
-    """How many seconds longer each of some requests takes over HTTP."""
+async def differences(in_process: Target, over_http: Target, jobs: Sequence[Job]) -> list[float]:
+    """How many seconds longer each of some requests takes over HTTP. No side is always the first."""
     found = []
-    for number in range(count):
-        sides = [(-1, in_process), (1, over_http)]
-        difference = 0.0
-        for sign, ask in sides if number % 2 else sides[::-1]:  # no side is always the second
-            started = time.perf_counter()
-            await ask(number)
-            difference += sign * (time.perf_counter() - started)
-        found.append(difference)
+    for number, job in enumerate(jobs):
+        order = (in_process, over_http) if number % 2 else (over_http, in_process)
+        seconds = {target: (await run(target, [job], 1)).served[0].latency for target in order}
+        found.append(seconds[over_http] - seconds[in_process])
     return found
 
 
@@ -195,7 +196,8 @@ def cells_of(result: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     async def every(repetitions: int, steadiness: Steadiness) -> list[dict[str, Any]]:
-        with server() as url:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
+        with serving("tiny", *flags, OMP_NUM_THREADS="1") as (_, url):
             async with await AsyncLLM.start("tiny", **ENGINE) as llm:
                 return await measure(llm, url, repetitions, steadiness)
 

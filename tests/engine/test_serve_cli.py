@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
 import ssl
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from remask.benchmarks.serving.server_cost import serving
 
 pytestmark = pytest.mark.slow
 
@@ -29,31 +27,6 @@ LONG: dict[str, Any] = {
     "ignore_eos": True,
 }
 SECONDS = 120.0
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from remask.cli import main; main()", "serve", *arguments]
-
-
-@contextmanager
-def process(*arguments: str, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process that is ready, and its address."""
-    own = subprocess.Popen(
-        command(*arguments, "--port", "0"), stderr=subprocess.PIPE, text=True, env={**os.environ, **env}
-    )
-    assert own.stderr is not None
-    try:
-        lines = []
-        for line in own.stderr:
-            lines.append(line)
-            if found := re.search(r"serves \S+ at (\S+)$", line):
-                yield own, found.group(1)
-                return
-        pytest.fail("".join(lines))
-    finally:
-        own.kill()
-        own.wait()
-        own.stderr.close()
 
 
 def test_what_cannot_start_says_so_in_one_line(
@@ -81,7 +54,7 @@ def test_what_cannot_start_says_so_in_one_line(
 
 def test_a_signal_ends_the_server_after_what_runs(tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    with process("tiny", "--max-num-rows", "512", "--uds", str(path)) as (own, address):
+    with serving("tiny", "--max-num-rows", "512", "--uds", str(path)) as (own, address):
         assert address == f"unix:{path}"
         transport = httpx.HTTPTransport(uds=str(path))
         client = httpx.Client(transport=transport, base_url="http://remask", timeout=SECONDS)
@@ -106,7 +79,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     files = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
     context = ssl.create_default_context(cafile=str(certificate))
     with (
-        process("tiny", "--max-num-rows", "512", *files, REMASK_API_KEY="secret") as (own, url),
+        serving("tiny", "--max-num-rows", "512", *files, REMASK_API_KEY="secret") as (own, url),
         httpx.Client(verify=context, base_url=url, timeout=SECONDS) as client,
     ):
         assert url.startswith("https://")
