@@ -5,7 +5,8 @@
 Both have the embedded model in fp32 on one thread. Requests come in a closed loop. The server runs in a
 process of its own and streams, and this process reads the streams. In-process requests yield their last
 output. Both sides run in turn, and a ratio is taken within a repetition. The added latency is the median of
-the differences of requests that follow each other, one at a time.
+the differences of requests that follow each other, one at a time, on canvases of few forwards: over many, the
+machine's own noise is larger.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import msgspec
@@ -33,17 +34,37 @@ from remask.benchmarks.throughput import format_spread, spread
 from remask.benchmarks.workloads import Job
 
 ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_rows": 2048}
-# At least ten forwards, and small answers, whose overheads weigh most.
-LOADS = {
-    "64 slots, one a forward": SamplingParams(
-        max_tokens=64, block_length=16, unmask="schedule", ignore_eos=True
-    ),
-    "8 slots, `threshold:0.9`": SamplingParams(
-        max_tokens=8, block_length=8, unmask="threshold:0.9", ignore_eos=True
-    ),
-}
 REQUESTS = {1: 8, 16: 32, 64: 64}  # by the number of requests at a time
-PAIRS = 8  # of requests whose latencies are compared, in a repetition
+
+
+class Load(NamedTuple):
+    """Requests.
+
+    Attributes:
+        params: their parameters.
+        requests: how many, by the number at a time.
+        pairs: how many of them compare latencies, in a repetition.
+    """
+
+    params: SamplingParams
+    requests: dict[int, int]
+    pairs: int
+
+
+def schedule(unmask: str) -> SamplingParams:
+    return SamplingParams(max_tokens=64, block_length=16, unmask=unmask, ignore_eos=True)
+
+
+LOADS = {
+    "64 slots in 12 forwards": Load(schedule("schedule:12"), {1: 8}, pairs=24),
+    # Small answers, whose overheads weigh most.
+    "8 slots, `threshold:0.9`": Load(
+        SamplingParams(max_tokens=8, block_length=8, unmask="threshold:0.9", ignore_eos=True),
+        REQUESTS,
+        pairs=24,
+    ),
+    "64 slots, one a forward": Load(schedule("schedule"), REQUESTS, pairs=0),
+}
 HEADER = ("requests", "at a time", "in process", "over HTTP", "times as fast (min to max)", "added latency")
 
 
@@ -83,7 +104,7 @@ class StreamTarget(Target):
         return Answer(None, num_tokens)
 
     async def __aexit__(self, *_: object) -> None:
-        for _, writer in self._idle:
+        for _reader, writer in self._idle:
             writer.close()
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -144,18 +165,20 @@ async def measure(llm: AsyncLLM, url: str, repetitions: int, steadiness: Steadin
     results = []
     in_process = EngineTarget(llm)
     async with StreamTarget(url) as over_http:
-        for name, params in LOADS.items():
-            for concurrency, count in REQUESTS.items():
-                jobs = jobs_of(llm, params, count)
+        for name, load in LOADS.items():
+            for concurrency, count in load.requests.items():
+                jobs = jobs_of(llm, load.params, max(count, load.pairs))
                 rates: list[tuple[float, float]] = []
                 added: list[float] = []
                 for repetition in range(repetitions):
                     order = (in_process, over_http) if repetition % 2 else (over_http, in_process)
-                    found = {target: figures(await run(target, jobs, concurrency)) for target in order}
+                    found = {
+                        target: figures(await run(target, jobs[:count], concurrency)) for target in order
+                    }
                     own, served = (found[target]["output_throughput"] for target in (in_process, over_http))
                     rates.append((own, served))
                     if concurrency == 1:
-                        added += await differences(in_process, over_http, jobs[:PAIRS])
+                        added += await differences(in_process, over_http, jobs[: load.pairs])
                     steadiness.look()
                 results.append(
                     {
