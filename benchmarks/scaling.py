@@ -45,7 +45,9 @@ class InstantExecutor(Executor):
     def __init__(self, num_workers: int) -> None:
         with model_directory("tiny") as directory:
             config = read_config(directory)[1]
-        self.facts = WorkerFacts(config=config, row_limit=None, attention_backend=None, overlaps=False)
+        self.facts = WorkerFacts(
+            config=config, row_limit=None, attention_backend=None, overlaps=False, max_key_rows=0
+        )
         self.workers = range(num_workers)
         self.num_bursts = self.num_canvases = 0
         self.encoding_ms: list[float] = []

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from remask.scheduler.canvas import Canvas, CanvasSpec, CanvasState, TextStop, new_canvas, new_probe
+from remask.scheduler.blame import new_probe
+from remask.scheduler.canvas import Canvas, CanvasSpec, CanvasState, TextStop, new_canvas
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import resolve
 from remask.scheduler.request import Request
@@ -47,20 +48,27 @@ class SimulatedWorker:
 
     def _advance(self, spec: CanvasSpec, state: CanvasState, num_steps: int) -> CanvasState:
         tokens, num_forwards, block = state.token_array().copy(), state.num_forwards, state.block
+        block_forwards, full_tokens = state.num_block_forwards, state.full_tokens
         prompt_len = len(tokens) - spec.canvas_len
         for _ in range(num_steps if not state.finished else 0):
+            if not spec.is_light(block_forwards):
+                full_tokens = tokens.tobytes()
             place = int(np.flatnonzero(tokens == MASK)[0])
             tokens[place] = TOKEN_ID
             num_forwards += 1
+            block_forwards += 1
             done = place - prompt_len + 1
             if done == spec.canvas_len or done % spec.block_length == 0:
                 block += 1
+                block_forwards = 0
                 if spec.pause_at_blocks or done == spec.canvas_len:
                     break
         return msgspec.structs.replace(
             state,
             tokens=tokens.tobytes(),
+            full_tokens=full_tokens if spec.is_light(block_forwards) else b"",
             num_forwards=num_forwards,
+            num_block_forwards=block_forwards,
             block=block,
             finished=not (tokens == MASK).any(),
         )

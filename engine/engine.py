@@ -28,7 +28,8 @@ from remask.outputs import (
     request_output,
     trace_of,
 )
-from remask.scheduler.canvas import Canvas, new_probe
+from remask.scheduler.blame import new_probe
+from remask.scheduler.canvas import Canvas
 from remask.scheduler.errors import EngineDead, RemaskError
 from remask.scheduler.messages import StepResult
 from remask.scheduler.params import SamplingParams
@@ -118,7 +119,7 @@ class Engine:
             self.executor = executor or start_executor(options, directory)
         config = self.executor.facts.config
         try:
-            self.intake = Intake(config, self.tokenizer, options)
+            self.intake = Intake(config, self.tokenizer, options, self.executor.facts.max_key_rows)
         except BaseException:
             self.executor.close()
             raise
@@ -128,6 +129,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             burst=options.burst,
             probe=new_probe(config.mask_id, config.shift),
+            max_key_rows=self.executor.facts.max_key_rows,
             burst_seconds=OVERLAPPED_BURST_SECONDS if self.executor.facts.overlaps else BURST_SECONDS,
         )
         self._live: dict[str, Request] = {}

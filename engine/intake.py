@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -14,7 +13,8 @@ import msgspec
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from remask.limits import check_num_prompts, check_params
+from remask.entries import entries_of, one_each
+from remask.limits import check_num_prompts, check_params, with_reuse
 from remask.options import EngineOptions
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.errors import InvalidRequest
@@ -52,6 +52,7 @@ class Intake:
         config: shape and special ids of the model.
         tokenizer: tokenizer of the model; None: prompts must be token ids.
         options: options of the engine, for the maximum length, the seed and the ceilings of a call.
+        max_key_rows: rows whose keys a worker keeps, 0: none; None: not known.
 
     Attributes:
         config: shape and special ids of the model.
@@ -64,9 +65,14 @@ class Intake:
     """
 
     def __init__(
-        self, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+        options: EngineOptions,
+        max_key_rows: int | None = None,
     ) -> None:
         self.config, self.options, self._tokenizer = config, options, tokenizer
+        self._max_key_rows = max_key_rows
         self.max_len = config.max_len if options.max_model_len is None else options.max_model_len
         if not 2 <= self.max_len <= config.max_len:
             problem = f"must lie between 2 and the model's {config.max_len}"
@@ -95,8 +101,8 @@ class Intake:
         """
         every = self.listed("prompts", prompts)
         check_num_prompts(self.options, len(every))
-        params = _one_each("sampling_params", sampling_params, len(every))
-        own_priorities = _one_each("priority", priorities, len(every))
+        params = one_each("sampling_params", sampling_params, len(every))
+        own_priorities = one_each("priority", priorities, len(every))
         if priorities is not None and listed(priorities, 0) is None:
             raise InvalidRequest("priority", priorities, "give a list of an integer for each prompt")
         checked = self.check_each(every, params, own_priorities)
@@ -155,6 +161,7 @@ class Intake:
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
         check_params(self.options, resolved)
         self.check_lengths(ids, resolved.max_tokens)
+        resolved = with_reuse(resolved, len(ids), self._max_key_rows)
         return CheckedPrompt(text, ids, self._with_own_ids(self._with_stops(resolved)))
 
     def request(
@@ -224,7 +231,9 @@ class Intake:
         """
         self._check_template()
         ceiling = self.options.max_prompts_per_call
-        given = None if isinstance(messages, Mapping) else _entries(messages, Mapping, self.max_len, ceiling)
+        given = (
+            None if isinstance(messages, Mapping) else entries_of(messages, Mapping, self.max_len, ceiling)
+        )
         if not given:
             raise InvalidRequest("messages", messages, "give a list of messages, or a list of such lists")
         conversations: list[Any] = [given] if isinstance(given[0], Mapping) else given
@@ -252,7 +261,7 @@ class Intake:
         what errors call it."""
         if isinstance(prompts, str | Mapping):
             return [prompts]
-        every = _entries(prompts, Integral, self.max_len, self.options.max_prompts_per_call)
+        every = entries_of(prompts, Integral, self.max_len, self.options.max_prompts_per_call)
         if every is None:
             raise InvalidRequest(name, prompts, f"give a {name.removesuffix('s')} or a list of {name}")
         return [every] if every and all(isinstance(entry, Integral) for entry in every) else every
@@ -364,34 +373,6 @@ class Intake:
                     f"must lie in 0..{self.config.vocab_size - 1} and not be the mask id",
                 )
         return msgspec.structs.replace(params, stop=stop, stop_token_ids=ids)
-
-
-def _entries(values: Any, part: type, max_parts: int, max_entries: int | None) -> list[Any] | None:
-    """The entries of a list, a column or an iterator; None: the value is none of these.
-
-    An iterator may have no end, so that at most one entry more is taken from it than there may be.
-
-    Args:
-        values: entries, or the parts of a single one, such as ids or messages.
-        part: type of the parts.
-        max_parts: how many there may be.
-        max_entries: how many there may be; None: any number.
-    """
-    if not isinstance(values, Iterator):
-        return listed(values)
-    first = list(itertools.islice(values, 1))
-    is_single = any(isinstance(entry, part) for entry in first)
-    return [*first, *itertools.islice(values, max_parts if is_single else max_entries)]
-
-
-def _one_each(name: str, values: Any, count: int) -> list[Any]:
-    given = None if isinstance(values, Mapping) else listed(values, count + 1)  # it may have no end
-    if given is None:
-        return [values] * count
-    if len(given) != count:
-        num_given = len(values) if isinstance(values, Sized) else len(given)
-        raise InvalidRequest(name, num_given, f"give one for each of the {count} prompts")
-    return given
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:

@@ -3,13 +3,18 @@ anything of a call runs."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable
+
+import msgspec
 
 from remask.options import EngineOptions
 from remask.scheduler.errors import InvalidRequest, Overloaded
 from remask.scheduler.params import ResolvedParams
 from remask.scheduler.request import Request
+
+logger = logging.getLogger(__name__)
 
 
 def check_num_prompts(options: EngineOptions, num_prompts: int) -> None:
@@ -49,6 +54,30 @@ def check_params(options: EngineOptions, params: ResolvedParams, num_tokens_befo
         )
         raise InvalidRequest(name, value, problem)
     return num_tokens
+
+
+def with_reuse(params: ResolvedParams, prompt_len: int, max_key_rows: int | None) -> ResolvedParams:
+    """The parameters of a request that fit the workers: without reuse if its keys alone are too many.
+
+    Args:
+        params: of one prompt.
+        prompt_len: tokens of the prompt.
+        max_key_rows: rows whose keys a worker keeps; None: not known yet.
+
+    Raises:
+        InvalidRequest: the workers keep no keys.
+    """
+    if params.reuse is None or max_key_rows is None:
+        return params
+    if max_key_rows == 0:
+        raise InvalidRequest("reuse", params.reuse, "the workers of this model keep no keys; leave it out")
+    num_rows = (prompt_len + params.max_tokens) * (1 + (params.sampling.cfg_scale > 0))
+    if num_rows <= max_key_rows:
+        return params
+    logger.warning(
+        "a request of %d rows runs without reuse: max_key_bytes has room for %d", num_rows, max_key_rows
+    )
+    return msgspec.structs.replace(params, reuse=None, refresh=None)
 
 
 def check_score_size(

@@ -75,9 +75,10 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
         stop_reason: Stop string, or id of `stop_token_ids`, that ended the text. None for the model's own
             end-of-sequence tokens and if the canvas ended the text.
         nfe: Number of model forwards of the sample.
-        num_query_rows: Rows of these forwards: prompt and canvas, twice with guidance. `wino` adds a row for
-            each slot of the block, `oracle_loo` the whole sequence for each committed slot of the block. A
-            forward may compute fewer.
+        num_full_forwards: Number of these forwards that reuse no keys.
+        num_query_rows: Rows of these forwards: prompt and canvas, or the rows that a forward with reused keys
+            computes; twice with guidance. `wino` adds a row for each slot of the block, `oracle_loo` the
+            whole sequence for each committed slot of the block. A forward may compute fewer.
         tokens_per_forward: Visible tokens divided by `nfe`. An id that ended the text does not count; tokens
             of a stop string do.
         confidences: Confidence of each token of `token_ids` at its commit.
@@ -97,6 +98,7 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length", "error"] | None
     stop_reason: int | str | None
     nfe: int
+    num_full_forwards: int
     num_query_rows: int
     tokens_per_forward: float
     confidences: list[float]
@@ -216,6 +218,7 @@ def _figures(
         "index": spec.sample,
         "token_ids": spec.canvas_tokens(state)[:num_returned].tolist(),
         "nfe": state.num_forwards,
+        "num_full_forwards": state.num_forwards if spec.reuse is None else state.num_full_forwards,
         "num_query_rows": state.num_query_rows,
         "tokens_per_forward": num_visible / max(1, state.num_forwards),
         "confidences": np.frombuffer(state.confidences, REAL)[:num_returned].tolist(),

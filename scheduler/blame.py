@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 
-from remask.scheduler.canvas import NO_COMMIT, NO_MEMORY, NOT_NUMBERS, RAISES, Canvas
+from remask.scheduler.canvas import NO_COMMIT, NO_MEMORY, NOT_NUMBERS, RAISES, Canvas, new_canvas
 from remask.scheduler.errors import RemaskError, RequestFailed, RequestTooLarge, Unavailable, WorkerDied
+from remask.scheduler.params import resolve
 from remask.scheduler.planning import Budget, split, take
 from remask.scheduler.request import Request
 
@@ -153,3 +154,12 @@ class Blame:
         """Raises Unavailable if too many workers in a row died of a probe."""
         if self._probe_deaths >= MAX_PROBE_DEATHS:
             raise Unavailable(NO_WORKER_LIVES.format(self._probe_deaths))
+
+
+def new_probe(mask_id: int, shift: int = 0) -> Canvas:
+    """A canvas of one token behind a prompt of one."""
+    params = resolve({"max_tokens": 1})
+    prompt = [0 if mask_id != 0 else 1]
+    return new_canvas(
+        "probe", 0, prompt, params, seed=2**62, sample=0, mask_id=mask_id, stop_ids=[], shift=shift
+    )

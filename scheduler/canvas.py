@@ -14,10 +14,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from remask.scheduler.params import ResolvedParams, resolve
+from remask.scheduler.light_rows import LightRows, light_rows
+from remask.scheduler.params import ResolvedParams
 from remask.scheduler.policies import MemoryField, RemaskPolicy, Schedule, UnmaskPolicy, registry
 from remask.scheduler.sampling import TOKEN as TOKEN
-from remask.scheduler.sampling import Sampling, id_array, id_bytes
+from remask.scheduler.sampling import Reuse, Sampling, id_array, id_bytes
 
 # Faults of a canvas: logits that are NaN; a step without a commit although the policy must commit; a kernel
 # that raises for the canvas alone, or does not fit the memory.
@@ -58,6 +59,8 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     pause_at_blocks: bool  # a burst ends at the end of a block, so that the engine can look for stop strings
     trace: bool = False  # whether its events are recorded
     shift: int = 0  # row i - shift predicts position i
+    reuse: Reuse | None = None  # whether light forwards compute the active block, and what follows it, alone
+    refresh: int = 0  # forwards from one full forward of a block to the next; 0: only the first is full
     targets: bytes = b""  # int32 [G]: the tokens to commit, whatever the model proposes; empty: the proposals
 
     @cached_property
@@ -152,16 +155,49 @@ class CanvasSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         """Whether its rows need whole logits, not only the largest ones and sums of the softmax."""
         return self.sampling.edits or self.sampling.filters or self.sampling.reranks or self.bans_removed
 
-    def forward_rows(self, sequence_len: int) -> tuple[int, int, int]:
-        """The rows of a forward: a constant, rows for each slot of the active block, and rows for each of
-        its committed slots."""
-        copy_rows = sequence_len if self.num_copies else 0
-        return sequence_len * (1 + self.is_guided), self.shadow_rows_per_slot, copy_rows
+    def verifying_rows(self, sequence_len: int) -> tuple[int, int]:
+        """The rows that verify in a forward, for each slot of the active block and for each of its committed
+        slots."""
+        return self.shadow_rows_per_slot, sequence_len if self.num_copies else 0
 
-    def num_rows(self, sequence_len: int) -> int:
-        """Maximum number of rows of a forward."""
-        constant, per_slot, per_commit = self.forward_rows(sequence_len)
-        return constant + (per_slot + per_commit) * self.block_length
+    def num_rows(self, sequence_len: int, light: LightRows | None = None) -> int:
+        """Maximum number of rows of a forward; `light` are those of a light one."""
+        verifying = sum(self.verifying_rows(sequence_len)) * self.block_length
+        return self.num_main_rows(sequence_len, light) + verifying
+
+    def num_main_rows(self, sequence_len: int, light: LightRows | None = None) -> int:
+        """Rows of a forward without those that verify."""
+        own = sequence_len if light is None else len(light.positions)
+        return own * (1 + self.is_guided)
+
+    def is_light(self, num_block_forwards: int) -> bool:
+        """Whether a forward reuses keys, by the number of forwards of its block before it. The others are
+        full."""
+        is_first = num_block_forwards == 0 or (self.refresh > 0 and num_block_forwards % self.refresh == 0)
+        return self.reuse is not None and not is_first
+
+    def num_key_rows(self, sequence_len: int) -> int:
+        """Rows whose keys and values are kept between forwards."""
+        return self.num_main_rows(sequence_len) if self.reuse is not None else 0
+
+    def next_light(self, sequence_len: int, block: int, num_block_forwards: int) -> LightRows | None:
+        """The main rows of the next forward if it is light; None: it is full.
+
+        Args:
+            sequence_len: rows of the sequence.
+            block: the active block.
+            num_block_forwards: its forwards so far.
+        """
+        if self.reuse is None or not self.is_light(num_block_forwards):
+            return None
+        if block not in self._light_rows:
+            slots = self.slot_array[block * self.block_length : (block + 1) * self.block_length]
+            self._light_rows[block] = light_rows(slots, self.shift, self.reuse, sequence_len)
+        return self._light_rows[block]
+
+    @cached_property
+    def _light_rows(self) -> dict[int, LightRows]:
+        return {}
 
     @cached_property
     def unmask_params(self) -> dict[str, list[float]]:
@@ -189,8 +225,10 @@ class CanvasState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     memory: bytes  # float32: the remask policy's fields one after another (CanvasSpec.memory_fields)
     removed: bytes = b""  # int32 [block_length, k]: ids not to be proposed at a slot of the block; -1: none
     block: int = 0  # index of the active block
+    full_tokens: bytes = b""  # int32 [L]: the sequence at the last full forward, if the next one is light
     num_forwards: int = 0  # NFE of the canvas
     num_block_forwards: int = 0  # NFE of the active block
+    num_full_forwards: int = 0  # of those of the canvas; not counted if it reuses no keys
     num_query_rows: int = 0  # rows of its forwards, whatever a backend leaves out
     num_remasked: int = 0  # tokens that were taken back
     finished: bool = False
@@ -219,8 +257,10 @@ class Canvas:
         ordinal: number of the canvas in the engine.
         state: the authoritative copy of its progress.
         events: EVENT records of each applied burst; empty if the canvas is not traced.
-        num_rows: rows of one forward.
+        num_rows: rows of its next forward.
+        num_key_rows: rows whose keys and values a worker keeps between its forwards.
         order: its sort key in the queue.
+        home: the worker that holds its keys; None: no worker has to.
         last_burst: the last burst in flight with this canvas; None if it is ready or has ended.
         aborted: the request was aborted or has failed.
         queued: it is in the queue of ready canvases.
@@ -233,20 +273,31 @@ class Canvas:
     """
 
     __slots__ = (
-        "aborted", "events", "last_burst", "lone_deaths", "lone_memory_failures", "num_rows", "order",
-        "ordinal", "queued", "request_id", "short_on", "spec", "state", "survived", "suspected", "text_stop",
+        "aborted", "events", "home", "last_burst", "lone_deaths", "lone_memory_failures", "num_key_rows",
+        "num_rows", "order", "ordinal", "queued", "request_id", "short_on", "spec", "state", "survived",
+        "suspected", "text_stop",
     )  # fmt: skip
 
     def __init__(self, request_id: str, ordinal: int, spec: CanvasSpec, state: CanvasState) -> None:
-        self.request_id, self.ordinal, self.spec, self.state = request_id, ordinal, spec, state
+        self.request_id, self.ordinal, self.spec, self.num_rows = request_id, ordinal, spec, 0
         self.events: list[bytes] = []
-        self.num_rows = spec.num_rows(state.sequence_len)
+        self.num_key_rows = spec.num_key_rows(state.sequence_len)
+        self.move(state)
         self.order: tuple[float, int] = (0.0, ordinal)
+        self.home: int | None = None
         self.last_burst: int | None = None
         self.aborted = self.queued = self.suspected = False
         self.lone_deaths = self.lone_memory_failures = self.survived = 0
         self.short_on: frozenset[int] = frozenset()
         self.text_stop: TextStop | None = None
+
+    def move(self, state: CanvasState) -> None:
+        """Notes its state after a burst."""
+        self.state = state
+        if not state.finished:
+            length = state.sequence_len
+            light = self.spec.next_light(length, state.block, state.num_block_forwards)
+            self.num_rows = self.spec.num_rows(length, light)
 
     @property
     def goes_on(self) -> bool:
@@ -280,6 +331,8 @@ def new_canvas(
         pause_at_blocks=bool(params.stop),
         trace=params.trace,
         shift=shift,
+        reuse=params.reuse,
+        refresh=params.refresh or 0,
     )
     tokens = np.array(prompt + [mask_id] * canvas_len, dtype=TOKEN)
     return Canvas(request_id, ordinal, spec, _new_state(spec, tokens))
@@ -332,15 +385,6 @@ def _new_state(spec: CanvasSpec, tokens: NDArray[np.int32]) -> CanvasState:
         logprobs=np.zeros(spec.canvas_len, dtype=REAL).tobytes(),
         commit_steps=np.zeros(spec.canvas_len, dtype=TOKEN).tobytes(),
         memory=initial_memory(spec),
-    )
-
-
-def new_probe(mask_id: int, shift: int = 0) -> Canvas:
-    """A canvas of one token behind a prompt of one."""
-    params = resolve({"max_tokens": 1})
-    prompt = [0 if mask_id != 0 else 1]
-    return new_canvas(
-        "probe", 0, prompt, params, seed=2**62, sample=0, mask_id=mask_id, stop_ids=[], shift=shift
     )
 
 

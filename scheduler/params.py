@@ -18,7 +18,7 @@ from remask.scheduler.plain import plain
 from remask.scheduler.policies import RemaskPolicy, Threshold, UnmaskPolicy, tag
 from remask.scheduler.policies.parsing import parse_policy
 from remask.scheduler.policies.presets import preset_fields
-from remask.scheduler.sampling import Sampling, bias_bytes, id_bytes
+from remask.scheduler.sampling import Reuse, Sampling, bias_bytes, id_bytes
 
 DEFAULT_BLOCK_LENGTH = 32
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -63,6 +63,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             its id. `LLM(max_stop_strings, max_stop_len)` are the ceilings.
         stop_token_ids: Ids that end the text like the model's own end-of-sequence tokens.
         include_stop_str_in_output: Keep the stop string or stop token in the text.
+        reuse: Keys and values of rows that a forward does not compute are those of the last full forward.
+            "prefix": the forward computes the active block and all that follows it. "both": it computes the
+            active block alone. It approximates, and is faster. None: every forward computes all rows.
+        refresh: Forwards from one full forward of a block to the next. The first forward of every block is
+            full. None: no other one is.
         logprobs: 0 or 1: report the log-probability of each token at its commit, of the whole, untempered
             softmax.
         trace: Report every commit and every remasking.
@@ -94,6 +99,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     cfg_scale: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
     suppress_eos: bool = False
     suppress_eos_confidence: bool = False
+    reuse: Reuse | None = None
+    refresh: Annotated[int, Meta(ge=2)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=1)] | None = None
     trace: bool = False
     # Not supported (see NEUTRAL).
@@ -132,6 +139,8 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     suppress_eos: bool
     suppress_eos_confidence: bool
+    reuse: Reuse | None
+    refresh: int | None
     seed: int | None
     n: int
     ignore_eos: bool
@@ -185,8 +194,9 @@ def resolve(params: SamplingParams | Mapping[str, Any] | None, **overrides: Any)
             raise InvalidRequest("unmask", fields["unmask"], fix)
     elif unmask is None:
         unmask = Threshold()
-    if isinstance(fields.get("rank"), str):
-        fields["rank"] = cut(fields["rank"])  # msgspec's message holds all of a wrong word
+    for name in ("rank", "reuse"):
+        if isinstance(fields.get(name), str):
+            fields[name] = cut(fields[name])  # msgspec's message holds all of a wrong word
     try:
         checked = msgspec.convert(
             {**fields, "unmask": None, "remask": None}, type=SamplingParams, str_keys=True
@@ -221,6 +231,11 @@ def _cross_check(
             raise InvalidRequest(
                 "cfg_scale", params.cfg_scale, "cannot guide a policy that verifies; use 0, or another remask"
             )
+    if params.refresh is not None and params.reuse is None:
+        raise InvalidRequest("refresh", params.refresh, "is for reused keys; set reuse, or leave it out")
+    if params.reuse is not None and remask is not None and remask.needs_copies():
+        fix = f"cannot be combined with {tag(remask)}, which computes other sequences; leave it out"
+        raise InvalidRequest("reuse", params.reuse, fix)
     stop = [params.stop] if isinstance(params.stop, str) else params.stop or []
     if "" in stop:
         raise InvalidRequest("stop", params.stop, "holds an empty string; leave it out")
@@ -243,6 +258,8 @@ def _cross_check(
         ),
         suppress_eos=params.suppress_eos,
         suppress_eos_confidence=params.suppress_eos_confidence,
+        reuse=params.reuse,
+        refresh=params.refresh,
         seed=params.seed,
         n=params.n,
         ignore_eos=params.ignore_eos,

@@ -30,6 +30,7 @@ class Budget(NamedTuple):
 
     max_num_rows: int
     max_num_seqs: int
+    max_key_rows: int = 1 << 62  # rows whose keys and values are kept
 
 
 class Allowance(NamedTuple):
@@ -74,13 +75,15 @@ def take(candidates: Iterable[Canvas], budget: Budget) -> tuple[list[Canvas], li
     """
     taken: list[Canvas] = []
     passed: list[Canvas] = []
-    num_rows = 0
+    num_rows = num_key_rows = 0
     for canvas in candidates:
-        if taken and num_rows + canvas.num_rows > budget.max_num_rows:
+        fits = num_rows + canvas.num_rows <= budget.max_num_rows
+        if taken and not (fits and num_key_rows + canvas.num_key_rows <= budget.max_key_rows):
             passed.append(canvas)
         else:
             taken.append(canvas)
             num_rows += canvas.num_rows
+            num_key_rows += canvas.num_key_rows
         full = len(taken) == budget.max_num_seqs or num_rows >= budget.max_num_rows
         if full or len(passed) == MAX_PASSED:
             break
@@ -138,9 +141,9 @@ def shrink(allowance: Allowance, *, num_rows: int, num_seqs: int) -> Allowance:
     A few consecutive failures thus lead to bursts of a single canvas. A canvas that failed alone does not
     reduce the number of canvases, because it says nothing about how many fit together.
     """
-    rows, seqs = allowance.budget
+    rows, seqs, key_rows = allowance.budget
     rows = max(1, min(rows, num_rows // 2))
-    return Allowance(Budget(rows, min(seqs, num_seqs // 2) if num_seqs > 1 else seqs))
+    return Allowance(Budget(rows, min(seqs, num_seqs // 2) if num_seqs > 1 else seqs, key_rows))
 
 
 def regrow(allowance: Allowance, full: Budget) -> Allowance:
@@ -149,7 +152,8 @@ def regrow(allowance: Allowance, full: Budget) -> Allowance:
     Memory may be short only for a while, because other processes use the device. If it stays short, probing
     costs one failed burst in every `REGROW_AFTER`.
     """
-    (rows, seqs), num_fitting = allowance.budget, allowance.num_fitting + 1
+    (rows, seqs, _), num_fitting = allowance.budget, allowance.num_fitting + 1
     if num_fitting < REGROW_AFTER:
         return Allowance(allowance.budget, num_fitting)
-    return Allowance(Budget(min(full.max_num_rows, 2 * rows), min(full.max_num_seqs, 2 * seqs)))
+    rows, seqs = min(full.max_num_rows, 2 * rows), min(full.max_num_seqs, 2 * seqs)
+    return Allowance(full._replace(max_num_rows=rows, max_num_seqs=seqs))

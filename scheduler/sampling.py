@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 TOKEN = np.dtype("<i4")
+Reuse: TypeAlias = Literal["prefix", "both"]
 BIAS = np.dtype([("id", "<i4"), ("bias", "<f4")])
 
 

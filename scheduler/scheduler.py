@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from remask.scheduler.blame import FAULTS, RAISED, Blame
@@ -62,6 +62,7 @@ class Scheduler:
         burst: denoising steps of a burst; None: see `planning.burst_len`.
         probe: a canvas of one token.
         burst_seconds: maximum duration of a burst if `burst` is None.
+        max_key_rows: maximum rows whose keys and values a worker keeps; None: no limit.
 
     Attributes:
         moved: the canvases that the last result has changed, including those that it ended.
@@ -75,9 +76,12 @@ class Scheduler:
         burst: int | None,
         probe: Canvas,
         burst_seconds: float = BURST_SECONDS,
+        max_key_rows: int | None = None,
     ) -> None:
         self._probe, self._burst_seconds = probe, burst_seconds
         self._budget, self._burst_len = Budget(max_num_rows, max_num_seqs), burst
+        if max_key_rows is not None:
+            self._budget = self._budget._replace(max_key_rows=max_key_rows)
         self._allowances = defaultdict[int, Allowance](lambda: Allowance(self._budget))  # by worker
         self._requests: dict[str, Request] = {}
         self._ready, self._blame = ReadyQueue(), Blame()
@@ -144,12 +148,14 @@ class Scheduler:
             return self._cut_probe(worker)
         budget = self._allowances[worker].budget
         suspects = self._blame.next_group(budget) if not self._is_probing() else []
-        taken = suspects or self._take(budget, before, num_idle)
+        taken = suspects or self._take(worker, budget, before, num_idle)
         if not taken:
             return None
         places = {id(canvas): place for place, canvas in enumerate(before)}
         continued = sum(id(canvas) in places for canvas in taken)
-        others_wait = self._ready.first() is not None or continued < sum(c.goes_on for c in before)
+        others_wait = self._ready.first([None, worker]) is not None or continued < sum(
+            c.goes_on for c in before
+        )
         burst_id = self._tails[worker] = next(self._burst_ids)
         pace = self._paces.get(worker)
         num_steps = burst_len(
@@ -217,7 +223,8 @@ class Scheduler:
                 finished.append(self._end(canvas, kind(text.format(state.error))))
                 continue
             request = self._requests[canvas.request_id]
-            canvas.state = request.settle(canvas, state)
+            canvas.move(request.settle(canvas, state))
+            canvas.home = burst.worker if canvas.state.full_tokens else None
             self.moved.append(canvas)
             if canvas.spec.trace:
                 canvas.events.append(result.events.get(place, b""))
@@ -267,7 +274,7 @@ class Scheduler:
             # A burst that follows a failed one no longer owns its canvases; other bursts may have them.
             back = [canvas for canvas in burst.canvases if canvas.last_burst in lost]
             for canvas in back:
-                canvas.last_burst = None
+                canvas.last_burst = canvas.home = None
             back = [canvas for canvas in back if canvas.goes_on]
             if burst.is_probe:
                 self._blame.note_lost_probe(died and burst is ran)
@@ -276,6 +283,7 @@ class Scheduler:
             else:
                 for canvas in back:
                     self._ready.push(canvas)
+        self._ready.release(worker)
         self._tails.pop(worker, None)
         self._allowances.pop(worker, None)
         self._paces.pop(worker, None)
@@ -345,25 +353,29 @@ class Scheduler:
         self.abort([request.request_id])
         return request
 
-    def _take(self, budget: Budget, before: list[Canvas], num_idle: int) -> list[Canvas]:
-        """The first canvases of the queue and of a worker's burst in flight that fit its budget."""
+    def _take(self, worker: int, budget: Budget, before: list[Canvas], num_idle: int) -> list[Canvas]:
+        """The first canvases of the queue and of a worker's burst in flight that fit its budget. Those whose
+        keys another worker holds stay with it, unless it is busy and this one would be idle."""
         if num_idle:
             num_ready = len(self._ready) + sum(canvas.goes_on for canvas in before)
             share = max(1, -(-num_ready // (num_idle + 1)))
-            budget = Budget(budget.max_num_rows, min(budget.max_num_seqs, share))
-        taken, passed = take(self._candidates(before), budget)
+            budget = budget._replace(max_num_seqs=min(budget.max_num_seqs, share))
+        taken, passed = take(self._candidates([None, worker], before), budget)
+        busy = [home for home in self._ready.homes() if home in self._tails]
+        if not taken and busy:
+            taken, passed = take(self._candidates(busy, before), budget)
         for canvas in passed:
             if canvas.last_burst is None:
                 self._ready.push(canvas)
         return taken
 
-    def _candidates(self, before: list[Canvas]) -> Iterator[Canvas]:
-        """The canvases that may join a worker's next burst, in order: those of the queue, which they leave,
-        and those of the worker's burst in flight."""
+    def _candidates(self, homes: Sequence[int | None], before: list[Canvas]) -> Iterator[Canvas]:
+        """The canvases that may join a worker's next burst, in order: those of the queue with one of these
+        homes, which leave it, and those of the worker's burst in flight."""
         running = (canvas for canvas in before if canvas.goes_on)  # a burst is in the order of the queue
         first_running = next(running, None)
         while True:
-            ready = self._ready.first()
+            ready = self._ready.first(homes)
             if ready is None and first_running is None:
                 return
             if ready is None or (first_running is not None and first_running.order < ready.order):
@@ -371,4 +383,5 @@ class Scheduler:
                 yield first_running
                 first_running = next(running, None)
             else:
-                yield self._ready.pop()
+                self._ready.pop(ready)
+                yield ready

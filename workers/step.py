@@ -21,28 +21,67 @@ from remask.workers.head import Statistics
 from remask.workers.keyed_random import Purpose, stream_keys, uniform_at
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.rows.compact import compacted
+from remask.workers.rows.kept import NOTHING_KEPT, KeptCanvases
 from remask.workers.rows.pack import ActiveBlocks, HeadQuery, PackedRows, StepInputs, group_canvases
-from remask.workers.rows.plan import Plan, plan_pack
+from remask.workers.rows.packer import plan_pack
+from remask.workers.rows.plan import Plan
 from remask.workers.rows.repeats import may_repeat, without_repeats
 from remask.workers.strategies.view import BlockView, prob
 
 Plans: TypeAlias = Sequence[Plan]
 
 
-def plan_packs(state: BurstState, model: Denoiser, pack_rows: int) -> Plans:
+def plan_packs(
+    state: BurstState, model: Denoiser, pack_rows: int, kept: KeptCanvases = NOTHING_KEPT
+) -> Plans:
     """Divides the running canvases into packs of at most `pack_rows` rows; a larger canvas is a pack of its
-    own. The plans are on the host, as the state still is."""
+    own. The plans are on the host, as the state still is.
+
+    Args:
+        state: of the burst; without static shapes, `num_main_rows` is set.
+        model: the model.
+        pack_rows: see above.
+        kept: rows of the canvases that reuse keys.
+    """
     assert all(spec.shift == model.config.shift for spec in state.specs), "canvases are the model's"
     live = (~state.paused).nonzero().squeeze(1).tolist()
-    lens = [end - start for start, end in zip(state.cu_tokens[:-1], state.cu_tokens[1:], strict=True)]
-    num_rows = [spec.num_rows(length) for length, spec in zip(lens, state.specs, strict=True)]
-    groups = group_canvases(num_rows, live, pack_rows)
-    plans = [plan_pack(group, state.specs, state.cu_tokens) for group in groups]
+    for canvas, own in kept.items():
+        state.num_main_rows[canvas] = state.specs[canvas].num_main_rows(state.sequence_len(canvas), own.light)
+    verifying = (state.rows_per_slot + state.rows_per_commit) * state.block_len
+    num_rows = (state.num_main_rows + verifying).tolist()
+    # A pack that keeps keys is not searched for equal sequences.
+    groups = group_canvases(num_rows, [c for c in live if c not in kept], pack_rows)
+    groups += group_canvases(num_rows, [c for c in live if c in kept], pack_rows)
+    plans = [plan_pack(group, state.specs, state.cu_tokens, kept=kept) for group in groups]
     if model.static_shapes:
         return plans
     return [
-        replace(plan, may_repeat=may_repeat(group, state)) for group, plan in zip(groups, plans, strict=True)
+        replace(plan, may_repeat=plan.kept_T is None and may_repeat(group, state))
+        for group, plan in zip(groups, plans, strict=True)
     ]
+
+
+def make_keys(
+    state: BurstState, canvases: Sequence[int], kept: KeptCanvases, model: Denoiser, pack_rows: int
+) -> int:
+    """Makes the keys of the last full forwards of some canvases again; returns the rows forwarded.
+
+    The rows are those of that forward, the shadow rows included, so that all products have its shapes.
+    """
+    assert state.full_tokens is not None, "they reuse keys"
+    full = {c: kept[c]._replace(light=None) for c in canvases}
+    num_rows = {c: state.specs[c].num_rows(state.sequence_len(c)) for c in canvases}
+    slots, valid = state.active_slots()
+    blocks = state.active_blocks(slots, valid, model.mask_id, state.full_tokens)
+    step = StepInputs(
+        state.full_tokens, blocks, model.mask_id, state.sampling, None, frozenset(), state.removed
+    )
+    total = 0
+    for group in group_canvases(num_rows, canvases, pack_rows):
+        rows, _ = pack(plan_pack(group, state.specs, state.cu_tokens, kept=full), step, model)
+        model.make_keys(rows)
+        total += len(rows.ids_T)
+    return total
 
 
 def pack(plan: Plan, step: StepInputs, model: Denoiser) -> tuple[PackedRows, HeadQuery]:
@@ -63,6 +102,8 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     step = StepInputs(state.tokens, blocks, model.mask_id, state.sampling, keys, state.needs, state.removed)
     for plan in plans:
         rows, query = pack(plan, step, model)
+        if plan.full_index is not None and state.full_tokens is not None:
+            state.full_tokens[plan.full_index] = state.tokens[plan.full_index]
         if plan.may_repeat:
             rows = without_repeats(rows)
         found = model.statistics(rows, query)
@@ -136,6 +177,8 @@ def _update(
 ) -> None:
     """Writes the decisions into the canvases and advances those whose block is finished."""
     running = ~state.paused
+    if (are_light := state.are_light()) is not None:
+        state.num_full_forwards += running & state.reuses & ~are_light
     state.num_forwards += running
     state.block_forwards += running
     state.num_query_rows += running * state.rows_of_forward(blocks)

@@ -22,16 +22,20 @@ from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.burst.carry import put, take
 from remask.workers.burst.enqueue import StepQueue
 from remask.workers.burst.graphs import Shape, StepGraphs
+from remask.workers.burst.keys import BurstKeys
 from remask.workers.burst.staging import Fetched, to_device
 from remask.workers.burst.state import BurstState
 from remask.workers.burst.wire import Results
 from remask.workers.failures import describe, is_out_of_memory, loses_device
+from remask.workers.key_store import KeyStore
 from remask.workers.models.denoiser import Denoiser
+from remask.workers.rows.kept import DISCARDED, NOTHING_KEPT
 from remask.workers.startup.device import on_device
-from remask.workers.step import Plans, denoise, plan_packs
+from remask.workers.step import Plans, denoise, make_keys, plan_packs
 
 logger = logging.getLogger(__name__)
 
+MAX_KEY_ROWS = 1 << 14
 RESERVE_STEPS = 16  # between two reads of the number of removed tokens
 
 
@@ -128,10 +132,19 @@ class Worker:
         graphs: of its steps; None: every step is launched kernel by kernel.
         packs: whether canvases share forwards. Products of other shapes round differently; alone, a canvas
             has the same shapes in any company.
+        max_key_rows: maximum rows whose keys and values are kept.
     """
 
-    def __init__(self, model: Denoiser, graphs: StepGraphs | None = None, *, packs: bool = True) -> None:
+    def __init__(
+        self,
+        model: Denoiser,
+        graphs: StepGraphs | None = None,
+        *,
+        packs: bool = True,
+        max_key_rows: int = MAX_KEY_ROWS,
+    ) -> None:
         self._model, self._graphs = model, graphs
+        self._store, self._num_key_rows = KeyStore(DISCARDED + 1, max_key_rows), DISCARDED + 1 + max_key_rows
         self._pack_rows = model.pack_rows if packs else 1
         self._last: Launched | None = None
         self._tensors: Unpacked | None = None  # what it left where the model is
@@ -206,6 +219,9 @@ class Worker:
         """Notes a burst that has failed; if it did not fit, frees all memory but the weights."""
         self._last = self._tensors = None
         self._failed = burst_id
+        if frees and not self._store.is_empty:
+            self._store.clear()
+            self._model.keep_rows(0)
         if frees and self._graphs is not None:
             self._graphs.clear()
         if frees and self._model.device.type == "cuda":
@@ -230,7 +246,7 @@ class Worker:
         """The steps of a burst."""
         state, plans, shape, _ = unpacked
         if not self._model.static_shapes:  # the host reads the canvases between steps
-            return StepQueue(lambda: advance(state, num_steps, self._model, self._pack_rows), 1, state.paused)
+            return StepQueue(lambda: self._advance(state, num_steps), 1, state.paused)
 
         def step() -> int:
             return denoise(state, plans, self._model)
@@ -239,6 +255,17 @@ class Worker:
             return StepQueue(step, num_steps, state.paused)
         graphs = self._graphs
         return StepQueue(lambda: graphs.step(shape, step), num_steps, state.paused)
+
+    def _advance(self, state: BurstState, num_steps: int) -> int:
+        """The steps of a burst on the host, in one call."""
+        if state.full_tokens is None:
+            return advance(state, num_steps, self._model, self._pack_rows)
+        if self._store.is_empty:
+            self._model.keep_rows(self._num_key_rows)
+        num_rows = advance(state, num_steps, self._model, self._pack_rows, self._store)
+        if self._store.is_empty:
+            self._model.keep_rows(0)
+        return num_rows
 
     def _unpack(self, batch: StepBatch) -> Unpacked:
         """The canvases of a burst on the model's device, and with static shapes their plans."""
@@ -299,14 +326,21 @@ def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:
     return NotRun(burst_id, "error", seconds, describe(error))
 
 
-def advance(state: BurstState, num_steps: int, model: Denoiser, pack_rows: int) -> int:
+def advance(
+    state: BurstState, num_steps: int, model: Denoiser, pack_rows: int, store: KeyStore | None = None
+) -> int:
     """Takes up to `num_steps` denoising steps in place; returns the rows forwarded.
 
     It ends early if a canvas pauses for a search of its text, so that the canvas does not wait for the
-    others.
+    others. `store` has the rows of canvases that reuse keys.
     """
-    num_rows, num_paused = 0, int(state.paused.sum())
-    plans = plan_packs(state, model, pack_rows)
+    num_rows, num_paused, kept = 0, int(state.paused.sum()), NOTHING_KEPT
+    keys = BurstKeys(state, store) if store is not None and state.full_tokens is not None else None
+    if keys is not None:
+        kept = keys.rows()
+        if keys.missing:
+            num_rows += make_keys(state, keys.missing, kept, model, pack_rows)
+    plans = plan_packs(state, model, pack_rows, kept)
     for step in range(num_steps):
         if not plans:
             break
@@ -315,7 +349,11 @@ def advance(state: BurstState, num_steps: int, model: Denoiser, pack_rows: int) 
         num_rows += denoise(state, plans, model)
         if bool((state.paused & ~state.finished & (state.fault == 0)).any()):
             break
-        now_paused = int(state.paused.sum())
-        if now_paused > num_paused:  # those that paused give up their rows
-            plans, num_paused = plan_packs(state, model, pack_rows), now_paused
+        before, now_paused = kept, int(state.paused.sum())
+        if keys is not None:
+            kept = keys.rows()
+        if now_paused > num_paused or kept != before:  # those that paused give up their rows
+            plans, num_paused = plan_packs(state, model, pack_rows, kept), now_paused
+    if keys is not None:
+        keys.end()
     return num_rows

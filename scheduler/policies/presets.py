@@ -18,6 +18,8 @@ MAX_FILE_BYTES = 2**20
 PRESETS: dict[str, dict[str, Any]] = {
     "llada": {"unmask": Schedule()},
     "fast-dllm": {"unmask": Threshold(0.9)},
+    "fast-dllm-prefix": {"unmask": Threshold(0.9), "reuse": "prefix"},
+    "fast-dllm-dual": {"unmask": Threshold(0.9), "reuse": "both"},
     "wino": {"unmask": CappedThreshold(0.6), "remask": Wino(0.9), "block_length": 128},
     "dream": {"unmask": Dream(steps=512, alg="origin")},
     "rcr": {"unmask": Schedule(), "remask": Rcr(), "block_length": WHOLE_CANVAS},

@@ -170,7 +170,7 @@ def test_parquet_tells_the_tokens_that_were_counted(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     sample = CompletionOutput(
         index=0, text="7 8", token_ids=[7, 8, 1], finish_reason="stop", stop_reason=None,
-        nfe=1000, num_query_rows=5000, tokens_per_forward=0.001,
+        nfe=1000, num_full_forwards=1000, num_query_rows=5000, tokens_per_forward=0.001,
         confidences=[1.0] * 3, commit_steps=[1] * 3, seed=0,
     )  # fmt: skip
     more = msgspec.structs.replace(sample, index=1, token_ids=[7], finish_reason="length", nfe=0)

@@ -360,7 +360,7 @@ def test_after_a_failure_a_worker_gets_at_most_half_and_at_least_one(
     allowance = Allowance(full)
     for num_rows, num_seqs in bursts:
         before, allowance = allowance.budget, shrink(allowance, num_rows=num_rows, num_seqs=num_seqs)
-        rows, seqs = allowance.budget
+        rows, seqs, _ = allowance.budget
         assert 1 <= rows <= min(before.max_num_rows, max(1, num_rows // 2))
         assert 1 <= seqs <= before.max_num_seqs
         assert seqs <= num_seqs // 2 or num_seqs == 1

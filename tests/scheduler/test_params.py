@@ -87,6 +87,12 @@ def test_an_object_and_its_json_mean_the_same() -> None:
         ({"suppress_eos": "yes"}, "suppress_eos"),
         ({"suppress_eos_confidence": 1}, "suppress_eos_confidence"),
         ({"priority": 0.5}, "priority"),
+        ({"reuse": "dual"}, "reuse"),
+        ({"reuse": True}, "reuse"),
+        ({"refresh": 4}, "refresh"),
+        ({"reuse": "both", "refresh": 1}, "refresh"),
+        ({"reuse": "both", "refresh": 2.5}, "refresh"),
+        ({"reuse": "prefix", "remask": "oracle_loo"}, "reuse"),
     ],
 )
 def test_bad_fields_are_refused_by_name(fields: dict[str, Any], named: str) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remask.benchmarks.simulation import MASK, PROBE, TOKEN_ID, Requests, SimulatedWorker
-from remask.scheduler.canvas import TOKEN
+from remask.scheduler.canvas import TOKEN, CanvasSpec, CanvasState
+from remask.scheduler.light_rows import LightRows
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.planning import AGEING_SECONDS, MAX_BURST
 from remask.scheduler.request import Request
@@ -23,7 +24,9 @@ from remask.scheduler.scheduler import Scheduler
 class Cluster:
     """Simulated workers, each with a queue of bursts; checks every burst that it is given."""
 
-    def __init__(self, scheduler: Scheduler, num_workers: int, depth: int, budget: tuple[int, int]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, num_workers: int, depth: int, budget: tuple[int, int, int]
+    ) -> None:
         self.scheduler, self.depth, self.budget = scheduler, depth, budget
         self.workers = [SimulatedWorker() for _ in range(num_workers)]
         self.queues: list[deque[StepBatch]] = [deque() for _ in range(num_workers)]
@@ -45,12 +48,26 @@ class Cluster:
         batch = self.queues[worker].popleft()
         states = self.workers[worker].resolve(batch)
         assert not any(sent.finished for sent in batch.states if not isinstance(sent, int)), "it has ended"
+        max_num_rows, max_num_seqs, max_key_rows = self.budget
         rows = [
-            state.sequence_len + spec.num_shadow_rows for state, spec in zip(states, batch.specs, strict=True)
+            spec.num_rows(state.sequence_len, self.light(spec, sent, state))
+            for spec, sent, state in zip(batch.specs, batch.states, states, strict=True)
         ]
-        assert len(rows) <= self.budget[1]
-        assert sum(rows) <= self.budget[0] or len(rows) == 1, "only a canvas that runs alone may be larger"
+        key_rows = [
+            spec.num_key_rows(state.sequence_len) for spec, state in zip(batch.specs, states, strict=True)
+        ]
+        assert len(rows) <= max_num_seqs
+        is_alone = len(rows) == 1
+        assert sum(rows) <= max_num_rows or is_alone, "only a canvas that runs alone may be larger"
+        assert sum(key_rows) <= max_key_rows or is_alone
         return self.scheduler.update(self.workers[worker].run(batch))
+
+    @staticmethod
+    def light(spec: CanvasSpec, sent: CanvasState | int, state: CanvasState) -> LightRows | None:
+        """The rows of the next forward; none where the scheduler does not know whether it is light."""
+        if isinstance(sent, int) and spec.reuse is not None:
+            return LightRows(*[np.zeros(0, np.int64)] * 3)
+        return spec.next_light(state.sequence_len, state.block, state.num_block_forwards)
 
     def lose(self, worker: int) -> None:
         self.queues[worker].clear()
@@ -66,6 +83,7 @@ def random_request(rng: random.Random, requests: Requests, now: float) -> Reques
         n=rng.randint(1, 3),
         block_length=rng.randint(1, canvas_len),
         remask=rng.choice([None, "wino"]),
+        reuse=rng.choice([None, None, "prefix", "both"]),
         priority=rng.randint(-2, 2),
         stop_after=rng.choice([None, None, rng.randint(1, 45)]),
         arrival_time=now,
@@ -92,15 +110,20 @@ def check_ended(request: Request) -> None:
     max_num_seqs=st.integers(1, 9),
     num_workers=st.integers(1, 3),
     depth=st.integers(1, 3),
+    max_key_rows=st.integers(1, 300),
 )
 def test_whatever_comes_goes_or_dies_each_request_ends_once(
-    seed: int, max_num_rows: int, max_num_seqs: int, num_workers: int, depth: int
+    seed: int, max_num_rows: int, max_num_seqs: int, num_workers: int, depth: int, max_key_rows: int
 ) -> None:
     rng = random.Random(seed)
     scheduler = Scheduler(
-        max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=rng.choice([None, 1, 3]), probe=PROBE
+        max_num_rows=max_num_rows,
+        max_num_seqs=max_num_seqs,
+        burst=rng.choice([None, 1, 3]),
+        probe=PROBE,
+        max_key_rows=max_key_rows,
     )
-    cluster = Cluster(scheduler, num_workers, depth, (max_num_rows, max_num_seqs))
+    cluster = Cluster(scheduler, num_workers, depth, (max_num_rows, max_num_seqs, max_key_rows))
     requests = Requests()
     made: list[Request] = []
     aborted: set[str] = set()
@@ -370,3 +393,48 @@ def test_a_canvas_is_cut_into_blocks_of_which_the_last_may_be_shorter() -> None:
     assert canvas.spec.block_lens == [32, 8]
     assert np.frombuffer(canvas.spec.slots, TOKEN).tolist() == list(range(3, 43))
     assert (canvas.spec.canvas_tokens(canvas.state) == MASK).all()
+
+
+def test_a_canvas_stays_with_the_worker_that_holds_its_keys() -> None:
+    scheduler, requests, workers = scheduler_of(1000, 8), Requests(), [SimulatedWorker() for _ in range(2)]
+    scheduler.add(requests.make(10, 8, n=4, block_length=4, reuse="both"))
+    for worker in (0, 1):
+        batch = scheduler.next_batch(worker, num_idle=1 - worker)
+        assert batch is not None
+        assert len(batch.specs) == 2
+        scheduler.update(workers[worker].run(batch))
+    for _ in range(3):  # the rest of the block
+        batches = {worker: next_of(scheduler, worker) for worker in (1, 0)}
+        for worker, batch in batches.items():
+            assert [spec.sample for spec in batch.specs] == [2 * worker, 2 * worker + 1]
+            scheduler.update(workers[worker].run(batch))
+    assert len(next_of(scheduler, 1).specs) == 4, "a block begins anywhere"
+
+
+def test_an_idle_worker_takes_what_a_busy_one_cannot() -> None:
+    scheduler, requests, worker = scheduler_of(1000, 2), Requests(), SimulatedWorker()
+    scheduler.add(requests.make(10, 8, n=2, block_length=8, reuse="both"))
+    scheduler.update(worker.run(next_of(scheduler, 0)))
+    assert scheduler.next_batch(1) is None, "worker 0 is about to go on"
+    scheduler.add(requests.make(10, 8, n=2, priority=-1))
+    urgent, rest = next_of(scheduler, 0), next_of(scheduler, 1)
+    assert [spec.reuse for batch in (urgent, rest) for spec in batch.specs] == [None, None, "both", "both"]
+
+
+def test_a_canvas_counts_with_the_rows_of_its_next_forward() -> None:
+    scheduler, requests, worker = scheduler_of(100, 8), Requests(), SimulatedWorker()
+    scheduler.add(requests.make(50, 30, n=3, block_length=10, reuse="both"))
+    sizes = []
+    for _ in range(3):
+        sizes.append(len((batch := next_of(scheduler)).specs))
+        scheduler.update(worker.run(batch))
+    assert sizes == [1, 2, 3], "80, 10 + 80 and 10 + 10 + 80 rows"
+
+
+def test_what_waits_for_a_worker_that_dies_is_anyones() -> None:
+    scheduler, requests, worker = scheduler_of(1000, 8), Requests(), SimulatedWorker()
+    scheduler.add(requests.make(10, 8, block_length=8, reuse="prefix"))
+    scheduler.update(worker.run(next_of(scheduler, 0)))
+    assert scheduler.next_batch(1) is None
+    scheduler.lose(0)
+    assert len(next_of(scheduler, 1).specs) == 1

@@ -10,7 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from remask import (
+    Bernoulli,
+    CappedThreshold,
+    Dream,
+    EntropyBound,
+    Factor,
+    LowProb,
+    OracleLoo,
+    RandomRemask,
+    Rcr,
+    Remdm,
+    Saber,
     SamplingParams,
+    Schedule,
+    Threshold,
+    Wino,
 )
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
@@ -23,6 +37,35 @@ from remask.workers.rows.pack import PackedRows, StepInputs
 from remask.workers.worker import Worker
 
 PROMPT = [33, 11, 12, 14]
+# Fields of canvases with every policy, on models with logits that are not shifted.
+POLICIES: tuple[dict[str, Any], ...] = (
+    {"unmask": Schedule()},
+    {"unmask": Schedule(9, "random")},
+    {"unmask": Schedule(12, "margin")},
+    {"unmask": Threshold(0.6)},
+    {"unmask": Factor(1.0)},
+    {"unmask": CappedThreshold(0.5)},
+    {"unmask": CappedThreshold(0.3), "remask": Wino(0.9)},
+    {"unmask": Threshold(0.4), "remask": Wino(0.95, budget="cur_accept")},
+    {"unmask": Schedule(6), "remask": Wino(0.9)},
+    {"unmask": CappedThreshold(0.3), "remask": Wino(0.9, tile="self")},
+    {"unmask": EntropyBound(1.0)},
+    {"unmask": Bernoulli(2.0)},
+    {"unmask": Threshold(0.3), "remask": LowProb(0.6, max_times=2, post_steps=3)},
+    {"remask": Saber(3, 2)},
+    {"unmask": CappedThreshold(0.3), "remask": RandomRemask(t2=0.95)},
+    {"unmask": Threshold(0.3), "remask": RandomRemask("low_prob", t=0.6)},
+    {"unmask": Dream(), "block_length": None},
+    {"unmask": Dream(12, "origin"), "block_length": None},
+    {"unmask": Dream(7, "maskgit_plus", alg_temp=0.3), "block_length": None, "top_p": 0.9},
+    {"unmask": Schedule(9), "remask": Rcr()},
+    {"unmask": Schedule(14), "remask": Rcr("margin"), "top_k": 5},
+    {"remask": Remdm(10, "cap", 0.3)},
+    {"remask": Remdm(schedule="conf")},
+    {"unmask": CappedThreshold(0.3), "remask": OracleLoo(0.9)},
+    {"unmask": CappedThreshold(0.2), "remask": Wino(0.95, ban_old=True)},
+    {"unmask": Threshold(0.2), "remask": LowProb(0.7, max_times=3, ban_old=True)},
+)
 
 
 def canvas(params: SamplingParams, prompt: list[int] = PROMPT, seed: int = 5) -> Canvas:

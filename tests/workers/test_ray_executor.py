@@ -15,7 +15,7 @@ import ray
 
 import remask.workers.executors.ray_pool as pool_module
 from remask.embedded import model_directory
-from remask.scheduler.canvas import new_probe
+from remask.scheduler.blame import new_probe
 from remask.scheduler.errors import Unavailable
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.executors.base import Event, Finished, Joined, Left

@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from step_cases import PROMPT, burst, canvas, finish
+from step_cases import POLICIES, PROMPT, burst, canvas, finish
 
 from remask import (
-    Bernoulli,
     CappedThreshold,
     Dream,
-    EntropyBound,
-    Factor,
     InvalidRequest,
     LowProb,
     OracleLoo,
@@ -36,36 +33,6 @@ from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.worker import Worker
 
 MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
-
-
-POLICIES = (
-    {"unmask": Schedule()},
-    {"unmask": Schedule(9, "random")},
-    {"unmask": Schedule(12, "margin")},
-    {"unmask": Threshold(0.6)},
-    {"unmask": Factor(1.0)},
-    {"unmask": CappedThreshold(0.5)},
-    {"unmask": CappedThreshold(0.3), "remask": Wino(0.9)},
-    {"unmask": Threshold(0.4), "remask": Wino(0.95, budget="cur_accept")},
-    {"unmask": Schedule(6), "remask": Wino(0.9)},
-    {"unmask": CappedThreshold(0.3), "remask": Wino(0.9, tile="self")},
-    {"unmask": EntropyBound(1.0)},
-    {"unmask": Bernoulli(2.0)},
-    {"unmask": Threshold(0.3), "remask": LowProb(0.6, max_times=2, post_steps=3)},
-    {"remask": Saber(3, 2)},
-    {"unmask": CappedThreshold(0.3), "remask": RandomRemask(t2=0.95)},
-    {"unmask": Threshold(0.3), "remask": RandomRemask("low_prob", t=0.6)},
-    {"unmask": Dream(), "block_length": None},
-    {"unmask": Dream(12, "origin"), "block_length": None},
-    {"unmask": Dream(7, "maskgit_plus", alg_temp=0.3), "block_length": None, "top_p": 0.9},
-    {"unmask": Schedule(9), "remask": Rcr()},
-    {"unmask": Schedule(14), "remask": Rcr("margin"), "top_k": 5},
-    {"remask": Remdm(10, "cap", 0.3)},
-    {"remask": Remdm(schedule="conf")},
-    {"unmask": CappedThreshold(0.3), "remask": OracleLoo(0.9)},
-    {"unmask": CappedThreshold(0.2), "remask": Wino(0.95, ban_old=True)},
-    {"unmask": Threshold(0.2), "remask": LowProb(0.7, max_times=3, ban_old=True)},
-)
 
 requests = st.builds(
     lambda policy, canvas_len, block_len, temperature, rank, prompt_len: canvas(

@@ -22,28 +22,35 @@ class SdpaAttention(AttentionBackend):
     def __init__(self, *, batches: bool = True) -> None:
         self._batches = batches
 
-    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
+    def attend(
+        self,
+        q_QHd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        layout: VarlenLayout,
+        kept_2NKd: Tensor | None = None,
+    ) -> Tensor:
         grouped = q_QHd.shape[1] != k_TKd.shape[1]
         runs = layout.runs if self._batches else layout.sequences
+        packed = (k_TKd, v_TKd)
+        sources = (packed, packed if kept_2NKd is None else kept_2NKd.unbind())
         out: list[Tensor] = []
-        for first_query, num_queries, first_key, num_keys, count in runs:
+        for first_query, num_queries, first_key, num_keys, are_kept, count in runs:
             q = _sequences(q_QHd, first_query, num_queries, count)
-            k, v = (_sequences(x, first_key, num_keys, count) for x in (k_TKd, v_TKd))
+            k, v = (_sequences(x, first_key, num_keys, count) for x in sources[are_kept])
             out.append(_rows_first(scaled_dot_product_attention(q, k, v, enable_gqa=grouped)))
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QHd, k_TKd, v_TKd))
         shadows = layout.segments
         for shadow in shadows:
             own = slice(*(layout.cu_queries[-1] + bound for bound in shadow.queries))
             shadow_keys = slice(*(layout.cu_keys[-1] + bound for bound in shadow.keys))
-            main = slice(*layout.cu_keys[shadow.sequence : shadow.sequence + 2])
-            seen_k, seen_v = (torch.cat([x[:, :, main], x[:, :, shadow_keys]], dim=2) for x in (k, v))
-            out.append(
-                _rows_first(
-                    scaled_dot_product_attention(
-                        q[:, :, own], seen_k, seen_v, attn_mask=shadow.mask, enable_gqa=grouped
-                    )
-                )
+            first_key, end_key, are_kept = layout.keys(shadow.sequence)
+            seen_k, seen_v = (
+                _heads_first(torch.cat([x[first_key:end_key], fresh[shadow_keys]]))
+                for x, fresh in zip(sources[are_kept], packed, strict=True)
             )
+            q = _heads_first(q_QHd[own])
+            seen = scaled_dot_product_attention(q, seen_k, seen_v, attn_mask=shadow.mask, enable_gqa=grouped)
+            out.append(_rows_first(seen))
         # Rows after the last sequence are padding.
         num_padding = len(q_QHd) - layout.cu_queries[-1] - (shadows[-1].queries[1] if shadows else 0)
         if num_padding:
@@ -57,6 +64,11 @@ def _sequences(x_RHd: Tensor, first: int, length: int, count: int) -> Tensor:
     rows, heads, last = x_RHd.stride()
     size = count, x_RHd.shape[1], length, x_RHd.shape[2]
     return x_RHd.as_strided(size, (length * rows, heads, rows, last), x_RHd.storage_offset() + first * rows)
+
+
+def _heads_first(x_RHd: Tensor) -> Tensor:
+    """[1, heads, rows, d] of the rows of one sequence."""
+    return x_RHd.transpose(0, 1).unsqueeze(0)
 
 
 def _rows_first(out: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ The main rows of all sequences come first, then the shadow rows. Main rows never
 ordinary variable-length call computes them under every policy. Keys are always all rows of a pack. Queries
 are all rows, or only the candidates in the model's last layer.
 
+Sequences of a forward that reuses keys see kept rows: keys and values of one layer in memory that outlives
+the forward, with those of the forward written over them. All other sequences see rows of the pack.
+
 A layout exists in two forms. `VarlenLayout` is on the host, for loops over sequences. With static shapes
 `DeviceLayout` holds the same numbers in tensors on the device: kernels read them, and they can change without
 the host.
@@ -30,7 +33,7 @@ class ShadowSegment:
     """The shadow rows of one sequence.
 
     Attributes:
-        sequence: index of the sequence in the pack.
+        sequence: index of the sequence of main keys.
         queries, keys: range of its rows among all shadow queries and shadow keys (start, exclusive end).
         mask: bool [Q, L + K]: whether a shadow query sees the sequence's main rows, then its shadow rows.
     """
@@ -108,6 +111,8 @@ class VarlenLayout:
             `device` describes them.
         device: the layout on the device; None without static shapes.
         keys_of: the sequence of keys that each sequence of queries sees; None: they have the same numbers.
+        kept: the kept rows (start, exclusive end) that each sequence of keys consists of, None where it
+            consists of rows of the pack; None: all do.
     """
 
     cu_queries: tuple[int, ...]
@@ -115,6 +120,13 @@ class VarlenLayout:
     shadows: tuple[ShadowSegment, ...]
     device: DeviceLayout | None = None
     keys_of: tuple[int, ...] | None = None
+    kept: tuple[tuple[int, int] | None, ...] | None = None
+
+    def keys(self, sequence: int) -> tuple[int, int, bool]:
+        """The main keys of a sequence: start, exclusive end, and whether they are kept rows."""
+        if self.kept is not None and (kept := self.kept[sequence]) is not None:
+            return (*kept, True)
+        return self.cu_keys[sequence], self.cu_keys[sequence + 1], False
 
     @property
     def segments(self) -> tuple[ShadowSegment, ...]:
@@ -128,8 +140,10 @@ class VarlenLayout:
         """A run for each sequence of queries."""
         keys_of = self.keys_of or range(len(self.cu_queries) - 1)
         return [
-            Run(first, end - first, self.cu_keys[own], self.cu_keys[own + 1] - self.cu_keys[own], 1)
-            for (first, end), own in zip(pairwise(self.cu_queries), keys_of, strict=True)
+            Run(first, end - first, first_key, end_key - first_key, are_kept, 1)
+            for (first, end), (first_key, end_key, are_kept) in zip(
+                pairwise(self.cu_queries), map(self.keys, keys_of), strict=True
+            )
         ]
 
     @cached_property
@@ -138,10 +152,10 @@ class VarlenLayout:
         runs: list[Run] = []
         for own in self.sequences:
             last = runs[-1] if runs else None
-            lens = own.num_queries, own.num_keys
+            kind = own.num_queries, own.num_keys, own.are_kept
             if (
                 last is not None
-                and (last.num_queries, last.num_keys) == lens
+                and (last.num_queries, last.num_keys, last.are_kept) == kind
                 and last.first_key + last.count * last.num_keys == own.first_key
             ):
                 runs[-1] = last._replace(count=last.count + 1)
@@ -157,6 +171,7 @@ class Run(NamedTuple):
     num_queries: int
     first_key: int
     num_keys: int
+    are_kept: bool  # see `VarlenLayout.kept`
     count: int
 
 
@@ -194,5 +209,19 @@ class AttentionBackend(ABC):
     reads_device: bool = False
 
     @abstractmethod
-    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
-        """Attention output [Q, H, d] for queries [Q, H, d], keys and values [T, K, d] (H a multiple of K)."""
+    def attend(
+        self,
+        q_QHd: Tensor,
+        k_TKd: Tensor,
+        v_TKd: Tensor,
+        layout: VarlenLayout,
+        kept_2NKd: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output [Q, H, d].
+
+        Args:
+            q_QHd: queries [Q, H, d].
+            k_TKd, v_TKd: keys and values [T, K, d] of the pack (H a multiple of K).
+            layout: which rows attend to which.
+            kept_2NKd: kept keys and values of this layer; None: there are none.
+        """

@@ -23,8 +23,9 @@ from remask.workers.burst.staging import Buffer, load, new_buffer, signature, to
 from remask.workers.burst.state import BurstState
 from remask.workers.burst.stop_ids import num_stops
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
+from remask.workers.rows.packer import plan_pack
 from remask.workers.rows.padding import Padding
-from remask.workers.rows.plan import Plan, plan_pack
+from remask.workers.rows.plan import Plan
 from remask.workers.tensors import tensors_of
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,14 @@ from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
 from remask.workers.burst.events import EventLog
 from remask.workers.burst.groups import group_policies
 from remask.workers.burst.stop_ids import StopIds
-from remask.workers.burst.wire import Results, pack_states, slot_table, unpack_memory, unpack_removed
+from remask.workers.burst.wire import (
+    Results,
+    pack_states,
+    slot_table,
+    unpack_full_tokens,
+    unpack_memory,
+    unpack_removed,
+)
 from remask.workers.keyed_random import stream_keys
 from remask.workers.rows.pack import ActiveBlocks
 from remask.workers.rows.padding import NO_PADDING, Padding
@@ -31,7 +38,11 @@ class BurstState(HoldsTensors):
         slot_rows: int64 [R, G + 1]: index of each slot in `tokens`.
         targets: int64 [R, G + 1]: the tokens to commit, -1 for the proposals; None: no canvas has targets.
         confidences, logprobs, commit_steps: [R, G + 1].
-        block, num_forwards, block_forwards, num_query_rows, num_remasked: int64 [R].
+        full_tokens: like `tokens`: the sequences at the canvases' last full forwards; None: nobody reuses
+            keys.
+        reuses, refresh: bool [R] and int64 [R]: see `CanvasSpec`.
+        block, num_forwards, block_forwards, num_full_forwards, num_query_rows, num_remasked: int64 [R].
+        num_main_rows: int64 [R]: rows of the next forward, without those that verify.
         finished: bool [R].
         paused: bool [R]: takes no more steps in this burst: finished, at fault, or at the end of a block
             whose text the engine searches for stop strings.
@@ -48,9 +59,15 @@ class BurstState(HoldsTensors):
         self.specs = specs
 
         flat = np.frombuffer(b"".join([state.tokens for state in states]), TOKEN)
-        self.cu_tokens = [0, *itertools.accumulate(state.sequence_len for state in states)]
+        lens = [state.sequence_len for state in states]
+        self.cu_tokens = [0, *itertools.accumulate(lens)]
         more = max(0, padding.main_rows - self.cu_tokens[-1])
         self.tokens = torch.from_numpy(np.concatenate([flat, np.zeros(more + 1, np.int64)]))
+        self.full_tokens: Tensor | None = None
+        self.reuses = column([spec.reuse is not None for spec in specs], np.bool_)
+        self.refresh = column([spec.refresh for spec in specs])
+        if any(spec.reuse for spec in specs):
+            self.full_tokens = unpack_full_tokens(states, len(self.tokens))
         canvas_lens = [spec.canvas_len for spec in specs]
         self.num_slots = max(*canvas_lens, padding.canvas_len)
         self.canvas_len, self.block_len = column(canvas_lens), column([spec.block_length for spec in specs])
@@ -76,9 +93,13 @@ class BurstState(HoldsTensors):
         self.block = column([state.block for state in states])
         self.num_forwards = column([state.num_forwards for state in states])
         self.block_forwards = column([state.num_block_forwards for state in states])
+        self.num_full_forwards = column([state.num_full_forwards for state in states])
         self.num_query_rows = column([state.num_query_rows for state in states])
         self.num_remasked = column([state.num_remasked for state in states])
-        rows = [spec.forward_rows(state.sequence_len) for spec, state in zip(specs, states, strict=True)]
+        rows = [
+            (spec.num_main_rows(length), *spec.verifying_rows(length))
+            for spec, length in zip(specs, lens, strict=True)
+        ]
         self.num_main_rows, self.rows_per_slot, self.rows_per_commit = map(column, zip(*rows, strict=True))
         self.finished = column([state.finished for state in states], np.bool_)
         self.pauses = column([spec.pause_at_blocks for spec in specs], np.bool_)
@@ -109,6 +130,10 @@ class BurstState(HoldsTensors):
     def device(self) -> torch.device:
         return self.tokens.device
 
+    def sequence_len(self, canvas: int) -> int:
+        """Rows of a canvas's sequence."""
+        return self.cu_tokens[canvas + 1] - self.cu_tokens[canvas]
+
     def resume(self) -> None:
         """Prepares the canvases for another burst."""
         self.paused.copy_(self.finished | (self.fault > 0))
@@ -135,11 +160,13 @@ class BurstState(HoldsTensors):
         valid &= ~self.paused.unsqueeze(1)
         return torch.where(valid, slots, self.num_slots), valid
 
-    def active_blocks(self, slots: Tensor, valid: Tensor, mask_id: int) -> ActiveBlocks:
-        """The active blocks' places and tokens."""
+    def active_blocks(
+        self, slots: Tensor, valid: Tensor, mask_id: int, flat: Tensor | None = None
+    ) -> ActiveBlocks:
+        """The active blocks' places and tokens, those of `flat` instead of `tokens` if given."""
         rows = self.slot_rows.gather(1, slots)
         rows = torch.where(valid, rows, len(self.tokens) - 1)
-        tokens = self.tokens[rows]
+        tokens = (self.tokens if flat is None else flat)[rows]
         masked = valid & (tokens == mask_id)
         given, is_target = tokens, None
         if self.targets is not None:
@@ -148,6 +175,14 @@ class BurstState(HoldsTensors):
             given = torch.where(is_target, targets, tokens)
         read = masked | (valid & self.reads_committed.unsqueeze(1))
         return ActiveBlocks(rows, valid, tokens, masked, read, given, is_target)
+
+    def are_light(self) -> Tensor | None:
+        """Whether the next forward of each canvas reuses keys, bool [R]; None: no canvas does; see
+        `CanvasSpec.is_light`."""
+        if self.full_tokens is None:
+            return None
+        is_first = self.block_forwards % torch.where(self.refresh > 0, self.refresh, 1 << 62) == 0
+        return self.reuses & ~is_first
 
     def rows_of_forward(self, blocks: ActiveBlocks) -> Tensor:
         """Rows of each canvas in the forward of this step, int64 [R]."""
@@ -158,6 +193,7 @@ class BurstState(HoldsTensors):
         """The results of the burst. The events are removed from the log."""
         return Results(
             tokens=self.tokens,
+            full_tokens=self.full_tokens,
             confidences=self.confidences,
             logprobs=self.logprobs,
             commit_steps=self.commit_steps,
@@ -166,6 +202,7 @@ class BurstState(HoldsTensors):
                     self.block,
                     self.num_forwards,
                     self.block_forwards,
+                    self.num_full_forwards,
                     self.num_query_rows,
                     self.num_remasked,
                     self.finished.long(),

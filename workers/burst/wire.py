@@ -20,10 +20,12 @@ class Results:
     """The results of a burst, on the device or on the host; see `BurstState`."""
 
     tokens: Tensor
+    full_tokens: Tensor | None
     confidences: Tensor
     logprobs: Tensor
     commit_steps: Tensor
-    # int64 [7, R]: block, num_forwards, block_forwards, num_query_rows, num_remasked, finished, fault
+    # int64 [8, R]: block, num_forwards, block_forwards, num_full_forwards, num_query_rows, num_remasked,
+    # finished, fault
     counters: Tensor
     memory: list[Memory]
     removed: Tensor | None
@@ -36,6 +38,12 @@ def slot_table(values: np.ndarray, is_slot: np.ndarray, dtype: DTypeLike, fill: 
     table = np.full(is_slot.shape, fill, dtype)
     table[is_slot] = values
     return torch.from_numpy(table)
+
+
+def unpack_full_tokens(states: Sequence[CanvasState], length: int) -> Tensor:
+    """The sequences at the last full forwards, int64 [length]; the current ones where the next is full."""
+    flat = np.frombuffer(b"".join([state.full_tokens or state.tokens for state in states]), TOKEN)
+    return torch.from_numpy(np.concatenate([flat, np.zeros(length - len(flat), np.int64)]))
 
 
 def unpack_memory(
@@ -96,7 +104,9 @@ def pack_states(
         results: of the burst, on the host.
         errors: exceptions of kernels, by index of the canvas.
     """
-    tokens = results.tokens.numpy().astype(TOKEN)
+    tokens, full_tokens = results.tokens.numpy().astype(TOKEN), None
+    if results.full_tokens is not None:
+        full_tokens = results.full_tokens.numpy().astype(TOKEN)
     confidences, logprobs = results.confidences.numpy(), results.logprobs.numpy()
     commit_steps = results.commit_steps.numpy().astype(TOKEN)
     counters = results.counters.tolist()
@@ -104,12 +114,15 @@ def pack_states(
     states = []
     for i, spec in enumerate(specs):
         length = spec.canvas_len
-        block, num_forwards, block_forwards, num_query_rows, num_remasked, finished, fault = (
+        block, num_forwards, block_forwards, num_full, num_query_rows, num_remasked, finished, fault = (
             line[i] for line in counters
         )
+        own = slice(cu_tokens[i], cu_tokens[i + 1])
+        is_light = not finished and spec.is_light(block_forwards)
         states.append(
             CanvasState(
-                tokens=tokens[cu_tokens[i] : cu_tokens[i + 1]].tobytes(),
+                tokens=tokens[own].tobytes(),
+                full_tokens=full_tokens[own].tobytes() if full_tokens is not None and is_light else b"",
                 confidences=confidences[i, :length].tobytes(),
                 logprobs=logprobs[i, :length].tobytes(),
                 commit_steps=commit_steps[i, :length].tobytes(),
@@ -118,6 +131,7 @@ def pack_states(
                 block=block,
                 num_forwards=num_forwards,
                 num_block_forwards=block_forwards,
+                num_full_forwards=num_full,
                 num_query_rows=num_query_rows,
                 num_remasked=num_remasked,
                 finished=bool(finished),

@@ -95,7 +95,8 @@ class RayExecutor(Executor):
                 num_rows = setup.max_num_rows
                 if num_rows is None:
                     num_rows = self._pool.measure_knee()
-                self.facts = all_facts[0]
+                num_key_rows = min(facts.max_key_rows for facts in all_facts)
+                self.facts = msgspec.structs.replace(all_facts[0], max_key_rows=num_key_rows)
                 self.max_num_rows = row_budget(num_rows, [facts.row_limit for facts in all_facts])
         except BaseException:
             self.close()

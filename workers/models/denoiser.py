@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,6 +45,8 @@ class Denoiser(ABC):
             slower.
         static_shapes: whether packs have the same shapes in every step, so that the host does not wait for
             the device. If not, packs hold only the rows that a step needs.
+        key_row_bytes: bytes of the keys and values of a row, in all layers; 0: it has none, or cannot keep
+            them.
     """
 
     config: ModelConfig
@@ -50,11 +54,20 @@ class Denoiser(ABC):
     device: torch.device
     pack_rows: int
     static_shapes: bool = False
+    key_row_bytes: int = 0
 
     def use_tiles(self) -> bool:
         """Computes from now on so that no number of a slot depends on the other slots of its pack, to the
         bit; returns whether that is possible here."""
         return False
+
+    def keep_rows(self, num_rows: int) -> None:
+        """Allocates the keys and values of kept rows, or frees them (0 rows)."""
+        raise NotImplementedError
+
+    def make_keys(self, rows: PackedRows) -> None:
+        """Computes the keys and values of a pack and writes them to kept rows."""
+        raise NotImplementedError
 
     @abstractmethod
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
@@ -86,6 +99,10 @@ class TransformerDenoiser(Denoiser):
         self.config, self.static_shapes, self.kernels = model.config, static_shapes, kernels
         self.ops = triton_ops() if kernels else EAGER
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
+        self._key_shape = (model.config.num_layers, 2, model.config.num_kv_heads, model.config.head_dim)
+        self._kept_keys: Tensor | None = None
+        if not static_shapes:
+            self.key_row_bytes = math.prod(self._key_shape) * model.embedding.dtype.itemsize
         pads = self.device.type == "cpu" and model.embedding.dtype != torch.float32
         self._padded_len: Callable[[int], int] | None = padded_len if pads else None
 
@@ -100,10 +117,22 @@ class TransformerDenoiser(Denoiser):
                 self.attention = SdpaAttention(batches=False)
         return usable
 
+    def keep_rows(self, num_rows: int) -> None:
+        layers, two, heads, head_dim = self._key_shape
+        shape, like = (layers, two, num_rows, heads, head_dim), self.model.embedding
+        self._kept_keys = torch.empty(shape, dtype=like.dtype, device=like.device) if num_rows else None
+
+    def make_keys(self, rows: PackedRows) -> None:
+        self._hidden(replace(rows, candidates_H=rows.candidates_H[:0]))
+
     def statistics(self, rows: PackedRows, query: HeadQuery) -> Statistics:
-        packed = rows if self._padded_len is None else rows.padded(self._padded_len)
-        hidden_HD = self.model(packed, self.attention, self.ops)[: len(rows.candidates_H)]
+        hidden_HD = self._hidden(rows)[: len(rows.candidates_H)]
         return self._fused(hidden_HD, query) if self.kernels else self._whole_logits(hidden_HD, query)
+
+    def _hidden(self, rows: PackedRows) -> Tensor:
+        """Hidden states of the candidates, and of padding."""
+        packed = rows if self._padded_len is None else rows.padded(self._padded_len)
+        return self.model(packed, self.attention, self.ops, self._kept_keys)
 
     def _whole_logits(self, hidden_HD: Tensor, query: HeadQuery) -> Statistics:
         return head_statistics(hidden_HD, self._logits, self.config.vocab_size, query, self.mask_id)

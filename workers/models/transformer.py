@@ -8,6 +8,7 @@ and filled by `remask.workers.models.loading`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,22 @@ from remask.workers.models.fp8 import add_linear, linear
 from remask.workers.models.row_ops import EAGER, RowOps
 from remask.workers.rows.pack import PackedRows
 
+# Kept keys and values of a layer [2, N, K, d], and where in it each row of the pack goes [T].
+LayerKeys: TypeAlias = tuple[Tensor, Tensor]
+
 
 def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+def _keep(k_TKd: Tensor, v_TKd: Tensor, kept: LayerKeys | None) -> Tensor | None:
+    """The kept keys and values of a layer, with those of a pack written into them."""
+    if kept is None:
+        return None
+    kept_2NKd, places_T = kept
+    kept_2NKd[0].index_copy_(0, places_T, k_TKd)
+    kept_2NKd[1].index_copy_(0, places_T, v_TKd)
+    return kept_2NKd
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -63,6 +77,7 @@ class Block(nn.Module):
         layout: VarlenLayout,
         attention: AttentionBackend,
         ops: RowOps,
+        kept: LayerKeys | None = None,
     ) -> Tensor:
         """Output [T, D] of the layer for all rows."""
         qkv = self._heads(ops.rms_norm(x_TD, self.attn_norm, self.eps), slice(None), ops)
@@ -71,7 +86,7 @@ class Block(nn.Module):
             q, k = q_and_k.split(self.sizes[:2], dim=1)
             q_and_k = torch.cat([self._normed(q, self.q_norm, ops), self._normed(k, self.k_norm, ops)], dim=1)
         q, k = ops.rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
-        attended = attention.attend(q, k, v, layout).flatten(1)
+        attended = attention.attend(q, k, v, layout, _keep(k, v, kept)).flatten(1)
         return self._ffn(add_linear(x_TD, attended, self.attn_out, ops), ops)
 
     def candidates(
@@ -82,6 +97,7 @@ class Block(nn.Module):
         layout: VarlenLayout,
         attention: AttentionBackend,
         ops: RowOps,
+        kept: LayerKeys | None = None,
     ) -> Tensor:
         """Output [N, D] of the layer for some rows; all rows give keys and values."""
         normed_TD = ops.rms_norm(x_TD, self.attn_norm, self.eps)
@@ -92,7 +108,10 @@ class Block(nn.Module):
             q, k = self._normed(q, self.q_norm, ops), self._normed(k, self.k_norm, ops)
         cos, sin = rope
         q, k = ops.rotate_halves(q, cos[rows_N], sin[rows_N]), ops.rotate_halves(k, cos, sin)
-        attended = attention.attend(q, k, v, layout).flatten(1)
+        kept_keys = _keep(k, v, kept)
+        if not len(rows_N):
+            return x_TD[:0]
+        attended = attention.attend(q, k, v, layout, kept_keys).flatten(1)
         return self._ffn(add_linear(x_TD[rows_N], attended, self.attn_out, ops), ops)
 
     def _heads(self, x_TD: Tensor, part: slice, ops: RowOps) -> Tensor:
@@ -126,15 +145,31 @@ class Transformer(nn.Module):
         self.final_norm = _empty(config.hidden_size)
         self.head = None if config.tied_embeddings else _empty(config.embedding_size, config.hidden_size)
 
-    def forward(self, rows: PackedRows, attention: AttentionBackend, ops: RowOps = EAGER) -> Tensor:
-        """Hidden states [H, D] of the candidates before the final norm. The last layer computes no others."""
+    def forward(
+        self,
+        rows: PackedRows,
+        attention: AttentionBackend,
+        ops: RowOps = EAGER,
+        kept_L2NKd: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [H, D] of the candidates before the final norm. The last layer computes no others.
+
+        Args:
+            rows: the pack.
+            attention, ops: see above.
+            kept_L2NKd: kept keys and values of all layers; the pack writes to it.
+        """
         rope = rope_tables(rows.positions_T, self.config.head_dim, self.config.rope_theta)
         x_TD = self.embedding[rows.ids_T]
+        kept: list[LayerKeys | None] = [None] * len(self.blocks)
+        if rows.kept_T is not None:
+            assert kept_L2NKd is not None, "rows are kept"
+            kept = [(layer, rows.kept_T) for layer in kept_L2NKd.unbind()]
         *blocks, last = self.blocks
-        for block in blocks:
-            x_TD = block(x_TD, rope, rows.layout, attention, ops)
+        for block, own in zip(blocks, kept, strict=False):
+            x_TD = block(x_TD, rope, rows.layout, attention, ops, own)
         chosen = (rows.candidates_H, rows.candidate_layout)
-        return last.candidates(x_TD, rope, *chosen, attention, ops)  # type: ignore[operator]
+        return last.candidates(x_TD, rope, *chosen, attention, ops, kept[-1])  # type: ignore[operator]
 
     def normed(self, x_ND: Tensor, ops: RowOps = EAGER) -> Tensor:
         """Hidden states after the final norm."""

@@ -43,8 +43,8 @@ def compacted(plan: Plan, blocks: ActiveBlocks) -> Plan:
     cu_keys, cu_queries = plan.layout.cu_keys, _bounds(num_candidates)
     return replace(
         plan,
-        layout=VarlenLayout(cu_keys, cu_keys, every),
-        candidate_layout=VarlenLayout(cu_queries, cu_keys, verifying),
+        layout=VarlenLayout(cu_keys, cu_keys, every, kept=plan.layout.kept),
+        candidate_layout=VarlenLayout(cu_queries, cu_keys, verifying, kept=plan.layout.kept),
         num_main_slots=int(is_candidate[: plan.num_main_slots].sum()),
         main=plan.main.select(is_candidate),
         hidden=_hidden(plan.hidden, torch.cat([is_candidate, is_copied, is_read]), is_answered)
@@ -67,6 +67,7 @@ def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
 def _live_copies(plan: Plan, is_copied: Tensor, num_blocks: int) -> Plan:
     """The plan with some of its copies; they follow `num_blocks` sequences of other kinds."""
     bounds = plan.layout.cu_keys
+    assert plan.kept_T is None, "canvases that need copies reuse no keys"
     lens = torch.tensor(bounds).diff()
     is_kept = torch.cat([torch.ones(num_blocks, dtype=torch.bool), is_copied])
     is_row = is_kept.repeat_interleave(lens)

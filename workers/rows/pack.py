@@ -11,7 +11,7 @@ A *plan* (`remask.workers.rows.plan`) holds the part of a pack that is constant 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,8 @@ class PackedRows:
         candidate_layout: visibility with the candidates as queries.
         slots_N: int64 [N]: slots of the candidates, numbered as in `Plan`, without second copies.
         num_main_slots: number of these slots whose candidate is a main row; the others are shadow rows.
+        kept_T: int64 [T]: the kept row that takes the keys and values of each row, 0 for those that are not
+            kept; None: none is.
     """
 
     ids_T: Tensor
@@ -44,6 +46,7 @@ class PackedRows:
     candidate_layout: VarlenLayout
     slots_N: Tensor
     num_main_slots: int
+    kept_T: Tensor | None = None
 
     def padded(self, padded_len: Callable[[int], int]) -> PackedRows:
         """The pack with padding rows and candidates at the end. No row sees them, and their hidden states are
@@ -61,6 +64,7 @@ class PackedRows:
             ids_T=longer(self.ids_T),
             positions_T=longer(self.positions_T),
             candidates_H=longer(self.candidates_H),
+            kept_T=longer(self.kept_T) if self.kept_T is not None else None,
         )
 
 
@@ -204,7 +208,9 @@ class StepInputs:
         )
 
 
-def group_canvases(num_rows: Sequence[int], live: Sequence[int], max_rows: int) -> list[list[int]]:
+def group_canvases(
+    num_rows: Mapping[int, int] | Sequence[int], live: Sequence[int], max_rows: int
+) -> list[list[int]]:
     """Cuts live canvases into consecutive groups of at most `max_rows` rows; a larger canvas stands alone."""
     groups: list[list[int]] = []
     used = 0

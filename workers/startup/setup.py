@@ -30,6 +30,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     attention_backend: AttentionName = "auto"
     quantization: Literal[None, "fp8"] = None
     gpu_memory_utilization: Share = 0.9
+    max_key_bytes: PositiveInt | None = None
 
 
 class WorkerSetup(WorkerOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):

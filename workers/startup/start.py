@@ -13,6 +13,7 @@ from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import TransformerDenoiser, denoiser_of, pick_device
 from remask.workers.models.load import load_model
 from remask.workers.models.shared import SharedWeights, model_of
+from remask.workers.startup.keys import max_key_rows
 from remask.workers.startup.knee import knee
 from remask.workers.startup.memory import row_limit
 from remask.workers.startup.setup import WorkerSetup
@@ -27,6 +28,7 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     row_limit: int | None  # maximum rows of a forward that fit its memory; None: no limit
     attention_backend: str | None  # the backend in use; None: the model has no attention
     overlaps: bool  # whether launching a burst returns before it has run
+    max_key_rows: int  # rows whose keys and values it keeps; 0: it cannot keep any
 
 
 def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tuple[Worker, WorkerFacts]:
@@ -63,7 +65,8 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
             warm_up(model, lambda batch: Worker(model).run(batch))
         limit = row_limit(model, setup.gpu_memory_utilization, lambda batch: Worker(model).run(batch))
     graphs = None if setup.batch_invariant else graphs_for(model)
-    worker = Worker(model, graphs, packs=packs)
+    num_key_rows = max_key_rows(model, setup.max_key_bytes)
+    worker = Worker(model, graphs, packs=packs, max_key_rows=num_key_rows)
     config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
     attention = model.attention.name if isinstance(model, TransformerDenoiser) else None
     facts = WorkerFacts(
@@ -71,6 +74,7 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
         row_limit=limit,
         attention_backend=attention,
         overlaps=worker.overlaps,
+        max_key_rows=num_key_rows,
     )
     return worker, facts
 

@@ -1,0 +1,183 @@
+"""The step of canvases that reuse keys: what a light forward computes, and that nothing else decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from step_cases import POLICIES, burst, finish, step_inputs
+from torch import Tensor
+
+from remask import OracleLoo, SamplingParams
+from remask.scheduler.canvas import TOKEN, Canvas, CanvasSpec, CanvasState, new_canvas
+from remask.scheduler.params import resolve
+from remask.workers.burst.keys import BurstKeys
+from remask.workers.burst.state import BurstState
+from remask.workers.key_store import KeyStore
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.rows.kept import NOTHING_KEPT
+from remask.workers.step import make_keys, pack, plan_packs
+from remask.workers.worker import Worker
+
+DREAM = Path(__file__).parents[1] / "data" / "golden" / "dream-tiny"
+PROMPT = [33, 11, 12, 14, 20, 21]
+REUSING = [own for own in POLICIES if not isinstance(own.get("remask"), OracleLoo)]
+GUIDED: dict[str, Any] = {"unmask": "threshold:0.5", "cfg_scale": 1.0}
+ROWS: dict[str, dict[str, Any]] = {
+    "main": {"unmask": "threshold:0.5"},
+    "committed": {"unmask": "threshold:0.3", "remask": "low_prob"},
+    "shadow": {"unmask": "capped_threshold:0.3", "remask": "wino"},
+    "shadow alone": {"unmask": "capped_threshold:0.3", "remask": "wino:tile=self"},
+    "guided": GUIDED,
+}
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def model(request: pytest.FixtureRequest, golden_model: TransformerDenoiser) -> TransformerDenoiser:
+    """One whose row i answers for position i, and one whose row i - 1 does."""
+    return golden_model if request.param == "llada" else load_denoiser(DREAM, dtype="float32", device="cpu")
+
+
+def canvas(model: TransformerDenoiser, fields: dict[str, Any], seed: int = 5, canvas_len: int = 20) -> Canvas:
+    params = resolve(SamplingParams(**{"max_tokens": canvas_len, "block_length": 8, **fields}))
+    mask_id, shift = model.mask_id, model.config.shift
+    return new_canvas("r", 0, PROMPT, params, seed=seed, sample=0, mask_id=mask_id, stop_ids=[], shift=shift)
+
+
+def half_filled(own: Canvas, mask_id: int, block: int) -> CanvasState:
+    """Its state in a block, with a token in every second slot of it, and the first forward behind it."""
+    tokens, spec = own.state.token_array().copy(), own.spec
+    before = spec.slot_array[: block * spec.block_length]
+    tokens[before] = 40 + np.arange(len(before))
+    tokens[spec.slot_array[block * spec.block_length : (block + 1) * spec.block_length : 2]] = 30
+    ids = tokens.astype(TOKEN).tobytes()
+    return msgspec.structs.replace(
+        own.state, tokens=ids, full_tokens=ids, block=block, num_block_forwards=1, num_forwards=3
+    )
+
+
+def statistics(model: TransformerDenoiser, spec: CanvasSpec, before: CanvasState) -> dict[str, Tensor]:
+    """What the head says of the slots that a forward asks about."""
+    state, kept = BurstState([spec], [before]), NOTHING_KEPT
+    if spec.reuse is not None:
+        model.keep_rows(200)
+        kept = (keys := BurstKeys(state, KeyStore(1, 199))).rows()
+        assert keys.missing == [0]
+        make_keys(state, keys.missing, kept, model, model.pack_rows)
+    (plan,) = plan_packs(state, model, model.pack_rows, kept)
+    rows, query = pack(plan, step_inputs(state, model.mask_id, state.needs), model)
+    found = model.statistics(rows, query)
+    own = {"slots": rows.slots_N, "num_main": torch.tensor(rows.num_main_slots), "rows": rows.ids_T}
+    return {**own, **{name: getattr(found, name) for name in ("log_top", "log_given", "top_token")}}
+
+
+@pytest.mark.parametrize("reuse", ["prefix", "both"])
+@pytest.mark.parametrize("fields", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("has_holes", [False, True])
+def test_a_light_forward_of_the_ids_of_the_keys_says_what_a_full_one_does(
+    model: TransformerDenoiser, fields: dict[str, Any], reuse: str, has_holes: bool
+) -> None:
+    exact = canvas(model, fields)
+    if has_holes:  # slots with fixed tokens between them
+        tokens = exact.state.token_array().copy()
+        fixed = [len(PROMPT) + place for place in (2, 3, 9, 15)]
+        tokens[fixed] = 50
+        slots = np.setdiff1d(exact.spec.slot_array, fixed).astype(TOKEN)
+        exact.spec = msgspec.structs.replace(exact.spec, slots=slots.tobytes())
+        tables = {name: bytes(len(slots) * 4) for name in ("confidences", "logprobs", "commit_steps")}
+        exact.state = msgspec.structs.replace(exact.state, tokens=tokens.tobytes(), **tables)
+    for block in (0, 1, 2 - has_holes):
+        before = half_filled(exact, model.mask_id, block)
+        light = msgspec.structs.replace(exact.spec, reuse=reuse)
+        expected, found = (statistics(model, spec, before) for spec in (exact.spec, light))
+        assert len(found.pop("rows")) < len(expected.pop("rows"))
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [(("llada", "dream")[number % 2], own) for number, own in enumerate([*REUSING, GUIDED])],
+    indirect=["model"],
+    ids=str,
+)
+def test_full_forwards_alone_decode_exactly(model: TransformerDenoiser, fields: dict[str, Any]) -> None:
+    """`refresh=1`, which users cannot ask for."""
+    fields = {"block_length": 6, **fields, "temperature": 0.8, "trace": True}
+    exact, full = (canvas(model, fields, canvas_len=12) for _ in range(2))
+    full.spec = msgspec.structs.replace(full.spec, reuse="both", refresh=1)
+    expected, found = finish(model, [exact, full], 3)
+    assert found.num_full_forwards == found.num_forwards
+    assert msgspec.structs.replace(found, num_full_forwards=0) == expected
+    assert exact.events == full.events
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "how"),
+    [
+        (("llada", "dream")[number % 2], fields, (("both", None), ("both", 3), ("prefix", 2))[number % 3])
+        for number, fields in enumerate([*REUSING, GUIDED])
+    ],
+    indirect=["model"],
+    ids=str,
+)
+def test_neither_company_nor_bursts_nor_workers_change_a_token(
+    model: TransformerDenoiser, fields: dict[str, Any], how: tuple[str, int | None]
+) -> None:
+    reuse, refresh = how
+    fields = {"block_length": 6, **fields, "temperature": 0.8}
+    reusing = {**fields, "reuse": reuse, "refresh": refresh}
+    other_block = {} if fields["block_length"] is None else {"block_length": 5}
+
+    def mix() -> list[Canvas]:
+        return [
+            canvas(model, reusing, canvas_len=14),
+            canvas(model, fields, canvas_len=12),
+            canvas(model, {**reusing, **other_block}, 6, 13),
+            canvas(model, {"reuse": "both", "block_length": 4}, 7, 8),
+        ]
+
+    (whole,) = Worker(model).run(burst(mix()[:1], [mix()[0].state], 1000)).states
+    assert whole.finished
+    for num_steps in (1, 3):
+        other = finish(model, mix(), num_steps)[0]  # each burst on a worker that holds nothing
+        assert (other.tokens, other.commit_steps) == (whole.tokens, whole.commit_steps)
+        for name in ("num_forwards", "num_full_forwards", "num_query_rows", "num_remasked"):
+            assert getattr(other, name) == getattr(whole, name), name
+
+
+def test_the_rows_of_forwards_are_counted(model: TransformerDenoiser) -> None:
+    shift = model.config.shift
+    length = len(PROMPT) + 20
+    for reuse, light in (
+        ("both", [8 + shift] * 2 + [4 + shift]),
+        ("prefix", [20 + shift, 12 + shift, 4 + shift]),
+    ):
+        own = canvas(model, {"unmask": "schedule:10", "reuse": reuse})  # 4, 4 and 2 forwards of the blocks
+        (state,) = finish(model, [own])
+        assert (state.num_forwards, state.num_full_forwards) == (10, 3)
+        assert state.num_query_rows == 3 * length + sum(
+            n * rows for n, rows in zip((3, 3, 1), light, strict=True)
+        )
+
+
+def test_a_worker_that_holds_the_keys_does_not_make_them(
+    model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    make = model.make_keys
+    monkeypatch.setattr(model, "make_keys", lambda rows: made.append(len(rows.ids_T)) or make(rows))
+    own = canvas(model, {"unmask": "schedule:10", "reuse": "both"})
+    worker, state = Worker(model), own.state
+    for _ in range(10):
+        (state,) = worker.run(burst([own], [state], 1)).states
+    assert state.finished
+    assert made == []
+    assert model._kept_keys is None, "the memory is given back"  # type: ignore[attr-defined]
+    (expected,) = finish(model, [canvas(model, {"unmask": "schedule:10", "reuse": "both"})], 1)
+    assert len(made) == 7, "each light forward on a worker of its own"
+    assert expected.tokens == state.tokens

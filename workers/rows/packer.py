@@ -1,0 +1,223 @@
+"""The packer: makes the plan of a pack on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from remask.scheduler.canvas import CanvasSpec
+from remask.workers.attention.varlen import (
+    ITS_BLOCK,
+    ITS_PAIR,
+    ITSELF,
+    SHADOW_TILE,
+    DeviceLayout,
+    VarlenLayout,
+)
+from remask.workers.rows.kept import NOTHING_KEPT, KeptCanvases, kept_sequences, places
+from remask.workers.rows.pack import hidden_states
+from remask.workers.rows.padding import NO_PADDING, Padding
+from remask.workers.rows.plan import Plan, Slots, Spare
+
+
+def plan_pack(
+    canvases: Sequence[int],
+    specs: Sequence[CanvasSpec],
+    cu_tokens: Sequence[int],
+    padding: Padding = NO_PADDING,
+    kept: KeptCanvases = NOTHING_KEPT,
+) -> Plan:
+    """The plan for some canvases of a burst, on the host.
+
+    Args:
+        canvases: indices in the burst.
+        specs: of all canvases of the burst.
+        cu_tokens: boundaries of all sequences of the burst in its flat tokens.
+        padding: sizes that other bursts have. Nobody may be guided, need copies or reuse keys then.
+        kept: of the canvases that reuse keys.
+    """
+    width = max(padding.widest, max(spec.block_length for spec in specs))
+    guided = [c for c in canvases if specs[c].is_guided]
+    copies_of = [c for c in canvases for _ in range(specs[c].num_copies)]
+    assert padding == NO_PADDING or not (guided or copies_of or kept), "they are not padded"
+    sequences = np.array([*canvases, *guided, *copies_of])
+    bounds = np.array(cu_tokens)
+    starts, lens = bounds[sequences], bounds[sequences + 1] - bounds[sequences]
+    kept_rows = kept_sequences(kept, sequences.tolist(), lens.tolist(), len(canvases))
+    light = {place: own.light for place, own in kept_rows.items() if own.light is not None}
+    num_rows = lens.copy()
+    for place, own in light.items():
+        num_rows[place] = len(own.positions)
+    cu_rows = _bounds(num_rows)
+    first_keys = cu_rows[:-1].copy()
+    for place in light:
+        first_keys[place] = kept_rows[place].first
+    num_blocks, num_copies = len(canvases) + len(guided), len(copies_of)
+    # A canvas without rows, with which bursts are padded, has no candidates either.
+    block_lens = np.array([specs[c].block_length for c in sequences[:num_blocks]]) * (lens[:num_blocks] > 0)
+    shift = max(specs[c].shift for c in canvases)  # what fills up a burst has none
+    rows_of_slot = 1 + (shift > 0)  # shadow rows, which follow each other
+    num_shadows = np.array([specs[c].num_shadow_rows for c in canvases])
+    cu_shadows = _bounds(num_shadows)
+
+    def slots_of(places: np.ndarray, numbers: np.ndarray, firsts: np.ndarray, least: int = 0) -> Slots:
+        """Slots given by the place of their sequence in the pack and their number in the block, padded with
+        the first slot of the last canvas, at row 0. `firsts` are the first rows of the sequences."""
+        table = np.empty((3, max(least, len(places))), dtype=np.int64)
+        own, table[:, len(places) :] = (
+            table[:, : len(places)],
+            [[len(specs) * width - width], [-bounds[-2]], [bounds[-2]]],
+        )
+        own[0] = sequences[places] * width + numbers
+        own[1] = firsts[places] - starts[places]
+        own[2] = starts[places]
+        slots, shifts, sequence_starts = torch.from_numpy(table).unbind()
+        return Slots(slots, shifts, sequence_starts)
+
+    main = slots_of(*_counted(block_lens), cu_rows, padding.slots)
+    cu_blocks = _bounds(block_lens)
+    for place, own in light.items():  # rows of a slot do not follow from its token's place
+        shifts = main.shifts.numpy()[cu_blocks[place] : cu_blocks[place] + len(own.of_slots)]
+        shifts += own.of_slots - own.positions[own.of_slots]
+    copy_numbers = [i for c in canvases for i in range(specs[c].num_copies)]
+    copies = slots_of(np.arange(num_copies) + num_blocks, np.array(copy_numbers, dtype=np.int64), cu_rows)
+    owners, numbers = _counted(num_shadows)
+    shadows = slots_of(owners, numbers // rows_of_slot, first_keys, padding.shadow_rows)
+    spans = tuple(
+        (
+            place,
+            int(first_keys[place]),
+            int(first_keys[place] + lens[place]),
+            int(cu_shadows[place]),
+            int(cu_shadows[place + 1]),
+        )
+        for place in num_shadows.nonzero()[0].tolist()
+    )
+    sees = np.full(len(shadows.slots), ITSELF, dtype=np.int8)
+    if shift:
+        sees[: cu_shadows[-1] : 2] = ITS_PAIR
+    else:
+        see_each_other = np.array([specs[c].shadows_see_each_other for c in canvases])
+        sees[: cu_shadows[-1]] = np.repeat(np.where(see_each_other, ITS_BLOCK, ITSELF), num_shadows)
+    num_first = int(block_lens[: len(canvases)].sum()) if guided else len(main.slots)
+    slots_N = torch.cat([main.slots[:num_first], copies.slots, shadows.slots[::rows_of_slot]])
+    hidden = None
+    if guided or shift:
+        is_guided = np.repeat([specs[c].is_guided for c in canvases], block_lens[: len(canvases)])
+        num_answers = len(slots_N) - num_first - num_copies
+        own = torch.from_numpy(is_guided) if guided else None
+        hidden = hidden_states(num_first, len(main.slots), num_copies, num_answers, rows_of_slot, own)
+    special = [c for c in canvases if specs[c].needs_logits]
+    is_special = np.isin(slots_N.numpy() // width, special)
+    owners, numbers = _counted(num_rows)
+    for place, own in light.items():
+        numbers[cu_rows[place] : cu_rows[place + 1]] = own.positions
+    num_more = max(0, padding.main_rows - len(owners))
+    token_index = np.concatenate([starts[owners] + numbers, np.full(num_more, bounds[-1])])
+    positions = np.concatenate([numbers, np.zeros(num_more, dtype=np.int64)])
+    cu_queries = _bounds(np.concatenate([block_lens, np.ones(num_copies, dtype=np.int64)]))
+    if padding != NO_PADDING:  # what fills up belongs to the last canvas, so that its numbers are defined
+        cu_rows[-1], cu_queries[-1] = len(token_index), len(main.slots)
+    cu_queries_T, cu_keys_T = (torch.from_numpy(bounds.astype(np.int32)) for bounds in (cu_queries, cu_rows))
+    max_keys, max_queries = (
+        max(int(lens.max()), padding.max_keys),
+        max(int(block_lens.max()), padding.max_queries),
+    )
+    keys = tuple(cu_rows.tolist())
+    seen = None
+    if light:
+        first_and_end = zip(first_keys.tolist(), (first_keys + lens).tolist(), strict=True)
+        seen = tuple(span if place in light else None for place, span in enumerate(first_and_end))
+    return Plan(
+        token_index=torch.from_numpy(token_index),
+        positions=torch.from_numpy(positions),
+        is_hidden=_hidden_tokens(
+            specs, sequences.tolist(), np.split(positions, cu_rows[1:-1]), range(len(canvases), num_blocks)
+        )
+        if guided
+        else None,
+        layout=VarlenLayout(
+            keys, keys, (), DeviceLayout(cu_keys_T, cu_keys_T, max_keys, max_keys, None), kept=seen
+        ),
+        candidate_layout=VarlenLayout(
+            tuple(cu_queries.tolist()),
+            keys,
+            (),
+            DeviceLayout(cu_queries_T, cu_keys_T, max_queries, max_keys, None),
+            kept=seen,
+        ),
+        num_main_slots=num_first,
+        main=main,
+        copies=copies,
+        shadows=shadows,
+        read_shadows=None,
+        hidden=hidden,
+        slots_N=slots_N,
+        spare=Spare(
+            tiles=_tiles(
+                spans,
+                num_tiles=padding.shadow_rows // SHADOW_TILE + len(canvases) if padding.shadow_rows else 0,
+            ),
+            sees=torch.from_numpy(sees),
+            spans=spans,
+            special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
+            max_special=sum(map(_max_live, (specs[c] for c in special))),
+        ),
+        shift=shift,
+        kept_T=places(kept_rows, cu_rows) if kept else None,
+        full_index=_whole([c for c in canvases if c in kept and kept[c].light is None], bounds),
+    )
+
+
+def _whole(canvases: Sequence[int], cu_tokens: np.ndarray) -> Tensor | None:
+    """Places of all tokens of some canvases in the flat tokens, int64; None of none."""
+    parts = [np.arange(cu_tokens[c], cu_tokens[c + 1]) for c in canvases]
+    return torch.from_numpy(np.concatenate(parts)) if parts else None
+
+
+def _hidden_tokens(
+    specs: Sequence[CanvasSpec], sequences: Sequence[int], positions: Sequence[np.ndarray], second: range
+) -> Tensor:
+    """Which main rows hold a fixed token of a second copy, bool [T_main].
+
+    Args:
+        specs: of all canvases of the burst.
+        sequences: the canvas of each sequence of the pack.
+        positions: of the rows of each.
+        second: which of them are second copies.
+    """
+    flags = [np.zeros(len(own), dtype=bool) for own in positions]
+    for place in second:
+        flags[place][:] = ~np.isin(positions[place], specs[sequences[place]].slot_array)
+    return torch.from_numpy(np.concatenate(flags))
+
+
+def _max_live(spec: CanvasSpec) -> int:
+    """How many of a canvas's rows the head is asked about in one step, at most."""
+    if_committed = spec.reads_committed_rows + (spec.num_shadow_rows > 0) + (spec.num_copies > 0)
+    return spec.block_length * max(1, if_committed)
+
+
+def _bounds(counts: np.ndarray) -> np.ndarray:
+    """Where each of several runs begins, and where the last ends, int64 [runs + 1]."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each member of several runs the number of its run and its number in the run, int64."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return owners, np.arange(len(owners)) - _bounds(counts)[owners]
+
+
+def _tiles(spans: Sequence[tuple[int, int, int, int, int]], num_tiles: int) -> Tensor:
+    """The tiles of all shadow rows, int32 [tiles, 6], and empty ones up to a number."""
+    tiles = [
+        (start, min(start + SHADOW_TILE, end), main_first, main_end, first, end)
+        for _, main_first, main_end, first, end in spans
+        for start in range(first, end, SHADOW_TILE)
+    ]
+    tiles += [(0,) * 6] * (num_tiles - len(tiles))
+    return torch.tensor(tiles, dtype=torch.int32).view(-1, 6)
