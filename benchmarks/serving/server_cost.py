@@ -4,9 +4,9 @@
 
 Both have the embedded model in fp32 on one thread. Requests come in a closed loop. The server runs in a
 process of its own and streams, and this process reads the streams. In-process requests yield their last
-output. Both sides run in turn, and a ratio is taken within a repetition. The added latency is the median of
-the differences of requests that follow each other, one at a time, on canvases of few forwards: over many, the
-machine's own noise is larger.
+output. Both sides run in turn, and a ratio is taken within a repetition. The added latency is the difference
+of what a request takes beyond the engine's own time, over HTTP and in process, as the median of requests that
+follow each other, one at a time. (The engine's time varies by more than that.)
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import msgspec
 
@@ -32,6 +34,9 @@ from remask.benchmarks.serving.load import Run, closed_loop, figures
 from remask.benchmarks.serving.targets import Answer, EngineTarget, Target
 from remask.benchmarks.throughput import format_spread, spread
 from remask.benchmarks.workloads import Job
+from remask.engine import Progress
+from remask.scheduler.messages import StepResult
+from remask.thread import Observer
 
 ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_rows": 2048}
 REQUESTS = {1: 8, 16: 32, 64: 64}  # by the number of requests at a time
@@ -103,6 +108,12 @@ class StreamTarget(Target):
         self._idle.append((reader, writer))
         return Answer(None, num_tokens)
 
+    def engine_seconds(self) -> float:
+        """The engine's seconds of all requests that the server has answered."""
+        with urlopen(f"{self._address.geturl()}/metrics") as response:
+            (found,) = re.findall(rb"^remask:e2e_request_latency_seconds_sum\S* (\S+)", response.read(), re.M)
+        return float(found)
+
     async def __aexit__(self, *_: object) -> None:
         for _reader, writer in self._idle:
             writer.close()
@@ -113,6 +124,17 @@ class StreamTarget(Target):
             if not streams[0].at_eof():  # the server closes what is idle for long
                 return streams
         return await asyncio.open_connection(self._address.hostname, self._address.port)
+
+
+class EngineSeconds(Observer):
+    """Sums the engine's seconds of all requests that have ended, as `total`."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def heard(self, found: Sequence[Progress], result: StepResult | None) -> None:
+        now = time.monotonic()
+        self.total += sum(now - progress.arrival_time for progress in found if progress.has_ended)
 
 
 @contextmanager
@@ -178,7 +200,7 @@ async def measure(llm: AsyncLLM, url: str, repetitions: int, steadiness: Steadin
                     own, served = (found[target]["output_throughput"] for target in (in_process, over_http))
                     rates.append((own, served))
                     if concurrency == 1:
-                        added += await differences(in_process, over_http, jobs[: load.pairs])
+                        added += await added_seconds(llm, in_process, over_http, jobs[: load.pairs])
                     steadiness.look()
                 results.append(
                     {
@@ -194,13 +216,22 @@ async def measure(llm: AsyncLLM, url: str, repetitions: int, steadiness: Steadin
     return results
 
 
-async def differences(in_process: Target, over_http: Target, jobs: Sequence[Job]) -> list[float]:
-    """How many seconds longer each of some requests takes over HTTP. No side is always the first."""
+async def added_seconds(
+    llm: AsyncLLM, in_process: Target, over_http: StreamTarget, jobs: Sequence[Job]
+) -> list[float]:
+    """How many seconds longer each of some requests takes over HTTP beyond the engine's time. No side is
+    always the first."""
+    llm.engine.observer = own = EngineSeconds()
+    sides = {in_process: lambda: own.total, over_http: over_http.engine_seconds}
     found = []
     for number, job in enumerate(jobs):
-        order = (in_process, over_http) if number % 2 else (over_http, in_process)
-        seconds = {target: (await run(target, [job], 1)).served[0].latency for target in order}
-        found.append(seconds[over_http] - seconds[in_process])
+        beyond: dict[Target, float] = {}
+        for target in list(sides)[:: 1 if number % 2 else -1]:
+            before = sides[target]()
+            seconds = (await run(target, [job], 1)).served[0].latency
+            beyond[target] = seconds - (sides[target]() - before)
+        found.append(beyond[over_http] - beyond[in_process])
+    llm.engine.observer = None
     return found
 
 
