@@ -55,6 +55,7 @@ class PlainCanvas:
         ids: int64 [L]: prompt and canvas.
         start, end: the active block.
         nfe: forwards so far.
+        reuse: which keys a forward reuses; None: none.
         verifies: whether a forward needs shadow rows.
     """
 
@@ -64,6 +65,8 @@ class PlainCanvas:
         self.ids = np.array(prompt + [mask_id] * resolved.max_tokens, dtype=np.int64)
         self.prompt_len, self.mask_id, self.nfe = len(prompt), mask_id, 0
         self._unmask, self._remask = resolved.unmask, resolved.remask
+        self.reuse = resolved.reuse
+        assert resolved.refresh is None, "the published loops refresh keys at the start of a block alone"
         self.verifies = isinstance(self._remask, Wino)
         self._block_length = resolved.block_length
         whole, rest = divmod(resolved.max_tokens, resolved.block_length)
@@ -73,6 +76,11 @@ class PlainCanvas:
     @property
     def finished(self) -> bool:
         return self._block == len(self._block_lens)
+
+    @property
+    def begins_block(self) -> bool:
+        """Whether no forward of the active block has run."""
+        return self._block_forwards == 0
 
     @property
     def masked(self) -> NDArray[np.bool_]:

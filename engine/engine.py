@@ -130,6 +130,7 @@ class Engine:
             burst=options.burst,
             probe=new_probe(config.mask_id, config.shift),
             max_key_rows=self.executor.facts.max_key_rows,
+            continues_reuse=not self.executor.facts.overlaps,
             burst_seconds=OVERLAPPED_BURST_SECONDS if self.executor.facts.overlaps else BURST_SECONDS,
         )
         self._live: dict[str, Request] = {}

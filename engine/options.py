@@ -63,9 +63,9 @@ class EngineOptions(WorkerOptions, frozen=True, kw_only=True, forbid_unknown_fie
             "torch" is PyTorch's own kernel, all of them for GPUs; "sdpa" runs everywhere.
         gpu_memory_utilization: Share of a GPU's memory that a worker may use. The part that the weights leave
             bounds the rows of its batches. A CPU has no such bound.
-        max_key_bytes: Maximum bytes of a worker for the keys and values of requests that reuse them. None:
-            4 GiB, at most a quarter of the machine's memory. They are taken while such requests run. A
-            request that needs more runs without reuse.
+        max_key_bytes: Maximum bytes of a worker for the keys and values of requests that reuse them. They are
+            taken while such requests run. A request that needs more runs without reuse. None: on a CPU 4 GiB,
+            at most a quarter of the memory; on a GPU a quarter of what the weights leave.
         max_prompts_per_call: Maximum prompts of a call. None: no ceiling. A call that exceeds this ceiling or
             one of the next four is refused before anything of it runs.
         max_tokens_per_call: Maximum tokens of the canvases of a call: `n` times `max_tokens` of every prompt.

@@ -63,6 +63,7 @@ class Scheduler:
         probe: a canvas of one token.
         burst_seconds: maximum duration of a burst if `burst` is None.
         max_key_rows: maximum rows whose keys and values a worker keeps; None: no limit.
+        continues_reuse: whether a burst may continue canvases that reuse keys; else their state is sent.
 
     Attributes:
         moved: the canvases that the last result has changed, including those that it ended.
@@ -77,7 +78,9 @@ class Scheduler:
         probe: Canvas,
         burst_seconds: float = BURST_SECONDS,
         max_key_rows: int | None = None,
+        continues_reuse: bool = True,
     ) -> None:
+        self._continues_reuse = continues_reuse
         self._probe, self._burst_seconds = probe, burst_seconds
         self._budget, self._burst_len = Budget(max_num_rows, max_num_seqs), burst
         if max_key_rows is not None:
@@ -136,7 +139,7 @@ class Scheduler:
             worker: number of the worker.
             num_idle: number of other idle workers; a share of the canvases is left for each.
         """
-        follows, before = self._tails.get(worker), list[Canvas]()
+        follows, before, running = self._tails.get(worker), list[Canvas](), list[Canvas]()
         if follows is not None:
             tail = self._bursts[follows]
             if self._blame.has_suspects or tail.apart:
@@ -144,18 +147,17 @@ class Scheduler:
             if tail.doomed:
                 return None  # a burst that follows it would be skipped
             before = tail.canvases
+            running = [c for c in before if c.goes_on and (self._continues_reuse or not c.num_key_rows)]
         if self._blame.wants_probe and follows is None:
             return self._cut_probe(worker)
         budget = self._allowances[worker].budget
         suspects = self._blame.next_group(budget) if not self._is_probing() else []
-        taken = suspects or self._take(worker, budget, before, num_idle)
+        taken = suspects or self._take(worker, budget, running, num_idle)
         if not taken:
             return None
         places = {id(canvas): place for place, canvas in enumerate(before)}
         continued = sum(id(canvas) in places for canvas in taken)
-        others_wait = self._ready.first([None, worker]) is not None or continued < sum(
-            c.goes_on for c in before
-        )
+        others_wait = self._ready.first([None, worker]) is not None or continued < len(running)
         burst_id = self._tails[worker] = next(self._burst_ids)
         pace = self._paces.get(worker)
         num_steps = burst_len(
@@ -353,27 +355,27 @@ class Scheduler:
         self.abort([request.request_id])
         return request
 
-    def _take(self, worker: int, budget: Budget, before: list[Canvas], num_idle: int) -> list[Canvas]:
+    def _take(self, worker: int, budget: Budget, running: list[Canvas], num_idle: int) -> list[Canvas]:
         """The first canvases of the queue and of a worker's burst in flight that fit its budget. Those whose
         keys another worker holds stay with it, unless it is busy and this one would be idle."""
         if num_idle:
-            num_ready = len(self._ready) + sum(canvas.goes_on for canvas in before)
+            num_ready = len(self._ready) + len(running)
             share = max(1, -(-num_ready // (num_idle + 1)))
             budget = budget._replace(max_num_seqs=min(budget.max_num_seqs, share))
-        taken, passed = take(self._candidates([None, worker], before), budget)
+        taken, passed = take(self._candidates([None, worker], running), budget)
         busy = [home for home in self._ready.homes() if home in self._tails]
         if not taken and busy:
-            taken, passed = take(self._candidates(busy, before), budget)
+            taken, passed = take(self._candidates(busy, running), budget)
         for canvas in passed:
             if canvas.last_burst is None:
                 self._ready.push(canvas)
         return taken
 
-    def _candidates(self, homes: Sequence[int | None], before: list[Canvas]) -> Iterator[Canvas]:
+    def _candidates(self, homes: Sequence[int | None], running: list[Canvas]) -> Iterator[Canvas]:
         """The canvases that may join a worker's next burst, in order: those of the queue with one of these
         homes, which leave it, and those of the worker's burst in flight."""
-        running = (canvas for canvas in before if canvas.goes_on)  # a burst is in the order of the queue
-        first_running = next(running, None)
+        going_on = iter(running)  # a burst is in the order of the queue
+        first_running = next(going_on, None)
         while True:
             ready = self._ready.first(homes)
             if ready is None and first_running is None:
@@ -381,7 +383,7 @@ class Scheduler:
             if ready is None or (first_running is not None and first_running.order < ready.order):
                 assert first_running is not None
                 yield first_running
-                first_running = next(running, None)
+                first_running = next(going_on, None)
             else:
                 self._ready.pop(ready)
                 yield ready

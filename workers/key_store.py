@@ -7,6 +7,7 @@ their canvas, and make room for others, those first that have waited longest.
 
 from __future__ import annotations
 
+import threading
 from bisect import insort
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
@@ -41,11 +42,11 @@ class Given(NamedTuple):
 
 class _Waiting(NamedTuple):
     span: Span
-    burst: int  # the number of the burst that left it
+    since: int  # the number of bursts before
 
 
 class KeyStore:
-    """The kept rows of a worker.
+    """The kept rows of a worker; from any thread.
 
     Args:
         first: number of the first row.
@@ -53,9 +54,10 @@ class KeyStore:
     """
 
     def __init__(self, first: int, num_rows: int) -> None:
-        self._bounds = first, first + num_rows
-        self._num_bursts = 0
-        self.clear()
+        self._bounds, self._lock, self._num_bursts = (first, first + num_rows), threading.Lock(), 0
+        self._free: list[Span] = [self._bounds]  # in order; no two touch
+        self._used: dict[int, list[Span]] = {}  # by burst
+        self._waiting: dict[Hashable, list[_Waiting]] = {}  # the longest first
 
     @property
     def is_empty(self) -> bool:
@@ -63,70 +65,75 @@ class KeyStore:
         return not (self._waiting or self._used)
 
     def clear(self) -> None:
-        """Forgets everything."""
-        self._free: list[Span] = [self._bounds]  # in order; no two touch
-        self._used: list[Span] = []
-        self._waiting: dict[Hashable, list[_Waiting]] = {}  # the longest first
+        """Forgets everything, also what bursts use."""
+        with self._lock:
+            self._clear()
 
-    def begin(self, wanted: Sequence[Wanted]) -> list[Given]:
-        """Rows for the canvases of a burst; those of a burst that has not ended are free.
+    def begin(self, burst: int, wanted: Sequence[Wanted]) -> list[Given]:
+        """Rows for the canvases of a burst. One that was interrupted may begin again.
 
         Raises:
-            KeysDoNotFit: there are not enough.
+            KeysDoNotFit: there are not enough beside those of other bursts.
         """
-        self._num_bursts += 1
-        for span in self._used:
-            self._release(span)
-        self._used = []
-        given = self._give(wanted)
-        if given is None:  # what waits, or where it does, leaves no room
-            self.clear()
-            given = self._give(wanted)
+        with self._lock:
+            self._num_bursts += 1
+            self._drop(burst)
+            given = self._give(burst, wanted)
+            if given is None and not self._used:  # free rows are in pieces between those that wait
+                self._clear()
+                given = self._give(burst, wanted)
         if given is None:
-            self.clear()
             first, end = self._bounds
             total = sum(own.num_rows for own in wanted)
             raise KeysDoNotFit(f"{total} rows of keys, where there is room for {end - first}")
         return given
 
-    def end(self, left: Iterable[tuple[Hashable, Span]]) -> None:
+    def end(self, burst: int, left: Iterable[tuple[Hashable, Span]] = ()) -> None:
         """Ends a burst; `left` are the rows that its canvases go on with, and what they are a function of."""
-        for content, span in left:
-            self._used.remove(span)
-            self._waiting.setdefault(content, []).append(_Waiting(span, self._num_bursts))
-        for span in self._used:
-            self._release(span)
-        self._used = []
-        for content, own in list(self._waiting.items()):
-            if own[-1].burst >= self._num_bursts - IDLE_BURSTS:
-                break
-            self._forget(content)
+        with self._lock:
+            if burst not in self._used:  # everything was forgotten meanwhile
+                return
+            for content, span in left:
+                self._used[burst].remove(span)
+                self._waiting.setdefault(content, []).append(_Waiting(span, self._num_bursts))
+            self._drop(burst)
+            for content, own in list(self._waiting.items()):
+                if own[-1].since >= self._num_bursts - IDLE_BURSTS:
+                    break
+                self._forget(content)
 
-    def _give(self, wanted: Sequence[Wanted]) -> list[Given] | None:
+    def _clear(self) -> None:
+        self._free, self._used, self._waiting = [self._bounds], {}, {}
+
+    def _drop(self, burst: int) -> None:
+        for span in self._used.pop(burst, []):
+            self._release(span)
+
+    def _give(self, burst: int, wanted: Sequence[Wanted]) -> list[Given] | None:
         """Rows for all canvases, those that are held first; None if there are not enough in one piece."""
         held = [self._take(own.content) for own in wanted]
         given: list[Given] = []
         for own, span in zip(wanted, held, strict=True):
             are_held = span is not None
-            while span is None:
-                span = self._cut(own.num_rows)
-                if span is None and not self._waiting:
-                    return None
-                if span is None:
-                    self._forget(next(iter(self._waiting)))
-            if not are_held:
-                self._used.append(span)
+            while span is None and (span := self._cut(own.num_rows)) is None and self._waiting:
+                self._forget(next(iter(self._waiting)))
+            if span is None:
+                for other in [*held[len(given) :], *(before.span for before in given)]:
+                    if other is not None:
+                        self._release(other)
+                return None
             given.append(Given(span, are_held))
+        self._used[burst] = [own.span for own in given]
         return given
 
     def _take(self, content: Hashable | None) -> Span | None:
+        """The rows that wait with a content, which wait no more."""
         waiting = self._waiting.get(content) if content is not None else None
         if not waiting:
             return None
         span = waiting.pop().span
         if not waiting:
             del self._waiting[content]
-        self._used.append(span)
         return span
 
     def _cut(self, num_rows: int) -> Span | None:

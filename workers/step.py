@@ -7,14 +7,15 @@ enters the decision about another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS
+from remask.scheduler.canvas import NO_COMMIT, NOT_NUMBERS, CanvasSpec
+from remask.scheduler.light_rows import LightRows
 from remask.workers.burst.state import BurstState
 from remask.workers.decide import Outcome, decide
 from remask.workers.head import Statistics
@@ -32,56 +33,80 @@ Plans: TypeAlias = Sequence[Plan]
 
 
 def plan_packs(
-    state: BurstState, model: Denoiser, pack_rows: int, kept: KeptCanvases = NOTHING_KEPT
+    state: BurstState,
+    model: Denoiser,
+    pack_rows: int,
+    kept: KeptCanvases = NOTHING_KEPT,
+    canvases: Sequence[int] | None = None,
 ) -> Plans:
-    """Divides the running canvases into packs of at most `pack_rows` rows; a larger canvas is a pack of its
-    own. The plans are on the host, as the state still is.
+    """Divides canvases into packs of at most `pack_rows` rows; a larger canvas is a pack of its own. The
+    plans are on the host, as the state still is.
 
     Args:
-        state: of the burst; without static shapes, `num_main_rows` is set.
+        state: of the burst.
         model: the model.
         pack_rows: see above.
-        kept: rows of the canvases that reuse keys.
+        kept: rows of the canvases that reuse keys; those without take no step.
+        canvases: their places; None: those that run.
     """
-    assert all(spec.shift == model.config.shift for spec in state.specs), "canvases are the model's"
-    live = (~state.paused).nonzero().squeeze(1).tolist()
-    for canvas, own in kept.items():
-        state.num_main_rows[canvas] = state.specs[canvas].num_main_rows(state.sequence_len(canvas), own.light)
-    verifying = (state.rows_per_slot + state.rows_per_commit) * state.block_len
-    num_rows = (state.num_main_rows + verifying).tolist()
-    # A pack that keeps keys is not searched for equal sequences.
-    groups = group_canvases(num_rows, [c for c in live if c not in kept], pack_rows)
-    groups += group_canvases(num_rows, [c for c in live if c in kept], pack_rows)
-    plans = [plan_pack(group, state.specs, state.cu_tokens, kept=kept) for group in groups]
-    if model.static_shapes:
-        return plans
-    return [
-        replace(plan, may_repeat=plan.kept_T is None and may_repeat(group, state))
-        for group, plan in zip(groups, plans, strict=True)
-    ]
+    specs = state.specs
+    assert all(spec.shift == model.config.shift for spec in specs), "canvases are the model's"
+    if canvases is None:
+        canvases = (~state.paused).nonzero().squeeze(1).tolist()
+    light = {c: kept[c].light if c in kept else None for c in canvases if specs[c].reuse is None or c in kept}
+    num_rows = {c: specs[c].num_rows(state.sequence_len(c), own) for c, own in light.items()}
+    plans = []
+    for part in _apart(light, specs, static=model.static_shapes):
+        for group in group_canvases(num_rows, part, pack_rows):
+            gathers = model.static_shapes
+            plan = plan_pack(group, specs, state.cu_tokens, kept=kept, gathers=gathers)
+            # A pack that keeps keys is not searched for equal sequences.
+            if not model.static_shapes and plan.kept is None:
+                plan = replace(plan, may_repeat=may_repeat(group, state))
+            plans.append(plan)
+    return plans
 
 
-def make_keys(
+def _apart(
+    light: Mapping[int, LightRows | None], specs: Sequence[CanvasSpec], *, static: bool
+) -> list[list[int]]:
+    """Canvases in the parts of which packs are cut. On a host those that reuse keys have packs of their own.
+    With static shapes light forwards must come last in a pack, behind second copies too (see `plan_pack`): if
+    there are any, canvases with second copies have packs of their own, of one kind each."""
+    if not static:
+        return [[c for c in light if (specs[c].reuse is None) == is_exact] for is_exact in (True, False)]
+    if not any(light.values()):
+        return [list(light)]
+    parts: dict[tuple[bool, bool], list[int]] = {}
+    for c in sorted(light, key=lambda c: light[c] is not None):
+        is_guided = specs[c].is_guided
+        parts.setdefault((is_guided, is_guided and light[c] is not None), []).append(c)
+    return list(parts.values())
+
+
+def plan_keys(
     state: BurstState, canvases: Sequence[int], kept: KeptCanvases, model: Denoiser, pack_rows: int
-) -> int:
-    """Makes the keys of the last full forwards of some canvases again; returns the rows forwarded.
+) -> Plans:
+    """Plans to make the keys of the last full forwards of some canvases again. Their rows are those of that
+    forward, the shadow rows included, so that all products have its shapes."""
+    return plan_packs(state, model, pack_rows, {c: kept[c]._replace(light=None) for c in canvases}, canvases)
 
-    The rows are those of that forward, the shadow rows included, so that all products have its shapes.
-    """
-    assert state.full_tokens is not None, "they reuse keys"
-    full = {c: kept[c]._replace(light=None) for c in canvases}
-    num_rows = {c: state.specs[c].num_rows(state.sequence_len(c)) for c in canvases}
+
+def make_keys(state: BurstState, plans: Plans, model: Denoiser) -> int:
+    """Makes keys by plans from `plan_keys`; returns the rows forwarded."""
+    if not plans:
+        return 0
+    assert state.full_tokens is not None, "canvases reuse keys"
     slots, valid = state.active_slots()
     blocks = state.active_blocks(slots, valid, model.mask_id, state.full_tokens)
-    step = StepInputs(
-        state.full_tokens, blocks, model.mask_id, state.sampling, None, frozenset(), state.removed
-    )
-    total = 0
-    for group in group_canvases(num_rows, canvases, pack_rows):
-        rows, _ = pack(plan_pack(group, state.specs, state.cu_tokens, kept=full), step, model)
+    none = frozenset[str]()
+    step = StepInputs(state.full_tokens, blocks, model.mask_id, state.sampling, None, none, state.removed)
+    num_rows = 0
+    for plan in plans:
+        rows, _ = pack(plan, step, model)
         model.make_keys(rows)
-        total += len(rows.ids_T)
-    return total
+        num_rows += len(rows.ids_T)
+    return num_rows
 
 
 def pack(plan: Plan, step: StepInputs, model: Denoiser) -> tuple[PackedRows, HeadQuery]:
@@ -102,8 +127,7 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     step = StepInputs(state.tokens, blocks, model.mask_id, state.sampling, keys, state.needs, state.removed)
     for plan in plans:
         rows, query = pack(plan, step, model)
-        if plan.full_index is not None and state.full_tokens is not None:
-            state.full_tokens[plan.full_index] = state.tokens[plan.full_index]
+        _note_reuse(state, plan)
         if plan.may_repeat:
             rows = without_repeats(rows)
         found = model.statistics(rows, query)
@@ -114,7 +138,19 @@ def denoise(state: BurstState, plans: Plans, model: Denoiser) -> int:
     view = _block_view(state, blocks, main, log_verified, slots)
     outcome = _without_faults(state, blocks, view, main, decide(state, view))
     _update(state, slots, blocks, view, main, outcome, model.mask_id)
+    if model.static_shapes and (are_light := state.are_light()) is not None:
+        # The host has planned the rows of the burst's later steps.
+        state.paused |= state.reuses & ~are_light
     return num_rows
+
+
+def _note_reuse(state: BurstState, plan: Plan) -> None:
+    """Notes what a forward of canvases that reuse keys makes: their keys, of these tokens, and its rows."""
+    if plan.reusing is None or plan.num_main_rows is None or state.full_tokens is None:
+        return
+    state.num_main_rows.index_copy_(0, plan.reusing, plan.num_main_rows)
+    if plan.full_index is not None:
+        state.full_tokens[plan.full_index] = state.tokens[plan.full_index]
 
 
 def _keys(state: BurstState, purpose: Purpose, slots: Tensor) -> Tensor:

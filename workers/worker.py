@@ -29,14 +29,14 @@ from remask.workers.burst.wire import Results
 from remask.workers.failures import describe, is_out_of_memory, loses_device
 from remask.workers.key_store import KeyStore
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.rows.kept import DISCARDED, NOTHING_KEPT
+from remask.workers.rows.kept import DISCARDED
 from remask.workers.startup.device import on_device
-from remask.workers.step import Plans, denoise, make_keys, plan_packs
+from remask.workers.step import denoise
+from remask.workers.steps import BurstPlans, advance, plan_burst, steps_with_keys
 
 logger = logging.getLogger(__name__)
 
 MAX_KEY_ROWS = 1 << 14
-RESERVE_STEPS = 16  # between two reads of the number of removed tokens
 
 
 class NotRun(NamedTuple):
@@ -52,13 +52,13 @@ class Unpacked(NamedTuple):
     """The canvases of a burst where the model is.
 
     Attributes:
-        plans: empty without static shapes.
+        plans: of the steps; None without static shapes.
         shape: that of the memory which they stand in, where a graph can use it.
         origin: the canvases as the host knew them when the tensors were made.
     """
 
     state: BurstState
-    plans: Plans
+    plans: BurstPlans | None
     shape: Shape | None
     origin: list[CanvasState]
 
@@ -77,6 +77,7 @@ class Launched:
         error: what ended it before that.
         states: the canvases as the scheduler gets them, once they have been waited for.
         events: what happened to those that are traced, by their places.
+        keys: its kept rows; None: none of its canvases reuses keys.
         ended: monotonic seconds; 0: not known yet.
     """
 
@@ -85,6 +86,7 @@ class Launched:
     num_canvases: int
     state: BurstState
     steps: StepQueue
+    keys: BurstKeys | None = None
     results: Fetched[Results] | None = None
     error: BaseException | None = None
     states: list[CanvasState] | None = None
@@ -120,6 +122,8 @@ class Launched:
                 results = self.results.wait()
                 self.states = self.state.to_states(results)[: self.num_canvases]
                 self.events = self.state.events.pack(results.events)
+                if self.keys is not None:
+                    self.keys.end(self.states)
                 self.ended = time.perf_counter()
             return self.states
 
@@ -230,44 +234,60 @@ class Worker:
     @torch.inference_mode()
     def _launch(self, batch: StepBatch) -> Launched:
         started, last, tensors = time.perf_counter(), self._last, self._tensors
-        unpacked = self._unpack(batch)
+        keys, batch = self._keep_keys(batch)
+        unpacked = self._unpack(batch, keys)
         # A burst whose canvases have all ended takes no step.
         pauses = any(spec.pause_at_blocks for spec in batch.specs)
         is_over = unpacked is tensors and last is not None and last.steps.all_paused and not pauses
-        steps = self._steps(unpacked, 0 if is_over else batch.num_steps)
-        launched = Launched(batch.burst_id, started, len(batch.specs), unpacked.state, steps)
+        steps = self._steps(unpacked, 0 if is_over else batch.num_steps, keys)
+        launched = Launched(batch.burst_id, started, len(batch.specs), unpacked.state, steps, keys)
         steps.enqueue_first()
         if self._model.device.type == "cpu":
             launched.wait()  # the next burst writes into the same tensors
+            if keys is not None and self._store.is_empty:
+                self._model.keep_rows(0)
         self._last, self._tensors = launched, unpacked
         return launched
 
-    def _steps(self, unpacked: Unpacked, num_steps: int) -> StepQueue:
+    def _keep_keys(self, batch: StepBatch) -> tuple[BurstKeys | None, StepBatch]:
+        """Rows for the canvases that reuse keys, None if there are none and nobody's wait; and the burst.
+        With static shapes they continue none, because the host must know which of their forwards are full."""
+        states: dict[int, CanvasState] = {}
+        for place, (spec, state) in enumerate(zip(batch.specs, batch.states, strict=True)):
+            if spec.reuse is not None and isinstance(state, int):
+                assert self._last is not None, "there is a burst to follow"
+                states[place] = self._last.wait()[state]
+            elif spec.reuse is not None and not isinstance(state, int):
+                states[place] = state
+        if not states and self._store.is_empty:
+            return None, batch
+        if self._store.is_empty:
+            self._model.keep_rows(self._num_key_rows)
+        if self._model.static_shapes:
+            known = [states.get(place, state) for place, state in enumerate(batch.states)]
+            batch = msgspec.structs.replace(batch, states=known)
+        return BurstKeys(self._store, batch.burst_id, batch.specs, states), batch
+
+    def _steps(self, unpacked: Unpacked, num_steps: int, keys: BurstKeys | None) -> StepQueue:
         """The steps of a burst."""
         state, plans, shape, _ = unpacked
-        if not self._model.static_shapes:  # the host reads the canvases between steps
-            return StepQueue(lambda: self._advance(state, num_steps), 1, state.paused)
+        if plans is None:  # the host reads the canvases between steps
+            return StepQueue(
+                lambda: advance(state, num_steps, self._model, self._pack_rows, keys), 1, state.paused
+            )
+
+        if keys is not None:
+            return StepQueue(steps_with_keys(state, plans, self._model), num_steps, state.paused)
 
         def step() -> int:
-            return denoise(state, plans, self._model)
+            return denoise(state, plans.later, self._model)
 
         if shape is None or self._graphs is None:
             return StepQueue(step, num_steps, state.paused)
         graphs = self._graphs
         return StepQueue(lambda: graphs.step(shape, step), num_steps, state.paused)
 
-    def _advance(self, state: BurstState, num_steps: int) -> int:
-        """The steps of a burst on the host, in one call."""
-        if state.full_tokens is None:
-            return advance(state, num_steps, self._model, self._pack_rows)
-        if self._store.is_empty:
-            self._model.keep_rows(self._num_key_rows)
-        num_rows = advance(state, num_steps, self._model, self._pack_rows, self._store)
-        if self._store.is_empty:
-            self._model.keep_rows(0)
-        return num_rows
-
-    def _unpack(self, batch: StepBatch) -> Unpacked:
+    def _unpack(self, batch: StepBatch, keys: BurstKeys | None) -> Unpacked:
         """The canvases of a burst on the model's device, and with static shapes their plans."""
         fixed = self._model.static_shapes
         # Taken out for as long as they are written to: an interrupted burst starts again from the bytes.
@@ -286,22 +306,23 @@ class Worker:
             places = {n: state for n, state in enumerate(batch.states) if isinstance(state, int)}
             if fixed and tensors is not None and may_go_on:
                 carried = take(tensors.state, list(places.values()))
-                unpacked = self._place(batch, tensors.origin)
+                unpacked = self._place(batch, tensors.origin, keys)
                 put(carried, unpacked.state, list(places))
                 return unpacked
             before = last.wait()
-        return self._place(batch, before)
+        return self._place(batch, before, keys)
 
-    def _place(self, batch: StepBatch, before: list[CanvasState]) -> Unpacked:
+    def _place(self, batch: StepBatch, before: list[CanvasState], keys: BurstKeys | None) -> Unpacked:
         """A burst's canvases in tensors of their own; `before` are those of the burst that it follows."""
         states = [before[state] if isinstance(state, int) else state for state in batch.states]
         if self._graphs is not None and (placed := self._graphs.place(batch.specs, states)) is not None:
-            return Unpacked(*placed, states)
+            own, plans, shape = placed
+            return Unpacked(own, BurstPlans([], [], plans), shape, states)
         state = BurstState(batch.specs, states)
         if not self._model.static_shapes:
-            return Unpacked(state, [], None, states)
+            return Unpacked(state, None, None, states)
         state.reserve_removed(batch.num_steps)
-        tree = to_device((state, plan_packs(state, self._model, self._pack_rows)), self._model.device)
+        tree = to_device((state, plan_burst(state, self._model, self._pack_rows, keys)), self._model.device)
         return Unpacked(*tree, None, states)
 
 
@@ -324,36 +345,3 @@ def not_run(burst_id: int, error: Exception, seconds: float) -> NotRun:
         raise error
     logger.warning("a burst has failed", exc_info=error)
     return NotRun(burst_id, "error", seconds, describe(error))
-
-
-def advance(
-    state: BurstState, num_steps: int, model: Denoiser, pack_rows: int, store: KeyStore | None = None
-) -> int:
-    """Takes up to `num_steps` denoising steps in place; returns the rows forwarded.
-
-    It ends early if a canvas pauses for a search of its text, so that the canvas does not wait for the
-    others. `store` has the rows of canvases that reuse keys.
-    """
-    num_rows, num_paused, kept = 0, int(state.paused.sum()), NOTHING_KEPT
-    keys = BurstKeys(state, store) if store is not None and state.full_tokens is not None else None
-    if keys is not None:
-        kept = keys.rows()
-        if keys.missing:
-            num_rows += make_keys(state, keys.missing, kept, model, pack_rows)
-    plans = plan_packs(state, model, pack_rows, kept)
-    for step in range(num_steps):
-        if not plans:
-            break
-        if step % RESERVE_STEPS == 0:
-            state.reserve_removed(RESERVE_STEPS)
-        num_rows += denoise(state, plans, model)
-        if bool((state.paused & ~state.finished & (state.fault == 0)).any()):
-            break
-        before, now_paused = kept, int(state.paused.sum())
-        if keys is not None:
-            kept = keys.rows()
-        if now_paused > num_paused or kept != before:  # those that paused give up their rows
-            plans, num_paused = plan_packs(state, model, pack_rows, kept), now_paused
-    if keys is not None:
-        keys.end()
-    return num_rows

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from remask import OracleLoo, SamplingParams
 from remask.scheduler.canvas import TOKEN, Canvas, CanvasSpec, CanvasState, new_canvas
+from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
+from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.burst.keys import BurstKeys
 from remask.workers.burst.state import BurstState
 from remask.workers.key_store import KeyStore
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.rows.kept import NOTHING_KEPT
-from remask.workers.step import make_keys, pack, plan_packs
+from remask.workers.step import make_keys, pack, plan_keys, plan_packs
 from remask.workers.worker import Worker
 
 DREAM = Path(__file__).parents[1] / "data" / "golden" / "dream-tiny"
@@ -40,6 +42,10 @@ ROWS: dict[str, dict[str, Any]] = {
 def model(request: pytest.FixtureRequest, golden_model: TransformerDenoiser) -> TransformerDenoiser:
     """One whose row i answers for position i, and one whose row i - 1 does."""
     return golden_model if request.param == "llada" else load_denoiser(DREAM, dtype="float32", device="cpu")
+
+
+def static(model: TransformerDenoiser) -> TransformerDenoiser:
+    return TransformerDenoiser(model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
 
 
 def canvas(model: TransformerDenoiser, fields: dict[str, Any], seed: int = 5, canvas_len: int = 20) -> Canvas:
@@ -65,22 +71,25 @@ def statistics(model: TransformerDenoiser, spec: CanvasSpec, before: CanvasState
     state, kept = BurstState([spec], [before]), NOTHING_KEPT
     if spec.reuse is not None:
         model.keep_rows(200)
-        kept = (keys := BurstKeys(state, KeyStore(1, 199))).rows()
+        kept = (keys := BurstKeys(KeyStore(1, 199), 0, [spec], {0: before})).rows(state)
         assert keys.missing == [0]
-        make_keys(state, keys.missing, kept, model, model.pack_rows)
+        make_keys(state, plan_keys(state, keys.missing, kept, model, model.pack_rows), model)
     (plan,) = plan_packs(state, model, model.pack_rows, kept)
     rows, query = pack(plan, step_inputs(state, model.mask_id, state.needs), model)
     found = model.statistics(rows, query)
-    own = {"slots": rows.slots_N, "num_main": torch.tensor(rows.num_main_slots), "rows": rows.ids_T}
-    return {**own, **{name: getattr(found, name) for name in ("log_top", "log_given", "top_token")}}
+    live = torch.ones(len(rows.slots_N), dtype=torch.bool) if query.live is None else query.live
+    own = {"slots": rows.slots_N[live], "rows": rows.ids_T}
+    return {**own, **{name: getattr(found, name)[live] for name in ("log_top", "log_given", "top_token")}}
 
 
 @pytest.mark.parametrize("reuse", ["prefix", "both"])
 @pytest.mark.parametrize("fields", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("has_holes", [False, True])
+@pytest.mark.parametrize("shapes", ["live rows", "static"])
 def test_a_light_forward_of_the_ids_of_the_keys_says_what_a_full_one_does(
-    model: TransformerDenoiser, fields: dict[str, Any], reuse: str, has_holes: bool
+    model: TransformerDenoiser, fields: dict[str, Any], reuse: str, has_holes: bool, shapes: str
 ) -> None:
+    model = static(model) if shapes == "static" else model
     exact = canvas(model, fields)
     if has_holes:  # slots with fixed tokens between them
         tokens = exact.state.token_array().copy()
@@ -116,6 +125,21 @@ def test_full_forwards_alone_decode_exactly(model: TransformerDenoiser, fields: 
     assert exact.events == full.events
 
 
+def mixed(
+    model: TransformerDenoiser, fields: dict[str, Any], reuse: str, refresh: int | None
+) -> list[Canvas]:
+    """A canvas that reuses keys, and others beside it."""
+    fields = {"block_length": 6, **fields, "temperature": 0.8}
+    reusing = {**fields, "reuse": reuse, "refresh": refresh}
+    other_block = {} if fields["block_length"] is None else {"block_length": 5}
+    return [
+        canvas(model, reusing, canvas_len=14),
+        canvas(model, fields, canvas_len=12),
+        canvas(model, {**reusing, **other_block}, 6, 13),
+        canvas(model, {"reuse": "both", "block_length": 4}, 7, 8),
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "fields", "how"),
     [
@@ -129,17 +153,9 @@ def test_neither_company_nor_bursts_nor_workers_change_a_token(
     model: TransformerDenoiser, fields: dict[str, Any], how: tuple[str, int | None]
 ) -> None:
     reuse, refresh = how
-    fields = {"block_length": 6, **fields, "temperature": 0.8}
-    reusing = {**fields, "reuse": reuse, "refresh": refresh}
-    other_block = {} if fields["block_length"] is None else {"block_length": 5}
 
     def mix() -> list[Canvas]:
-        return [
-            canvas(model, reusing, canvas_len=14),
-            canvas(model, fields, canvas_len=12),
-            canvas(model, {**reusing, **other_block}, 6, 13),
-            canvas(model, {"reuse": "both", "block_length": 4}, 7, 8),
-        ]
+        return mixed(model, fields, reuse, refresh)
 
     (whole,) = Worker(model).run(burst(mix()[:1], [mix()[0].state], 1000)).states
     assert whole.finished
@@ -181,3 +197,32 @@ def test_a_worker_that_holds_the_keys_does_not_make_them(
     (expected,) = finish(model, [canvas(model, {"unmask": "schedule:10", "reuse": "both"})], 1)
     assert len(made) == 7, "each light forward on a worker of its own"
     assert expected.tokens == state.tokens
+
+
+@pytest.mark.parametrize("how", [("both", None), ("prefix", 2)], ids=str)
+@pytest.mark.parametrize("fields", ROWS.values(), ids=ROWS)
+def test_static_shapes_write_the_same(
+    model: TransformerDenoiser, fields: dict[str, Any], how: tuple[str, int | None]
+) -> None:
+    names = ("tokens", "commit_steps", "num_forwards", "num_full_forwards", "num_query_rows")
+    expected = finish(model, mixed(model, fields, *how))
+    for own in (
+        finish(static(model), mixed(model, fields, *how), 3),
+        chained(model, mixed(model, fields, *how)),
+    ):
+        for found, state in zip(own, expected, strict=True):
+            assert [getattr(found, name) for name in names] == [getattr(state, name) for name in names]
+
+
+def chained(model: TransformerDenoiser, canvases: list[Canvas]) -> list[CanvasState]:
+    """The canvases of one worker with static shapes, whose bursts follow each other."""
+    worker, specs = Worker(static(model)), [own.spec for own in canvases]
+    result = worker.run(burst(canvases, [own.state for own in canvases], 2))
+    for burst_id in range(1, 100):
+        if all(state.finished for state in result.states):
+            break
+        places = list(range(len(specs)))
+        batch = StepBatch(burst_id=burst_id, num_steps=2, follows=burst_id - 1, specs=specs, states=[*places])
+        result = worker.run(batch)
+        assert result.failure is None
+    return result.states

@@ -221,7 +221,7 @@ def padding_for(specs: Sequence[CanvasSpec], lens: Sequence[int], max_rows: int 
 
     Rows grow in steps of at most an eighth, everything else in larger ones, because it costs little.
     """
-    plain = any(s.is_guided or s.num_copies or s.needs_logits or s.trace for s in specs)
+    plain = any(s.is_guided or s.num_copies or s.needs_logits or s.trace or s.reuse for s in specs)
     num_canvases = _power(len(specs) + 1)
     num_rows = sum(lens)
     if plain or num_rows > max_rows:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 
-import numpy as np
-
+from remask.scheduler.canvas import CanvasSpec, CanvasState
 from remask.scheduler.light_rows import LightRows
 from remask.workers.burst.state import BurstState
 from remask.workers.key_store import KeyStore, Span, Wanted
@@ -13,50 +12,77 @@ from remask.workers.rows.kept import KeptCanvases, KeptRows
 
 
 class BurstKeys:
-    """The rows that a burst on the host has in a store. Its canvases keep them until it ends.
+    """The rows that a burst has in a store until it ends.
 
     Args:
-        state: of the burst.
         store: of the worker.
+        burst_id: of the burst.
+        specs: of its canvases.
+        states: of those that reuse keys, by their places.
 
     Attributes:
         missing: canvases whose next forward is light and whose keys the store does not hold.
+
+    Raises:
+        KeysDoNotFit: there are not enough rows.
     """
 
-    def __init__(self, state: BurstState, store: KeyStore) -> None:
-        self._state, self._store, self._spans = state, store, dict[int, Span]()
-        running = [c for c, spec in enumerate(state.specs) if spec.reuse is not None and not state.paused[c]]
-        wanted = [
-            Wanted(self._content(c), state.specs[c].num_key_rows(state.sequence_len(c))) for c in running
-        ]
+    def __init__(
+        self,
+        store: KeyStore,
+        burst_id: int,
+        specs: Sequence[CanvasSpec],
+        states: Mapping[int, CanvasState],
+    ) -> None:
+        self._store, self._burst_id, self._specs = store, burst_id, specs
+        wanted = {
+            canvas: Wanted(_content(specs[canvas], state), specs[canvas].num_key_rows(state.sequence_len))
+            for canvas, state in states.items()
+            if not (state.finished or state.fault)
+        }
+        self._spans: dict[int, Span] = {}
         self.missing: list[int] = []
-        for canvas, own, given in zip(running, wanted, store.begin(wanted), strict=True):
-            self._spans[canvas] = given.span
-            if own.content is not None and not given.are_held:
+        given = store.begin(burst_id, list(wanted.values()))
+        for (canvas, own), (span, are_held) in zip(wanted.items(), given, strict=True):
+            self._spans[canvas] = span
+            if own.content is not None and not are_held:
                 self.missing.append(canvas)
 
-    def rows(self) -> KeptCanvases:
-        """The rows of the next forward."""
-        return {canvas: KeptRows(span[0], self._light(canvas)) for canvas, span in self._spans.items()}
+    def rows(self, state: BurstState) -> KeptCanvases:
+        """The rows of the next forward, for a state on the host."""
+        blocks, forwards = state.block.tolist(), state.block_forwards.tolist()
+        return {
+            canvas: KeptRows(span[0], self._light(state, canvas, blocks[canvas], forwards[canvas]))
+            for canvas, span in self._spans.items()
+        }
 
-    def end(self) -> None:
-        """Leaves the rows that the canvases go on with to the store."""
-        left = [(self._content(canvas), span) for canvas, span in self._spans.items()]
-        self._store.end((content, span) for content, span in left if content is not None)
+    def later_rows(self, state: BurstState) -> KeptCanvases:
+        """The rows of the forwards after the next one until the burst ends or a full one is due; of canvases
+        whose next two are full none."""
+        found = {}
+        for canvas, own in self.rows(state).items():
+            block, num_forwards = int(state.block[canvas]), int(state.block_forwards[canvas])
+            light = own.light or self._light(state, canvas, block, num_forwards + 1)
+            if light is not None:
+                found[canvas] = own._replace(light=light)
+        return found
 
-    def _light(self, canvas: int) -> LightRows | None:
-        """The rows of the next forward if it is light."""
-        state = self._state
-        block, count = int(state.block[canvas]), int(state.block_forwards[canvas])
-        return state.specs[canvas].next_light(state.sequence_len(canvas), block, count)
+    def end(self, states: Sequence[CanvasState]) -> None:
+        """Leaves the rows that the canvases go on with to the store; `states` are those after the burst."""
+        contents = {canvas: _content(self._specs[canvas], states[canvas]) for canvas in self._spans}
+        self._store.end(
+            self._burst_id,
+            [(content, self._spans[canvas]) for canvas, content in contents.items() if content is not None],
+        )
 
-    def _content(self, canvas: int) -> Hashable | None:
-        """What the keys of a canvas are a function of, and which of them a light forward may have written
-        over; None: its next forward is full."""
-        state, spec = self._state, self._state.specs[canvas]
-        if bool(state.finished[canvas]) or self._light(canvas) is None:
-            return None
-        assert state.full_tokens is not None, "it reuses keys"
-        tokens = state.full_tokens[slice(*state.cu_tokens[canvas : canvas + 2])].numpy()
-        place = (spec.slots, spec.block_length, int(state.block[canvas]), spec.reuse, spec.is_guided)
-        return (tokens.astype(np.int32).tobytes(), *place)
+    @staticmethod
+    def _light(state: BurstState, canvas: int, block: int, num_forwards: int) -> LightRows | None:
+        return state.specs[canvas].next_light(state.sequence_len(canvas), block, num_forwards)
+
+
+def _content(spec: CanvasSpec, state: CanvasState) -> Hashable | None:
+    """What the keys of a canvas are a function of, and which of them a light forward may have written over;
+    None: its next forward is full."""
+    if not state.full_tokens:
+        return None
+    return state.full_tokens, spec.slots, spec.block_length, state.block, spec.reuse, spec.is_guided

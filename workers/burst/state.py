@@ -42,7 +42,7 @@ class BurstState(HoldsTensors):
             keys.
         reuses, refresh: bool [R] and int64 [R]: see `CanvasSpec`.
         block, num_forwards, block_forwards, num_full_forwards, num_query_rows, num_remasked: int64 [R].
-        num_main_rows: int64 [R]: rows of the next forward, without those that verify.
+        num_main_rows: int64 [R]: rows of the last forward, without those that verify.
         finished: bool [R].
         paused: bool [R]: takes no more steps in this burst: finished, at fault, or at the end of a block
             whose text the engine searches for stop strings.

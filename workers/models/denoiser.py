@@ -101,8 +101,7 @@ class TransformerDenoiser(Denoiser):
         self.mask_id, self.device = model.config.mask_id, model.embedding.device
         self._key_shape = (model.config.num_layers, 2, model.config.num_kv_heads, model.config.head_dim)
         self._kept_keys: Tensor | None = None
-        if not static_shapes:
-            self.key_row_bytes = math.prod(self._key_shape) * model.embedding.dtype.itemsize
+        self.key_row_bytes = math.prod(self._key_shape) * model.embedding.dtype.itemsize
         pads = self.device.type == "cpu" and model.embedding.dtype != torch.float32
         self._padded_len: Callable[[int], int] | None = padded_len if pads else None
 
@@ -118,6 +117,8 @@ class TransformerDenoiser(Denoiser):
         return usable
 
     def keep_rows(self, num_rows: int) -> None:
+        if self._kept_keys is not None and self._kept_keys.shape[2] == num_rows:
+            return
         layers, two, heads, head_dim = self._key_shape
         shape, like = (layers, two, num_rows, heads, head_dim), self.model.embedding
         self._kept_keys = torch.empty(shape, dtype=like.dtype, device=like.device) if num_rows else None

@@ -18,24 +18,31 @@ from remask.workers.models.config import TransformerConfig
 from remask.workers.models.experts import Experts
 from remask.workers.models.fp8 import add_linear, linear
 from remask.workers.models.row_ops import EAGER, RowOps
-from remask.workers.rows.pack import PackedRows
+from remask.workers.rows.pack import KeptPlaces, PackedRows
 
-# Kept keys and values of a layer [2, N, K, d], and where in it each row of the pack goes [T].
-LayerKeys: TypeAlias = tuple[Tensor, Tensor]
+# Kept keys and values of a layer [2, N, K, d], and which of them a pack writes and reads.
+LayerKeys: TypeAlias = tuple[Tensor, KeptPlaces]
 
 
 def _empty(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
 
 
-def _keep(k_TKd: Tensor, v_TKd: Tensor, kept: LayerKeys | None) -> Tensor | None:
-    """The kept keys and values of a layer, with those of a pack written into them."""
+def _keep(k_TKd: Tensor, v_TKd: Tensor, kept: LayerKeys | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The keys and the values that a pack sees, with the kept ones where they stand behind its own, and all
+    kept ones where they do not. Those of the pack are kept."""
     if kept is None:
-        return None
-    kept_2NKd, places_T = kept
-    kept_2NKd[0].index_copy_(0, places_T, k_TKd)
-    kept_2NKd[1].index_copy_(0, places_T, v_TKd)
-    return kept_2NKd
+        return k_TKd, v_TKd, None
+    kept_2NKd, places = kept
+    for own, fresh in zip(kept_2NKd.unbind(), (k_TKd, v_TKd), strict=True):
+        own.index_copy_(0, places.places_T, fresh)
+    if places.gathered is None:
+        return k_TKd, v_TKd, kept_2NKd
+    k, v = (
+        torch.cat([fresh[: places.num_fresh], own.index_select(0, places.gathered), fresh[places.num_main :]])
+        for own, fresh in zip(kept_2NKd.unbind(), (k_TKd, v_TKd), strict=True)
+    )
+    return k, v, None
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -86,7 +93,8 @@ class Block(nn.Module):
             q, k = q_and_k.split(self.sizes[:2], dim=1)
             q_and_k = torch.cat([self._normed(q, self.q_norm, ops), self._normed(k, self.k_norm, ops)], dim=1)
         q, k = ops.rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
-        attended = attention.attend(q, k, v, layout, _keep(k, v, kept)).flatten(1)
+        k, v, kept_keys = _keep(k, v, kept)
+        attended = attention.attend(q, k, v, layout, kept_keys).flatten(1)
         return self._ffn(add_linear(x_TD, attended, self.attn_out, ops), ops)
 
     def candidates(
@@ -108,7 +116,7 @@ class Block(nn.Module):
             q, k = self._normed(q, self.q_norm, ops), self._normed(k, self.k_norm, ops)
         cos, sin = rope
         q, k = ops.rotate_halves(q, cos[rows_N], sin[rows_N]), ops.rotate_halves(k, cos, sin)
-        kept_keys = _keep(k, v, kept)
+        k, v, kept_keys = _keep(k, v, kept)
         if not len(rows_N):
             return x_TD[:0]
         attended = attention.attend(q, k, v, layout, kept_keys).flatten(1)
@@ -162,9 +170,9 @@ class Transformer(nn.Module):
         rope = rope_tables(rows.positions_T, self.config.head_dim, self.config.rope_theta)
         x_TD = self.embedding[rows.ids_T]
         kept: list[LayerKeys | None] = [None] * len(self.blocks)
-        if rows.kept_T is not None:
+        if rows.kept is not None:
             assert kept_L2NKd is not None, "rows are kept"
-            kept = [(layer, rows.kept_T) for layer in kept_L2NKd.unbind()]
+            kept = [(layer, rows.kept) for layer in kept_L2NKd.unbind()]
         *blocks, last = self.blocks
         for block, own in zip(blocks, kept, strict=False):
             x_TD = block(x_TD, rope, rows.layout, attention, ops, own)

@@ -67,7 +67,7 @@ def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
 def _live_copies(plan: Plan, is_copied: Tensor, num_blocks: int) -> Plan:
     """The plan with some of its copies; they follow `num_blocks` sequences of other kinds."""
     bounds = plan.layout.cu_keys
-    assert plan.kept_T is None, "canvases that need copies reuse no keys"
+    assert plan.kept is None, "canvases that need copies reuse no keys"
     lens = torch.tensor(bounds).diff()
     is_kept = torch.cat([torch.ones(num_blocks, dtype=torch.bool), is_copied])
     is_row = is_kept.repeat_interleave(lens)

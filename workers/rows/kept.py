@@ -12,9 +12,9 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from remask.scheduler.light_rows import LightRows
+from remask.workers.rows.pack import KeptPlaces
 
 DISCARDED = 0  # the kept row that takes what is not kept
 
@@ -53,17 +53,30 @@ def kept_sequences(
     }
 
 
-def places(own: Mapping[int, KeptRows], cu_rows: np.ndarray) -> Tensor:
-    """The kept row that takes the keys and values of each row of a pack, int64 [T].
+def kept_places(
+    own: Mapping[int, KeptRows], lens: np.ndarray, cu_rows: np.ndarray, *, gathers: bool
+) -> KeptPlaces:
+    """The kept keys of a pack.
 
     Args:
         own: the kept rows of its sequences, by place.
+        lens: lengths of all sequences.
         cu_rows: boundaries of the sequences.
+        gathers: see `plan_pack`.
     """
     found = np.full(cu_rows[-1], DISCARDED, dtype=np.int64)
+    gathered, num_fresh = [], int(cu_rows[-1])
     for place, (first, light) in own.items():
         rows = found[cu_rows[place] : cu_rows[place + 1]]
-        rows[:] = first + np.arange(len(rows)) if light is None else first + light.positions
-        if light is not None:
-            rows[~light.are_fresh] = DISCARDED
-    return torch.from_numpy(found)
+        if light is None:
+            rows[:] = first + np.arange(len(rows))
+        else:
+            rows[:] = np.where(light.are_fresh, first + light.positions, DISCARDED)
+            gathered.append(first + np.arange(lens[place]))
+            num_fresh = min(num_fresh, int(cu_rows[place]))
+    return KeptPlaces(
+        places_T=torch.from_numpy(found),
+        gathered=torch.from_numpy(np.concatenate(gathered)) if gathers and gathered else None,
+        num_fresh=num_fresh,
+        num_main=int(cu_rows[-1]),
+    )

@@ -24,6 +24,27 @@ from remask.workers.sampling import SamplingTables
 
 
 @dataclass(frozen=True)
+class KeptPlaces:
+    """The kept keys and values of a pack.
+
+    Attributes:
+        places_T: int64 [T]: the kept row that takes those of each row, `DISCARDED` where they are not kept.
+        gathered: int64: the kept rows that stand in the pack's keys for the rows of sequences with a light
+            forward, which come last; None: the layout says where they are, or there are none.
+        num_fresh, num_main: number of main rows of the other sequences, and of all.
+    """
+
+    places_T: Tensor
+    gathered: Tensor | None
+    num_fresh: int
+    num_main: int
+
+    def longer(self, num_rows: int) -> KeptPlaces:
+        """With `num_rows` more rows, which are not kept."""
+        return replace(self, places_T=torch.nn.functional.pad(self.places_T, (0, num_rows)))
+
+
+@dataclass(frozen=True)
 class PackedRows:
     """The input of a transformer: T rows, their visibility, and the N candidates among them.
 
@@ -35,8 +56,7 @@ class PackedRows:
         candidate_layout: visibility with the candidates as queries.
         slots_N: int64 [N]: slots of the candidates, numbered as in `Plan`, without second copies.
         num_main_slots: number of these slots whose candidate is a main row; the others are shadow rows.
-        kept_T: int64 [T]: the kept row that takes the keys and values of each row, 0 for those that are not
-            kept; None: none is.
+        kept: which keys and values are kept; None: none are.
     """
 
     ids_T: Tensor
@@ -46,7 +66,7 @@ class PackedRows:
     candidate_layout: VarlenLayout
     slots_N: Tensor
     num_main_slots: int
-    kept_T: Tensor | None = None
+    kept: KeptPlaces | None = None
 
     def padded(self, padded_len: Callable[[int], int]) -> PackedRows:
         """The pack with padding rows and candidates at the end. No row sees them, and their hidden states are
@@ -56,6 +76,8 @@ class PackedRows:
             padded_len: the padded number of rows for a number of rows.
         """
 
+        num_rows = len(self.ids_T)
+
         def longer(values: Tensor) -> Tensor:
             return torch.nn.functional.pad(values, (0, padded_len(len(values)) - len(values)))
 
@@ -64,7 +86,7 @@ class PackedRows:
             ids_T=longer(self.ids_T),
             positions_T=longer(self.positions_T),
             candidates_H=longer(self.candidates_H),
-            kept_T=longer(self.kept_T) if self.kept_T is not None else None,
+            kept=self.kept.longer(padded_len(num_rows) - num_rows) if self.kept is not None else None,
         )
 
 

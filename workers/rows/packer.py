@@ -17,7 +17,7 @@ from remask.workers.attention.varlen import (
     DeviceLayout,
     VarlenLayout,
 )
-from remask.workers.rows.kept import NOTHING_KEPT, KeptCanvases, kept_sequences, places
+from remask.workers.rows.kept import NOTHING_KEPT, KeptCanvases, kept_places, kept_sequences
 from remask.workers.rows.pack import hidden_states
 from remask.workers.rows.padding import NO_PADDING, Padding
 from remask.workers.rows.plan import Plan, Slots, Spare
@@ -29,6 +29,8 @@ def plan_pack(
     cu_tokens: Sequence[int],
     padding: Padding = NO_PADDING,
     kept: KeptCanvases = NOTHING_KEPT,
+    *,
+    gathers: bool = False,
 ) -> Plan:
     """The plan for some canvases of a burst, on the host.
 
@@ -38,6 +40,8 @@ def plan_pack(
         cu_tokens: boundaries of all sequences of the burst in its flat tokens.
         padding: sizes that other bursts have. Nobody may be guided, need copies or reuse keys then.
         kept: of the canvases that reuse keys.
+        gathers: whether kept rows are copied behind the pack's own keys, so that kernels see one array. Light
+            forwards must come last then, second copies included.
     """
     width = max(padding.widest, max(spec.block_length for spec in specs))
     guided = [c for c in canvases if specs[c].is_guided]
@@ -52,8 +56,9 @@ def plan_pack(
     for place, own in light.items():
         num_rows[place] = len(own.positions)
     cu_rows = _bounds(num_rows)
-    first_keys = cu_rows[:-1].copy()
-    for place in light:
+    cu_keys = _bounds(lens) if gathers else cu_rows
+    first_keys = cu_keys[:-1].copy()
+    for place in light if not gathers else ():
         first_keys[place] = kept_rows[place].first
     num_blocks, num_copies = len(canvases) + len(guided), len(copies_of)
     # A canvas without rows, with which bursts are padded, has no candidates either.
@@ -79,9 +84,10 @@ def plan_pack(
 
     main = slots_of(*_counted(block_lens), cu_rows, padding.slots)
     cu_blocks = _bounds(block_lens)
-    for place, own in light.items():  # rows of a slot do not follow from its token's place
-        shifts = main.shifts.numpy()[cu_blocks[place] : cu_blocks[place] + len(own.of_slots)]
-        shifts += own.of_slots - own.positions[own.of_slots]
+    for place, own in light.items():  # each slot has the row of its token, also where it is not valid
+        slots = slice(cu_blocks[place], cu_blocks[place] + len(own.of_slots))
+        main.starts.numpy()[slots] += own.positions[own.of_slots]
+        main.shifts.numpy()[slots] += own.of_slots - own.positions[own.of_slots]
     copy_numbers = [i for c in canvases for i in range(specs[c].num_copies)]
     copies = slots_of(np.arange(num_copies) + num_blocks, np.array(copy_numbers, dtype=np.int64), cu_rows)
     owners, numbers = _counted(num_shadows)
@@ -120,17 +126,21 @@ def plan_pack(
     positions = np.concatenate([numbers, np.zeros(num_more, dtype=np.int64)])
     cu_queries = _bounds(np.concatenate([block_lens, np.ones(num_copies, dtype=np.int64)]))
     if padding != NO_PADDING:  # what fills up belongs to the last canvas, so that its numbers are defined
-        cu_rows[-1], cu_queries[-1] = len(token_index), len(main.slots)
-    cu_queries_T, cu_keys_T = (torch.from_numpy(bounds.astype(np.int32)) for bounds in (cu_queries, cu_rows))
+        cu_rows[-1] = cu_keys[-1] = len(token_index)
+        cu_queries[-1] = len(main.slots)
+    cu_rows_T, cu_queries_T, cu_keys_T = (
+        torch.from_numpy(own.astype(np.int32)) for own in (cu_rows, cu_queries, cu_keys)
+    )
     max_keys, max_queries = (
         max(int(lens.max()), padding.max_keys),
         max(int(block_lens.max()), padding.max_queries),
     )
-    keys = tuple(cu_rows.tolist())
+    keys = tuple(cu_keys.tolist())
     seen = None
-    if light:
+    if light and not gathers:
         first_and_end = zip(first_keys.tolist(), (first_keys + lens).tolist(), strict=True)
         seen = tuple(span if place in light else None for place, span in enumerate(first_and_end))
+    reusing, num_main_rows, full_index = _reusing(canvases, specs, bounds, kept)
     return Plan(
         token_index=torch.from_numpy(token_index),
         positions=torch.from_numpy(positions),
@@ -140,7 +150,11 @@ def plan_pack(
         if guided
         else None,
         layout=VarlenLayout(
-            keys, keys, (), DeviceLayout(cu_keys_T, cu_keys_T, max_keys, max_keys, None), kept=seen
+            tuple(cu_rows.tolist()),
+            keys,
+            (),
+            DeviceLayout(cu_rows_T, cu_keys_T, max_keys, max_keys, None),
+            kept=seen,
         ),
         candidate_layout=VarlenLayout(
             tuple(cu_queries.tolist()),
@@ -167,15 +181,24 @@ def plan_pack(
             max_special=sum(map(_max_live, (specs[c] for c in special))),
         ),
         shift=shift,
-        kept_T=places(kept_rows, cu_rows) if kept else None,
-        full_index=_whole([c for c in canvases if c in kept and kept[c].light is None], bounds),
+        reusing=reusing,
+        num_main_rows=num_main_rows,
+        full_index=full_index,
+        kept=kept_places(kept_rows, lens, cu_rows, gathers=gathers) if kept else None,
     )
 
 
-def _whole(canvases: Sequence[int], cu_tokens: np.ndarray) -> Tensor | None:
-    """Places of all tokens of some canvases in the flat tokens, int64; None of none."""
-    parts = [np.arange(cu_tokens[c], cu_tokens[c + 1]) for c in canvases]
-    return torch.from_numpy(np.concatenate(parts)) if parts else None
+def _reusing(
+    canvases: Sequence[int], specs: Sequence[CanvasSpec], cu_tokens: np.ndarray, kept: KeptCanvases
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`reusing`, `num_main_rows` and `full_index` of a plan."""
+    reusing = [c for c in canvases if c in kept]
+    num_rows = [specs[c].num_main_rows(int(cu_tokens[c + 1] - cu_tokens[c]), kept[c].light) for c in reusing]
+    full = [np.arange(cu_tokens[c], cu_tokens[c + 1]) for c in reusing if kept[c].light is None]
+    if not reusing:
+        return None, None, None
+    index = torch.from_numpy(np.concatenate(full)) if full else None
+    return torch.tensor(reusing), torch.tensor(num_rows), index
 
 
 def _hidden_tokens(

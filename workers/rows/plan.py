@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from remask.workers.attention.varlen import DeviceShadows, VarlenLayout
-from remask.workers.rows.pack import ActiveBlocks, HeadQuery, HiddenStates, PackedRows, StepInputs
+from remask.workers.rows.pack import ActiveBlocks, HeadQuery, HiddenStates, KeptPlaces, PackedRows, StepInputs
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Slots:
     Attributes:
         slots: int64.
         shifts: int64: row of a sequence's token in the pack minus the token's place in the flat tokens.
-        starts: int64: place of a sequence's first token.
+        starts: int64: place of a sequence's first token, or of the slot's in a light forward.
         are_valid: whether all of them are slots in this step; else the step tells which.
     """
 
@@ -40,7 +40,7 @@ class Slots:
     are_valid: bool = False
 
     def places(self, valid: Tensor, places: Tensor) -> Tensor:
-        """Places of the slots' tokens. A slot that is not valid has the first place of its sequence."""
+        """Places of the slots' tokens. A slot that is not valid has its `starts`."""
         if self.are_valid:
             return places[self.slots]
         return torch.where(valid[self.slots], places[self.slots], self.starts)
@@ -98,7 +98,9 @@ class Plan:
         spare: None: all rows are live.
         shift: offset of the row that answers for a position: row i - shift answers for position i.
         may_repeat: whether sequences may be equal in a step.
-        kept_T: see `PackedRows`, without shadow rows.
+        kept: see `PackedRows`, without shadow rows.
+        reusing, num_main_rows: int64: canvases that reuse keys, and the main rows of each; None: there are
+            none.
         full_index: int64: places of the tokens of canvases whose keys the forward makes, in the flat tokens;
             None: there are none.
     """
@@ -118,7 +120,9 @@ class Plan:
     spare: Spare | None
     shift: int
     may_repeat: bool = False
-    kept_T: Tensor | None = None
+    kept: KeptPlaces | None = None
+    reusing: Tensor | None = None
+    num_main_rows: Tensor | None = None
     full_index: Tensor | None = None
 
     @property
@@ -174,9 +178,7 @@ class Plan:
             candidate_layout=candidate_layout,
             slots_N=self.slots_N,
             num_main_slots=self.num_main_slots,
-            kept_T=torch.nn.functional.pad(self.kept_T, (0, len(ids) - len(self.kept_T)))
-            if self.kept_T is not None
-            else None,
+            kept=None if self.kept is None else self.kept.longer(len(ids) - len(self.kept.places_T)),
         )
         return rows, step.ask(self.slots_N, self.num_main_slots, self.hidden, live=live, special=special)
 

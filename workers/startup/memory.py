@@ -28,7 +28,10 @@ RESERVE_BYTES = GRAPH_BYTES + (1 << 30)  # for captured steps, and for gaps betw
 
 
 def row_limit(
-    model: TransformerDenoiser, utilization: float, run: Callable[[StepBatch], StepResult]
+    model: TransformerDenoiser,
+    utilization: float,
+    run: Callable[[StepBatch], StepResult],
+    reserved_bytes: int = 0,
 ) -> int | None:
     """Maximum rows of a forward that fit the device's memory beside the weights; None on a CPU.
 
@@ -36,6 +39,7 @@ def row_limit(
         model: the model as the worker runs it.
         utilization: share of the GPU's memory that this process may use, in (0, 1].
         run: runs a burst on the model as a worker does, and returns when it has finished.
+        reserved_bytes: that kept keys take.
 
     Raises:
         InvalidRequest: there is no room for a single row.
@@ -55,7 +59,7 @@ def row_limit(
     peak_bytes(smallest)  # the first forward also allocates what stays
     points, too_many = measure(peak_bytes, smallest)
     torch.cuda.empty_cache()
-    limit = limit_from(points, room_bytes(model.device, utilization))
+    limit = limit_from(points, room_bytes(model.device, utilization) - reserved_bytes)
     if too_many is not None:
         limit = min(limit, too_many - 1)
     logger.info("memory for %d rows on %s; measured rows and peak bytes: %s", limit, model.device, points)

@@ -59,13 +59,17 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
             quantization=setup.quantization,
         )
     packs = not setup.batch_invariant or model.use_tiles()
-    limit = None
+    limit, num_key_rows = None, max_key_rows(model, setup.max_key_bytes, setup.gpu_memory_utilization)
     if isinstance(model, TransformerDenoiser):
         if model.kernels:
             warm_up(model, lambda batch: Worker(model).run(batch))
-        limit = row_limit(model, setup.gpu_memory_utilization, lambda batch: Worker(model).run(batch))
+        limit = row_limit(
+            model,
+            setup.gpu_memory_utilization,
+            lambda batch: Worker(model).run(batch),
+            num_key_rows * model.key_row_bytes,
+        )
     graphs = None if setup.batch_invariant else graphs_for(model)
-    num_key_rows = max_key_rows(model, setup.max_key_bytes)
     worker = Worker(model, graphs, packs=packs, max_key_rows=num_key_rows)
     config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
     attention = model.attention.name if isinstance(model, TransformerDenoiser) else None
