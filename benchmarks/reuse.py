@@ -7,24 +7,31 @@ The model has the shape of `llada-124m` and random weights. Prompts have 128 tok
 from request to request, blocks take unequal numbers of forwards. The plain loop is written as the published
 dual cache (`plain_cache`), one request at a time. Everything runs in fp32 on one CPU thread. All sides run in
 turn in every repetition, and ratios are taken within it.
+
+All blocks cost the same, so that a run ends when as many tokens are final as the first blocks of all
+requests hold.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from remask import LLM, SamplingParams
 from remask.benchmarks import plain_cache, repeated
 from remask.benchmarks.environment import Steadiness
 from remask.benchmarks.throughput import find_model, format_spread, spread
+from remask.engine import Progress
+from remask.scheduler.canvas import TOKEN
 from remask.workers.models.denoiser import load_denoiser
 
-MODEL, PROMPT_LEN, CANVAS_LEN, BLOCK_LEN, SEED = "llada-124m", 128, 256, 32, 5
-THRESHOLDS = (0.02, 0.025, 0.03, 0.035)
+MODEL, PROMPT_LEN, CANVAS_LEN, BLOCK_LEN, NUM_BLOCKS, SEED = "llada-124m", 128, 256, 32, 1, 5
+THRESHOLDS = (0.88, 0.9, 0.92, 0.94)
 HEADER = (
     *("requests", "policy", "forwards of a block (min to max)", "exact", "reuse=both"),
     *("times exact (min to max)", "times the plain loop (min to max)"),
@@ -71,12 +78,14 @@ def measure(repetitions: int, steadiness: Steadiness) -> list[dict[str, Any]]:
     with LLM(directory, max_num_rows=4096, **options) as llm:
 
         def engine(load: Load, reuse: str | None) -> list[int]:
-            outputs = llm.generate(prompts[: load.num_requests], params_of(load, reuse), use_tqdm=False)
-            return [count for output in outputs for count in block_forwards(output.outputs[0].commit_steps)]
+            return first_blocks(llm, prompts[: load.num_requests], params_of(load, reuse))
 
         def plain(load: Load) -> list[int]:
             own = params_of(load, "both")
-            return [plain_cache.decode(model, prompt, own[n]).nfe for n, prompt in enumerate(prompts)]
+            return [
+                plain_cache.decode(model, prompt, own[n], NUM_BLOCKS * BLOCK_LEN).nfe
+                for n, prompt in enumerate(prompts)
+            ]
 
         for load in LOADS:
             sides: dict[str, Callable[[], list[int]]] = {
@@ -97,14 +106,34 @@ def measure(repetitions: int, steadiness: Steadiness) -> list[dict[str, Any]]:
     return results
 
 
-def block_forwards(commit_steps: Sequence[int]) -> list[int]:
+class Enough(Exception):
+    """As many tokens are final as a run asks for."""
+
+
+def first_blocks(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
+    """Decodes until as many tokens are final as the first blocks of all requests hold; returns the forwards
+    of finished blocks."""
+    stable: dict[str, int] = {}
+    steps: dict[str, NDArray[np.int32]] = {}
+
+    def note(progress: Progress) -> None:
+        stable[progress.request_id] = progress.num_stable_tokens
+        steps[progress.request_id] = np.frombuffer(progress.state.commit_steps, TOKEN)
+        if sum(stable.values()) >= len(prompts) * NUM_BLOCKS * BLOCK_LEN:
+            raise Enough
+
+    with suppress(Enough):
+        llm.generate(prompts, params, use_tqdm=False, on_progress=note)
+    return [count for name, own in steps.items() for count in block_forwards(own[: stable[name]])]
+
+
+def block_forwards(commit_steps: NDArray[np.int32]) -> list[int]:
     """The forwards of each block, by the forward that committed each token."""
-    last = [max(commit_steps[i : i + BLOCK_LEN]) for i in range(0, len(commit_steps), BLOCK_LEN)]
-    return np.diff([0, *last]).tolist()
+    return np.diff(commit_steps.reshape(-1, BLOCK_LEN).max(1), prepend=0).tolist()
 
 
 def _result(load: Load, seconds: dict[str, list[float]], forwards: dict[str, list[int]]) -> dict[str, Any]:
-    num_tokens = load.num_requests * CANVAS_LEN
+    num_tokens = load.num_requests * NUM_BLOCKS * BLOCK_LEN
     rates = {name: [num_tokens / own for own in times] for name, times in seconds.items()}
     ratios = {
         name: spread([own / base for own, base in zip(rates["both"], rates[name], strict=True)])
