@@ -25,6 +25,7 @@ from remask.workers.tensors import mapped
 def decode(model: TransformerDenoiser, prompt: list[int], params: SamplingParams) -> Decoded:
     """Fills one canvas."""
     canvas = PlainCanvas(prompt, params, model.mask_id)
+    assert canvas.reuse is None, "it computes all rows; `plain_cache` does not"
     while not canvas.finished:
         proposal, confidence, given = forward(model, canvas)
         own, shadow = slice(canvas.start, canvas.end), slice(len(canvas.ids), None)

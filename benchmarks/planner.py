@@ -10,8 +10,11 @@ A step of B canvases of L rows each (prompt and canvas), of which m a canvas are
     W = weights, read once, without the embedding's rows that are not looked up; of E experts, K of them
         active, E (1 - (1 - K / E)^rows) are read
 
-and a request of n tokens at k tokens a forward takes n / k steps. An autoregressive engine of the same shape
-with a cache of keys and values decodes one token of B requests in
+and a request of n tokens at k tokens a forward takes n / k steps. With `reuse` a share of the forwards of a
+block is full, and the others compute r rows a canvas: the block, or on average half of the canvas and half a
+block for `prefix`. F is the mean of both, with 4 r L heads head_dim a layer for the attention of the light
+ones, which also read 2 L layers kv_heads head_dim numbers of kept keys and values. An autoregressive engine
+of the same shape with a cache of keys and values decodes one token of B requests in
 
     T = max(F / rate, (W + C) / bandwidth) + overhead
     F = all layers and the head of B rows + 4 B c layers heads head_dim
@@ -29,8 +32,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -95,12 +98,15 @@ class Load:
         prompt_len, canvas_len: tokens.
         block_len: slots a block; half of them are masked on average.
         tokens_per_forward: that a policy commits.
+        reuse, refresh: see `SamplingParams`.
     """
 
     prompt_len: int
     canvas_len: int
     block_len: int
     tokens_per_forward: float
+    reuse: Literal["prefix", "both"] | None = None
+    refresh: int | None = None
 
     def check(self) -> None:
         """Raises InvalidRequest if an option is invalid."""
@@ -110,15 +116,47 @@ class Load:
         if not 0 < self.tokens_per_forward <= self.canvas_len:
             fix = f"must be above 0 and at most the canvas ({self.canvas_len})"
             raise InvalidRequest("tokens_per_forward", self.tokens_per_forward, fix)
+        if self.reuse not in (None, "prefix", "both"):
+            raise InvalidRequest("reuse", self.reuse, "use prefix or both")
+        if self.refresh is not None and (self.reuse is None or self.refresh < 2):
+            raise InvalidRequest("refresh", self.refresh, "must be at least 2, and needs reuse")
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of a full forward of a canvas."""
+        return self.prompt_len + self.canvas_len
+
+    @property
+    def light_rows(self) -> float:
+        """Mean rows of a light forward of a canvas."""
+        width = min(self.block_len, self.canvas_len)
+        return width if self.reuse == "both" else (self.canvas_len + width) / 2
+
+    @property
+    def full_share(self) -> float:
+        """Share of the forwards that are full."""
+        if self.reuse is None:
+            return 1.0
+        forwards = max(1.0, min(self.block_len, self.canvas_len) / self.tokens_per_forward)
+        return (1 if self.refresh is None else math.ceil(forwards / self.refresh)) / forwards
+
+    @property
+    def mean_rows(self) -> float:
+        """Mean rows of a forward of a canvas."""
+        return self.full_share * self.full_rows + (1 - self.full_share) * self.light_rows
 
 
 def step_flops(config: TransformerConfig, batch_size: int, load: Load) -> float:
     """Arithmetic of a step."""
-    num_rows = load.prompt_len + load.canvas_len
     masked = (min(load.block_len, load.canvas_len) + 1) / 2
-    pairs = num_rows * ((config.num_layers - 1) * num_rows + masked)
-    products = linear_flops(config, batch_size * num_rows, round(batch_size * masked))
+    pairs = load.full_rows * ((config.num_layers - 1) * load.mean_rows + masked)
+    products = linear_flops(config, round(batch_size * load.mean_rows), round(batch_size * masked))
     return products + 4 * batch_size * pairs * config.num_heads * config.head_dim
+
+
+def key_bytes(config: TransformerConfig, itemsize: int, num_rows: float) -> float:
+    """Bytes of the keys and values of rows."""
+    return 2 * num_rows * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
 
 
 def weight_bytes(config: TransformerConfig, itemsize: int, num_rows: float) -> float:
@@ -135,7 +173,8 @@ def weight_bytes(config: TransformerConfig, itemsize: int, num_rows: float) -> f
 def step_seconds(machine: Machine, config: TransformerConfig, itemsize: int, batch: int, load: Load) -> float:
     """Time of a denoising step."""
     compute = step_flops(config, batch, load) / machine.flops_per_second
-    read = weight_bytes(config, itemsize, batch * (load.prompt_len + load.canvas_len))
+    read = weight_bytes(config, itemsize, batch * load.mean_rows)
+    read += batch * (1 - load.full_share) * key_bytes(config, itemsize, load.full_rows)
     return max(compute, read / machine.bytes_per_second) + machine.overhead
 
 
@@ -147,7 +186,7 @@ def decode_seconds(
     context = load.prompt_len + load.canvas_len / 2
     width = config.num_heads * config.head_dim
     flops = linear_flops(config, batch, batch) + 4 * batch * context * config.num_layers * width
-    cache = 2 * batch * context * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    cache = key_bytes(config, itemsize, batch * context)
     read = (weight_bytes(config, itemsize, batch) + cache) / machine.bytes_per_second
     prompt = linear_flops(config, load.prompt_len, 1) + 2 * load.prompt_len**2 * config.num_layers * width
     prefill = batch * prompt / machine.flops_per_second / load.canvas_len
@@ -170,7 +209,7 @@ def plan(machine: Machine, config: TransformerConfig, itemsize: int, load: Load)
         points.append(
             {
                 "batch_size": batch,
-                "rows": batch * (load.prompt_len + load.canvas_len),
+                "rows": round(batch * load.mean_rows),
                 "step_ms": round(1000 * step, 3),
                 "tokens_per_second": round(batch * load.tokens_per_forward / step, 1),
                 "latency_seconds": round(num_steps * step, 4),
@@ -240,7 +279,7 @@ def report(model: str, gpu: str, load: Load, dtype: str, check_batches: Sequence
     load.check()
     directory, load_format = find_model(model)
     config, itemsize = read_config(directory)[1], getattr(torch, dtype).itemsize
-    length = load.prompt_len + load.canvas_len
+    length, exact = load.full_rows, replace(load, reuse=None, refresh=None)
     if length > config.max_len:
         raise InvalidRequest(
             "canvas_len", load.canvas_len, f"{length} tokens exceed the model's {config.max_len}"
@@ -265,6 +304,7 @@ def report(model: str, gpu: str, load: Load, dtype: str, check_batches: Sequence
         "overhead_ms": round(1000 * machine.overhead, 3),
         "load": {name: getattr(load, name) for name in load.__dataclass_fields__},
         **plan(machine, config, itemsize, load),
+        **({"exact_crossover": plan(machine, config, itemsize, exact)["crossover"]} if load.reuse else {}),
         **({"check": checked} if checked else {}),
     }
     return {**content, "notes": in_words(content)}
@@ -283,14 +323,14 @@ def as_table(content: dict[str, Any]) -> Table:
 
 def in_words(content: dict[str, Any]) -> list[str]:
     """Knee, crossover and how far the plan can be trusted."""
-    tokens = content["load"]["tokens_per_forward"]
+    load = content["load"]
     sentences = [f"knee: {content['knee_rows']:,} rows"]
-    if content["crossover"] is None:
-        sentences.append(f"{RIVAL} is slower at all these sizes, at {tokens:g} tokens a forward")
+    if load.get("reuse") is None:
+        sentences.append(_rival(content["crossover"], load["tokens_per_forward"]))
     else:
-        first = content["crossover"]
-        since = f"from {first} requests on" if first > 1 else "at any number of requests"
-        sentences.append(f"{RIVAL} is faster {since}, at {tokens:g} tokens a forward")
+        reused = _rival(content["crossover"], load["tokens_per_forward"])
+        exact = _rival(content["exact_crossover"], load["tokens_per_forward"])
+        sentences += [f"reuse={load['reuse']}: {reused}", f"without reuse: {exact}"]
     sentences += [
         f"checked at {c['batch_size']}: {c['planned_ms']:.1f} ms planned, {c['real_ms']:.1f} ms real"
         for c in content.get("check", ())
@@ -298,7 +338,23 @@ def in_words(content: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def load_of(workload: str | None, prompt_len: int, canvas_len: int, block_len: int, tokens: float) -> Load:
+def _rival(crossover: int | None, tokens: float) -> str:
+    """From where on an autoregressive engine is faster."""
+    if crossover is None:
+        return f"{RIVAL} is slower at all these sizes, at {tokens:g} tokens a forward"
+    since = f"from {crossover} requests on" if crossover > 1 else "at any number of requests"
+    return f"{RIVAL} is faster {since}, at {tokens:g} tokens a forward"
+
+
+def load_of(
+    workload: str | None,
+    prompt_len: int,
+    canvas_len: int,
+    block_len: int,
+    tokens: float,
+    reuse: Any = None,
+    refresh: int | None = None,
+) -> Load:
     """Lengths as given, or the mean ones of a workload.
 
     Raises:
@@ -308,4 +364,4 @@ def load_of(workload: str | None, prompt_len: int, canvas_len: int, block_len: i
         if workload not in WORKLOADS:
             raise InvalidRequest("workload", workload, f"unknown; {did_you_mean(workload, WORKLOADS)}")
         prompt_len, canvas_len = WORKLOADS[workload]
-    return Load(prompt_len, canvas_len, min(block_len, canvas_len), tokens)
+    return Load(prompt_len, canvas_len, min(block_len, canvas_len), tokens, reuse, refresh)

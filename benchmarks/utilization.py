@@ -19,7 +19,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,11 +111,7 @@ def _mlp_columns(config: TransformerConfig) -> int:
 
 def visible_pairs(layout: VarlenLayout) -> int:
     """How many pairs of query and key see each other."""
-    queries, keys = (
-        [end - start for start, end in pairwise(cu)] for cu in (layout.cu_queries, layout.cu_keys)
-    )
-    keys_of = layout.keys_of or range(len(queries))
-    main = sum(q * keys[own] for q, own in zip(queries, keys_of, strict=True))
+    main = sum(run.num_queries * run.num_keys for run in layout.sequences)
     return main + sum(int(shadow.mask.sum()) for shadow in layout.shadows)
 
 

@@ -223,13 +223,19 @@ class Worker:
         """Notes a burst that has failed; if it did not fit, frees all memory but the weights."""
         self._last = self._tensors = None
         self._failed = burst_id
-        if frees and not self._store.is_empty:
+        self._store.end(burst_id)
+        if frees:
             self._store.clear()
-            self._model.keep_rows(0)
+        self._free_keys()
         if frees and self._graphs is not None:
             self._graphs.clear()
         if frees and self._model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _free_keys(self) -> None:
+        """Gives back the memory of kept keys if nobody's wait. On a GPU it is planned for, and stays."""
+        if self._model.key_row_bytes and self._model.device.type == "cpu" and self._store.is_empty:
+            self._model.keep_rows(0)
 
     @torch.inference_mode()
     def _launch(self, batch: StepBatch) -> Launched:
@@ -244,8 +250,7 @@ class Worker:
         steps.enqueue_first()
         if self._model.device.type == "cpu":
             launched.wait()  # the next burst writes into the same tensors
-            if keys is not None and self._store.is_empty:
-                self._model.keep_rows(0)
+            self._free_keys()
         self._last, self._tensors = launched, unpacked
         return launched
 

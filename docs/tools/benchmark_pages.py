@@ -16,6 +16,7 @@ from remask.benchmarks import (
     golden,
     latency,
     ray_workers,
+    reuse,
     scaling,
     scheduling,
     scoring,
@@ -25,7 +26,7 @@ from remask.benchmarks import (
 )
 from remask.benchmarks.gpu import figures
 from remask.benchmarks.serving import compare, server_cost
-from remask.benchmarks.tiny import evaluate
+from remask.benchmarks.tiny import evaluate, reuse_quality
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -159,6 +160,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
     "ray_workers": lambda found: Table(
         ("workers", "seconds on Ray", "seconds in process", "Ray times as fast (min to max)"),
         [ray_workers.cells(result) for result in found["results"]],
+    ),
+    "reuse": lambda found: Table(reuse.HEADER, [reuse.cells(result) for result in found["results"]]),
+    "reuse_quality": lambda found: Table(
+        reuse_quality.HEADER, [reuse_quality.cells(result) for result in found["results"]]
     ),
     "scaling": lambda found: Table(
         (

@@ -23,6 +23,8 @@ def plan(
     canvas_len: Annotated[int, typer.Option(help="Tokens of a canvas.")] = 256,
     block_len: Annotated[int, typer.Option(help="Block length in slots.")] = 32,
     tokens_per_forward: Annotated[float, typer.Option(help="Commits of the policy in a forward.")] = 3.0,
+    reuse: Annotated[str | None, typer.Option(help="Reused keys: prefix or both.")] = None,
+    refresh: Annotated[int | None, typer.Option(help="Forwards between full ones of a block.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     check: Annotated[
         list[int] | None,
@@ -39,5 +41,5 @@ def plan(
 
     from remask.benchmarks.planner import as_table, load_of, report
 
-    load = load_of(workload, prompt_len, canvas_len, block_len, tokens_per_forward)
+    load = load_of(workload, prompt_len, canvas_len, block_len, tokens_per_forward, reuse, refresh)
     measured(lambda _: report(model, gpu, load, dtype, check or ()), as_table, output, json)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_files import GOLDEN
+from golden_files import GOLDEN, canvas_of, read
 
 from remask import LLM, SamplingParams
-from remask.benchmarks import plain_loop, static_batch
+from remask.benchmarks import plain_cache, plain_loop, static_batch
 from remask.benchmarks.plain_canvas import Decoded, PlainCanvas
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
@@ -108,3 +108,17 @@ def test_what_the_baselines_cannot_decode_is_not_decoded_wrongly() -> None:
     canvas = PlainCanvas([5], SamplingParams(max_tokens=4, unmask="schedule:score=margin"), mask_id=0)
     with pytest.raises(NotImplementedError, match="Schedule"):
         canvas.step(np.full(4, 7), np.full(4, 0.5), None)
+
+
+@pytest.mark.parametrize("reuse", ["prefix", "both"])
+def test_the_loop_with_a_cache_writes_the_published_tokens(
+    golden_model: TransformerDenoiser, reuse: str
+) -> None:
+    policy = {"prefix": "fastdllm_prefix_cache", "both": "fastdllm_dual_cache"}[reuse]
+    cases = [case for case in read("llada_cache_decoding")["cases"] if case["policy"] == policy][::3]
+    for case in cases:
+        own = case["params"]
+        unmask = f"threshold:{own['threshold']}" if "threshold" in own else f"schedule:{own['steps']}"
+        params = SamplingParams(**canvas_of(case), unmask=unmask, reuse=reuse)  # type: ignore[arg-type]
+        found = plain_cache.decode(golden_model, case["prompt"], params)
+        assert found == Decoded(case["output"], case.get("nfe_needed", case["nfe"]))

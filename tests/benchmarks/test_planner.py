@@ -17,9 +17,14 @@ from remask.benchmarks import planner
 from remask.benchmarks.gpu import timing
 from remask.benchmarks.planner import GPUS, Load, Machine, plan, report, step_flops, step_seconds
 from remask.benchmarks.throughput import find_model
+from remask.benchmarks.utilization import Work
+from remask.scheduler.canvas import new_canvas
+from remask.scheduler.messages import StepBatch
+from remask.scheduler.params import resolve
 from remask.workers.models.denoiser import TransformerDenoiser
 from remask.workers.models.loading import read_config
 from remask.workers.models.transformer import Transformer
+from remask.workers.worker import Worker
 
 LLADA = read_config(find_model("llada-8b")[0])[1]
 LOAD = Load(prompt_len=100, canvas_len=64, block_len=32, tokens_per_forward=2.0)
@@ -29,6 +34,31 @@ def test_arithmetic_is_that_of_a_block_of_real_steps(golden_model: TransformerDe
     config = golden_model.config
     needed = timing.needed_flops(config, timing.canvases(config, 4, 40, 64), range(32))
     assert step_flops(config, 4, Load(40, 64, 32, 1.0)) == pytest.approx(needed, rel=1e-9)
+
+
+@pytest.mark.parametrize(("reuse", "refresh"), [("both", None), ("both", 4), ("prefix", None)])
+def test_arithmetic_with_reuse_is_that_of_real_steps(
+    golden_model: TransformerDenoiser, reuse: Any, refresh: int | None
+) -> None:
+    load = Load(40, 64, 16, 1.0, reuse, refresh)
+    fields = {"max_tokens": 64, "block_length": 16, "unmask": "schedule", "reuse": reuse, "refresh": refresh}
+    own = new_canvas(
+        "r", 0, [5] * 40, resolve(fields), seed=1, sample=0, mask_id=golden_model.mask_id, stop_ids=[]
+    )
+    with Work() as work:
+        Worker(golden_model).run(StepBatch(burst_id=0, num_steps=64, specs=[own.spec], states=[own.state]))
+    assert sum(rows for rows, _ in work.packs) / 64 == pytest.approx(load.mean_rows)
+    assert step_flops(golden_model.config, 1, load) == pytest.approx(work.flops / 64, rel=0.02)
+
+
+def test_reuse_moves_the_crossover() -> None:
+    exact, reused = (
+        report("llada-8b", "h200", Load(128, 256, 32, 3.0, reuse), "bfloat16") for reuse in (None, "both")
+    )
+    assert exact["crossover"] is not None
+    assert reused["exact_crossover"] == exact["crossover"]
+    assert reused["crossover"] is None or reused["crossover"] > exact["crossover"]
+    assert any("without reuse" in note for note in reused["notes"])
 
 
 def test_weights_are_those_of_the_model_without_its_embedding_and_norms(
@@ -104,6 +134,9 @@ def test_this_machine_is_planned_from_its_own_rates() -> None:
         ({"load": Load(1, 64, 0, 1.0)}, "block_len"),
         ({"load": Load(1, 64, 32, 65.0)}, "tokens_per_forward"),
         ({"load": Load(1, 10**6, 32, 1.0)}, "canvas_len"),
+        ({"load": Load(1, 64, 32, 1.0, "dual")}, "reuse"),  # type: ignore[arg-type]
+        ({"load": Load(1, 64, 32, 1.0, None, 4)}, "refresh"),
+        ({"load": Load(1, 64, 32, 1.0, "both", 1)}, "refresh"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(arguments: dict[str, Any], parameter: str) -> None:

@@ -41,7 +41,7 @@ def test_the_published_cases_in_one_call(golden_llm: LLM) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("max_num_rows", "burst"), [(1, None), (300, 1), (900, 3), (4096, 8)])
+@pytest.mark.parametrize(("max_num_rows", "burst"), [(1, 8), (300, 1), (900, 3)])
 def test_the_published_cases_in_any_company(golden_checkpoint: Path, max_num_rows: int, burst: int) -> None:
     check_packed(golden_checkpoint, CASES, max_num_rows, burst=burst)
 

@@ -199,8 +199,32 @@ def test_a_worker_that_holds_the_keys_does_not_make_them(
     assert expected.tokens == state.tokens
 
 
-@pytest.mark.parametrize("how", [("both", None), ("prefix", 2)], ids=str)
-@pytest.mark.parametrize("fields", ROWS.values(), ids=ROWS)
+def test_a_burst_that_raises_leaves_no_rows(
+    model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = canvas(model, {"unmask": "schedule:10", "reuse": "both"})
+    (expected,) = finish(model, [own])
+    worker, ask, calls = Worker(model), model.statistics, list[int]()
+
+    def raising(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("a kernel raised")
+        return ask(*arguments)
+
+    monkeypatch.setattr(model, "statistics", raising)
+    assert worker.run(burst([own], [own.state], 8)).failure == "error"
+    assert worker._store.is_empty
+    assert model._kept_keys is None
+    (state,) = worker.run(burst([own], [own.state], 1000)).states
+    assert state == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "how"),
+    [(fields, (("both", None), ("prefix", 2))[number % 2]) for number, fields in enumerate(ROWS.values())],
+    ids=ROWS,
+)
 def test_static_shapes_write_the_same(
     model: TransformerDenoiser, fields: dict[str, Any], how: tuple[str, int | None]
 ) -> None:

@@ -17,6 +17,7 @@ from remask import SamplingParams, Threshold
 from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.scheduler.params import resolve
+from remask.workers import steps
 from remask.workers import worker as module
 from remask.workers.burst.enqueue import StepQueue
 from remask.workers.burst.state import BurstState
@@ -279,8 +280,8 @@ def test_all_work_runs_with_the_models_device_as_the_current_one(
         return call
 
     monkeypatch.setattr(module, "on_device", recorded)
-    for name in ("denoise", "Fetched", "BurstState"):
-        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    for owner, name in ((steps, "denoise"), (module, "Fetched"), (module, "BurstState")):
+        monkeypatch.setattr(owner, name, noted(getattr(owner, name)))
     Worker(golden_model).run(first_burst([make(0, 8)], 2))
     assert len(inside) >= 3
     assert all(inside)
