@@ -33,15 +33,7 @@ class PaddedAttention(AttentionBackend):
     def __init__(self, visible_BTT: Tensor) -> None:
         self._visible = visible_BTT
 
-    def attend(
-        self,
-        q_QHd: Tensor,
-        k_TKd: Tensor,
-        v_TKd: Tensor,
-        layout: VarlenLayout,
-        kept_2NKd: Tensor | None = None,
-    ) -> Tensor:
-        assert kept_2NKd is None, "no pack keeps keys"
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
         shape = self._visible.shape[:2]
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q_QHd, k_TKd, v_TKd))
         mask, grouped = self._visible.unsqueeze(1), q.shape[1] != k.shape[1]

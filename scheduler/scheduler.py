@@ -363,8 +363,8 @@ class Scheduler:
             share = max(1, -(-num_ready // (num_idle + 1)))
             budget = budget._replace(max_num_seqs=min(budget.max_num_seqs, share))
         taken, passed = take(self._candidates([None, worker], running), budget)
-        busy = [home for home in self._ready.homes() if home in self._tails]
-        if not taken and busy:
+        if not taken:
+            busy = [home for home in self._ready.homes() if home in self._tails]
             taken, passed = take(self._candidates(busy, running), budget)
         for canvas in passed:
             if canvas.last_burst is None:

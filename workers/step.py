@@ -71,16 +71,17 @@ def _apart(
     light: Mapping[int, LightRows | None], specs: Sequence[CanvasSpec], *, static: bool
 ) -> list[list[int]]:
     """Canvases in the parts of which packs are cut. On a host those that reuse keys have packs of their own.
-    With static shapes light forwards must come last in a pack, behind second copies too (see `plan_pack`): if
-    there are any, canvases with second copies have packs of their own, of one kind each."""
+    With static shapes light forwards must come last in a pack, behind other sequences of its canvases too
+    (see `plan_pack`): if there are any, canvases with several sequences have packs of their own, of one kind
+    each."""
     if not static:
         return [[c for c in light if (specs[c].reuse is None) == is_exact] for is_exact in (True, False)]
     if not any(light.values()):
         return [list(light)]
     parts: dict[tuple[bool, bool], list[int]] = {}
     for c in sorted(light, key=lambda c: light[c] is not None):
-        is_guided = specs[c].is_guided
-        parts.setdefault((is_guided, is_guided and light[c] is not None), []).append(c)
+        has_more = specs[c].is_guided or specs[c].num_copies > 0
+        parts.setdefault((has_more, has_more and light[c] is not None), []).append(c)
     return list(parts.values())
 
 

@@ -233,7 +233,7 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _free_keys(self) -> None:
-        """Gives back the memory of kept keys if nobody's wait. On a GPU it is planned for, and stays."""
+        """Frees the memory of kept keys on a CPU if the store is empty. On a GPU it stays reserved."""
         if self._model.key_row_bytes and self._model.device.type == "cpu" and self._store.is_empty:
             self._model.keep_rows(0)
 
@@ -255,8 +255,9 @@ class Worker:
         return launched
 
     def _keep_keys(self, batch: StepBatch) -> tuple[BurstKeys | None, StepBatch]:
-        """Rows for the canvases that reuse keys, None if there are none and nobody's wait; and the burst.
-        With static shapes they continue none, because the host must know which of their forwards are full."""
+        """The kept rows of the burst, None if no canvas reuses keys and the store is empty; and the burst.
+        With static shapes such canvases continue no other burst, because the host must know which of their
+        forwards are full."""
         states: dict[int, CanvasState] = {}
         for place, (spec, state) in enumerate(zip(batch.specs, batch.states, strict=True)):
             if spec.reuse is not None and isinstance(state, int):

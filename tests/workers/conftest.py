@@ -25,15 +25,7 @@ class DenseAttention(AttentionBackend):
     name = "dense"
     reads_device = True
 
-    def attend(
-        self,
-        q_QHd: Tensor,
-        k_TKd: Tensor,
-        v_TKd: Tensor,
-        layout: VarlenLayout,
-        kept_2NKd: Tensor | None = None,
-    ) -> Tensor:
-        assert kept_2NKd is None, "no pack keeps keys"
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
         assert layout.device is not None
         seen = _visible(layout.device, len(q_QHd), len(k_TKd))
         k, v = (x.repeat_interleave(q_QHd.shape[1] // x.shape[1], dim=1) for x in (k_TKd, v_TKd))

@@ -221,15 +221,7 @@ class Compared(AttentionBackend):
         self.errors: list[float] = []
         self.num_shadows = 0
 
-    def attend(
-        self,
-        q_QHd: Tensor,
-        k_TKd: Tensor,
-        v_TKd: Tensor,
-        layout: VarlenLayout,
-        kept_2NKd: Tensor | None = None,
-    ) -> Tensor:
-        assert kept_2NKd is None, "no pack keeps keys"
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
         device = layout.device
         assert device is not None
         q = torch.randn(len(q_QHd), 8, 128, device=q_QHd.device, dtype=self.dtype)

@@ -133,6 +133,7 @@ def mixed(
     reusing = {**fields, "reuse": reuse, "refresh": refresh}
     other_block = {} if fields["block_length"] is None else {"block_length": 5}
     return [
+        canvas(model, {"unmask": "threshold:0.3", "remask": "oracle_loo", "block_length": 6}, 8, 6),
         canvas(model, reusing, canvas_len=14),
         canvas(model, fields, canvas_len=12),
         canvas(model, {**reusing, **other_block}, 6, 13),
@@ -157,10 +158,11 @@ def test_neither_company_nor_bursts_nor_workers_change_a_token(
     def mix() -> list[Canvas]:
         return mixed(model, fields, reuse, refresh)
 
-    (whole,) = Worker(model).run(burst(mix()[:1], [mix()[0].state], 1000)).states
+    own = mix()[1]
+    (whole,) = Worker(model).run(burst([own], [own.state], 1000)).states
     assert whole.finished
     for num_steps in (1, 3):
-        other = finish(model, mix(), num_steps)[0]  # each burst on a worker that holds nothing
+        other = finish(model, mix(), num_steps)[1]  # each burst on a worker that holds nothing
         assert (other.tokens, other.commit_steps) == (whole.tokens, whole.commit_steps)
         for name in ("num_forwards", "num_full_forwards", "num_query_rows", "num_remasked"):
             assert getattr(other, name) == getattr(whole, name), name

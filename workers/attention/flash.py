@@ -48,15 +48,7 @@ class FlashAttention(AttentionBackend):
         except AttributeError as error:
             raise ImportError(str(error)) from None
 
-    def attend(
-        self,
-        q_QHd: Tensor,
-        k_TKd: Tensor,
-        v_TKd: Tensor,
-        layout: VarlenLayout,
-        kept_2NKd: Tensor | None = None,
-    ) -> Tensor:
-        assert kept_2NKd is None, "packs with static shapes keep no keys"
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
         device = layout.device
         assert device is not None, "kernels need static shapes"
         if device.shadows is None:

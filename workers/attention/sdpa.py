@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
+
+Pair: TypeAlias = tuple[Tensor, Tensor]  # keys and values
 
 
 class SdpaAttention(AttentionBackend):
@@ -22,18 +26,19 @@ class SdpaAttention(AttentionBackend):
     def __init__(self, *, batches: bool = True) -> None:
         self._batches = batches
 
-    def attend(
-        self,
-        q_QHd: Tensor,
-        k_TKd: Tensor,
-        v_TKd: Tensor,
-        layout: VarlenLayout,
-        kept_2NKd: Tensor | None = None,
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
+        return self._attend(q_QHd, (k_TKd, v_TKd), (k_TKd, v_TKd), layout)
+
+    def attend_kept(
+        self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout, kept_2NKd: Tensor
     ) -> Tensor:
+        return self._attend(q_QHd, (k_TKd, v_TKd), (kept_2NKd[0], kept_2NKd[1]), layout)
+
+    def _attend(self, q_QHd: Tensor, packed: Pair, kept: Pair, layout: VarlenLayout) -> Tensor:
+        """`attend` over the pack's own keys and values, and the kept ones."""
+        (k_TKd, _), sources = packed, (packed, kept)
         grouped = q_QHd.shape[1] != k_TKd.shape[1]
         runs = layout.runs if self._batches else layout.sequences
-        packed = (k_TKd, v_TKd)
-        sources = (packed, packed if kept_2NKd is None else kept_2NKd.unbind())
         out: list[Tensor] = []
         for first_query, num_queries, first_key, num_keys, are_kept, count in runs:
             q = _sequences(q_QHd, first_query, num_queries, count)

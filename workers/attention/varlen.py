@@ -209,19 +209,12 @@ class AttentionBackend(ABC):
     reads_device: bool = False
 
     @abstractmethod
-    def attend(
-        self,
-        q_QHd: Tensor,
-        k_TKd: Tensor,
-        v_TKd: Tensor,
-        layout: VarlenLayout,
-        kept_2NKd: Tensor | None = None,
-    ) -> Tensor:
-        """Attention output [Q, H, d].
+    def attend(self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout) -> Tensor:
+        """Attention output [Q, H, d] for queries [Q, H, d], keys and values [T, K, d] (H a multiple of K)."""
 
-        Args:
-            q_QHd: queries [Q, H, d].
-            k_TKd, v_TKd: keys and values [T, K, d] of the pack (H a multiple of K).
-            layout: which rows attend to which.
-            kept_2NKd: kept keys and values of this layer; None: there are none.
-        """
+    def attend_kept(
+        self, q_QHd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layout: VarlenLayout, kept_2NKd: Tensor
+    ) -> Tensor:
+        """`attend` for a layout with `kept` rows, which are rows of `kept_2NKd`, this layer's kept keys and
+        values [2, N, K, d]. Layouts with static shapes have none: their kept rows stand among the keys."""
+        raise NotImplementedError(self.name)

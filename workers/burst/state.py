@@ -38,7 +38,7 @@ class BurstState(HoldsTensors):
         slot_rows: int64 [R, G + 1]: index of each slot in `tokens`.
         targets: int64 [R, G + 1]: the tokens to commit, -1 for the proposals; None: no canvas has targets.
         confidences, logprobs, commit_steps: [R, G + 1].
-        full_tokens: like `tokens`: the sequences at the canvases' last full forwards; None: nobody reuses
+        full_tokens: like `tokens`: the sequences at the canvases' last full forwards; None: no canvas reuses
             keys.
         reuses, refresh: bool [R] and int64 [R]: see `CanvasSpec`.
         block, num_forwards, block_forwards, num_full_forwards, num_query_rows, num_remasked: int64 [R].

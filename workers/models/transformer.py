@@ -45,6 +45,20 @@ def _keep(k_TKd: Tensor, v_TKd: Tensor, kept: LayerKeys | None) -> tuple[Tensor,
     return k, v, None
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept_2NKd: Tensor | None,
+    layout: VarlenLayout,
+    attention: AttentionBackend,
+) -> Tensor:
+    """Attention output [Q, H * d]."""
+    if kept_2NKd is None:
+        return attention.attend(q, k, v, layout).flatten(1)
+    return attention.attend_kept(q, k, v, layout, kept_2NKd).flatten(1)
+
+
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin [T, 1, head_dim] in fp32, each half of a head's dimensions with the same angles."""
     half = torch.arange(head_dim // 2, device=positions_T.device, dtype=torch.float32) * 2 / head_dim
@@ -94,7 +108,7 @@ class Block(nn.Module):
             q_and_k = torch.cat([self._normed(q, self.q_norm, ops), self._normed(k, self.k_norm, ops)], dim=1)
         q, k = ops.rotate_halves(q_and_k, *rope).split(self.sizes[:2], dim=1)
         k, v, kept_keys = _keep(k, v, kept)
-        attended = attention.attend(q, k, v, layout, kept_keys).flatten(1)
+        attended = _attend(q, k, v, kept_keys, layout, attention)
         return self._ffn(add_linear(x_TD, attended, self.attn_out, ops), ops)
 
     def candidates(
@@ -119,7 +133,7 @@ class Block(nn.Module):
         k, v, kept_keys = _keep(k, v, kept)
         if not len(rows_N):
             return x_TD[:0]
-        attended = attention.attend(q, k, v, layout, kept_keys).flatten(1)
+        attended = _attend(q, k, v, kept_keys, layout, attention)
         return self._ffn(add_linear(x_TD[rows_N], attended, self.attn_out, ops), ops)
 
     def _heads(self, x_TD: Tensor, part: slice, ops: RowOps) -> Tensor:

@@ -41,7 +41,7 @@ def plan_pack(
         padding: sizes that other bursts have. Nobody may be guided, need copies or reuse keys then.
         kept: of the canvases that reuse keys.
         gathers: whether kept rows are copied behind the pack's own keys, so that kernels see one array. Light
-            forwards must come last then, second copies included.
+            forwards must come last then, behind second copies and copies.
     """
     width = max(padding.widest, max(spec.block_length for spec in specs))
     guided = [c for c in canvases if specs[c].is_guided]
@@ -184,7 +184,7 @@ def plan_pack(
         reusing=reusing,
         num_main_rows=num_main_rows,
         full_index=full_index,
-        kept=kept_places(kept_rows, lens, cu_rows, gathers=gathers) if kept else None,
+        kept=kept_places(kept_rows, lens, cu_rows, gathers=gathers) if kept_rows else None,
     )
 
 
