@@ -43,10 +43,12 @@ class Work:
     """The packs of a run, as a context manager that counts while it is open.
 
     Attributes:
+        model: the model whose forwards count; every model's of this process if None.
         packs: rows and candidates of each forward; none with static shapes.
         flops: arithmetic that they need.
     """
 
+    model: Transformer | None = None
     packs: list[tuple[int, int]] = field(default_factory=list)
     flops: int = 0
 
@@ -58,7 +60,7 @@ class Work:
         self._hook.remove()
 
     def _count(self, module: nn.Module, inputs: Any) -> None:
-        if not isinstance(module, Transformer):
+        if not isinstance(module, Transformer) or self.model not in (None, module):
             return
         rows: PackedRows = inputs[0]
         if rows.layout.device is None:

@@ -45,7 +45,7 @@ def test_arithmetic_with_reuse_is_that_of_real_steps(
     own = new_canvas(
         "r", 0, [5] * 40, resolve(fields), seed=1, sample=0, mask_id=golden_model.mask_id, stop_ids=[]
     )
-    with Work() as work:
+    with Work(golden_model.model) as work:
         Worker(golden_model).run(StepBatch(burst_id=0, num_steps=64, specs=[own.spec], states=[own.state]))
     assert sum(rows for rows, _ in work.packs) / 64 == pytest.approx(load.mean_rows)
     assert step_flops(golden_model.config, 1, load) == pytest.approx(work.flops / 64, rel=0.02)
