@@ -21,17 +21,15 @@ from remask.workers.rows.pack import KeptPlaces, PackedRows
 
 
 @torch.inference_mode()
-def decode(
-    model: TransformerDenoiser, prompt: list[int], params: SamplingParams, num_slots: int | None = None
-) -> Decoded:
-    """Fills one canvas, or the blocks of its first `num_slots` slots."""
+def decode(model: TransformerDenoiser, prompt: list[int], params: SamplingParams) -> Decoded:
+    """Fills one canvas."""
     canvas, config = PlainCanvas(prompt, params, model.mask_id), model.config
     assert canvas.reuse is not None, "it reuses keys"
     assert not canvas.verifies, "the published loops do not verify"
     assert not config.shift, "they are for logits that are not shifted"
     shape = (config.num_layers, 2, len(canvas.ids), config.num_kv_heads, config.head_dim)
     kept = torch.empty(shape, dtype=model.model.embedding.dtype)
-    while not canvas.finished and (num_slots is None or canvas.start < len(prompt) + num_slots):
+    while not canvas.finished:
         start, end = 0, len(canvas.ids)
         if not canvas.begins_block:
             start, end = canvas.start, canvas.end if canvas.reuse == "both" else end

@@ -8,29 +8,30 @@ from request to request, blocks take unequal numbers of forwards. The plain loop
 dual cache (`plain_cache`), one request at a time. Everything runs in fp32 on one CPU thread. All sides run in
 turn in every repetition, and ratios are taken within it.
 
-All blocks cost the same, so that a run ends when as many tokens are final as the first blocks of all
-requests hold.
+The engine with `reuse` fills the canvases of all requests, and the loop those of the first four. Exact
+decoding ends when as many blocks are finished as there are requests. All its forwards compute the same rows,
+so that its speed is that of its forwards, by the number of forwards that the finished blocks took.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from remask import LLM, SamplingParams
+from remask import SamplingParams
 from remask.benchmarks import plain_cache, repeated
 from remask.benchmarks.environment import Steadiness
 from remask.benchmarks.throughput import find_model, format_spread, spread
-from remask.engine import Progress
-from remask.scheduler.canvas import TOKEN
-from remask.workers.models.denoiser import load_denoiser
+from remask.engine import Engine
+from remask.options import EngineOptions
+from remask.scheduler.canvas import TOKEN, CanvasState
+from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 
-MODEL, PROMPT_LEN, CANVAS_LEN, BLOCK_LEN, NUM_BLOCKS, SEED = "llada-124m", 128, 256, 32, 1, 5
+MODEL, PROMPT_LEN, CANVAS_LEN, BLOCK_LEN, NUM_LOOPED, SEED = "llada-124m", 128, 256, 32, 4, 5
 THRESHOLDS = (0.88, 0.9, 0.92, 0.94)
 HEADER = (
     *("requests", "policy", "forwards of a block (min to max)", "exact", "reuse=both"),
@@ -74,57 +75,72 @@ def measure(repetitions: int, steadiness: Steadiness) -> list[dict[str, Any]]:
     model = load_denoiser(directory, **options)
     rng = np.random.default_rng(SEED)
     prompts = rng.integers(3, model.config.vocab_size - 1000, (16, PROMPT_LEN)).tolist()
+    engine = Engine(EngineOptions(model=str(directory), max_num_rows=4096, **options))
+
+    def run(load: Load, side: str) -> Speed:
+        own = params_of(load, None if side == "exact" else "both")
+        if side == "loop":
+            return Speed(loop_speed(model, prompts[:NUM_LOOPED], own), [])
+        return engine_speed(engine, prompts[: load.num_requests], own, is_whole=side == "both")
+
     results = []
-    with LLM(directory, max_num_rows=4096, **options) as llm:
-
-        def engine(load: Load, reuse: str | None) -> list[int]:
-            return first_blocks(llm, prompts[: load.num_requests], params_of(load, reuse))
-
-        def plain(load: Load) -> list[int]:
-            own = params_of(load, "both")
-            return [
-                plain_cache.decode(model, prompt, own[n], NUM_BLOCKS * BLOCK_LEN).nfe
-                for n, prompt in enumerate(prompts)
-            ]
-
-        for load in LOADS:
-            sides: dict[str, Callable[[], list[int]]] = {
-                "exact": lambda load=load: engine(load, None),
-                "both": lambda load=load: engine(load, "both"),
-            }
-            if load.has_loop:
-                sides["loop"] = lambda load=load: plain(load)
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            forwards: dict[str, list[int]] = {}
-            for repetition in range(repetitions):
-                for name in list(sides)[:: -1 if repetition % 2 else 1]:
-                    started = time.perf_counter()
-                    forwards[name] = sides[name]()
-                    seconds[name].append(time.perf_counter() - started)
-                steadiness.look()
-            results.append(_result(load, seconds, forwards))
+    for load in LOADS:
+        sides = ["exact", "both", *(["loop"] if load.has_loop else [])]
+        speeds: dict[str, list[Speed]] = {side: [] for side in sides}
+        for repetition in range(repetitions):
+            for side in sides[:: -1 if repetition % 2 else 1]:
+                speeds[side].append(run(load, side))
+            steadiness.look()
+        results.append(_result(load, speeds))
+    engine.close()
     return results
 
 
-class Enough(Exception):
-    """As many tokens are final as a run asks for."""
+class Speed(NamedTuple):
+    """How fast a side was.
+
+    Attributes:
+        tokens_per_second: visible tokens.
+        block_forwards: forwards of each finished block; none for the loop.
+    """
+
+    tokens_per_second: float
+    block_forwards: list[int]
 
 
-def first_blocks(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
-    """Decodes until as many tokens are final as the first blocks of all requests hold; returns the forwards
-    of finished blocks."""
+def engine_speed(
+    engine: Engine, prompts: list[list[int]], params: list[SamplingParams], *, is_whole: bool
+) -> Speed:
+    """The speed of the engine on whole canvases, or on their first blocks; then all forwards must cost the
+    same."""
+    states: dict[str, CanvasState] = {}
     stable: dict[str, int] = {}
-    steps: dict[str, NDArray[np.int32]] = {}
+    wanted = len(prompts) * (CANVAS_LEN if is_whole else BLOCK_LEN)
+    started = time.perf_counter()
+    ids = [engine.add(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+    while sum(stable.values()) < wanted:
+        for progress in engine.step():
+            states[progress.request_id] = progress.state
+            stable[progress.request_id] = progress.num_stable_tokens
+    seconds = time.perf_counter() - started
+    engine.abort(ids)
+    while engine.has_unfinished():
+        engine.step()
+    forwards = [
+        count
+        for name, state in states.items()
+        for count in block_forwards(np.frombuffer(state.commit_steps, TOKEN)[: stable[name]])
+    ]
+    num_forwards = sum(state.num_forwards for state in states.values())
+    return Speed(BLOCK_LEN / (np.mean(forwards).item() * seconds / num_forwards), forwards)
 
-    def note(progress: Progress) -> None:
-        stable[progress.request_id] = progress.num_stable_tokens
-        steps[progress.request_id] = np.frombuffer(progress.state.commit_steps, TOKEN)
-        if sum(stable.values()) >= len(prompts) * NUM_BLOCKS * BLOCK_LEN:
-            raise Enough
 
-    with suppress(Enough):
-        llm.generate(prompts, params, use_tqdm=False, on_progress=note)
-    return [count for name, own in steps.items() for count in block_forwards(own[: stable[name]])]
+def loop_speed(model: TransformerDenoiser, prompts: list[list[int]], params: list[SamplingParams]) -> float:
+    """Tokens a second of the plain loop."""
+    started = time.perf_counter()
+    for prompt, own in zip(prompts, params, strict=False):
+        plain_cache.decode(model, prompt, own)
+    return len(prompts) * CANVAS_LEN / (time.perf_counter() - started)
 
 
 def block_forwards(commit_steps: NDArray[np.int32]) -> list[int]:
@@ -132,20 +148,18 @@ def block_forwards(commit_steps: NDArray[np.int32]) -> list[int]:
     return np.diff(commit_steps.reshape(-1, BLOCK_LEN).max(1), prepend=0).tolist()
 
 
-def _result(load: Load, seconds: dict[str, list[float]], forwards: dict[str, list[int]]) -> dict[str, Any]:
-    num_tokens = load.num_requests * NUM_BLOCKS * BLOCK_LEN
-    rates = {name: [num_tokens / own for own in times] for name, times in seconds.items()}
-    ratios = {
-        name: spread([own / base for own, base in zip(rates["both"], rates[name], strict=True)])
-        for name in rates
-        if name != "both"
-    }
+def _result(load: Load, speeds: dict[str, list[Speed]]) -> dict[str, Any]:
+    rates = {side: [own.tokens_per_second for own in found] for side, found in speeds.items()}
     return {
         "num_requests": load.num_requests,
         "unmask": list(load.unmask),
-        "block_forwards": {name: spread(forwards[name]) for name in ("exact", "both")},
-        "tokens_per_second": {name: spread(own) for name, own in rates.items()},
-        "ratio": ratios,
+        "block_forwards": {side: spread(speeds[side][-1].block_forwards) for side in ("exact", "both")},
+        "tokens_per_second": {side: spread(own) for side, own in rates.items()},
+        "ratio": {
+            side: spread([own / base for own, base in zip(rates["both"], rates[side], strict=True)])
+            for side in rates
+            if side != "both"
+        },
     }
 
 
@@ -165,7 +179,7 @@ def cells(result: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    repeated.run(__doc__, HEADER, cells, measure, repetitions=3)
+    repeated.run(__doc__, HEADER, cells, measure, repetitions=2)
 
 
 if __name__ == "__main__":
