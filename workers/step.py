@@ -59,7 +59,7 @@ def plan_packs(
     for part in _apart(light, specs, static=model.static_shapes):
         for group in group_canvases(num_rows, part, pack_rows):
             gathers = model.static_shapes
-            plan = plan_pack(group, specs, state.cu_tokens, kept=kept, gathers=gathers)
+            plan = plan_pack(group, specs, state.cu_tokens, state.max_block_len, kept=kept, gathers=gathers)
             # A pack that keeps keys is not searched for equal sequences.
             if not model.static_shapes and plan.kept is None:
                 plan = replace(plan, may_repeat=may_repeat(group, state))

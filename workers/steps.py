@@ -20,39 +20,57 @@ class BurstPlans(NamedTuple):
 
     Attributes:
         keys: before the first step: the keys that are missing.
-        first, later: in the first step, and in each of the others. All full forwards of canvases that reuse
-            keys are in the first: a canvas whose next one is full pauses.
+        first: in the first step; None: it is like the others. All full forwards of canvases that reuse keys
+            are in it: a canvas whose next one is full pauses.
+        later: in each of the other steps.
     """
 
     keys: Plans
-    first: Plans
+    first: Plans | None
     later: Plans
+
+
+def plan_first(
+    state: BurstState, model: Denoiser, pack_rows: int, keys: BurstKeys | None
+) -> tuple[Plans, Plans | None]:
+    """`keys` and `first` of `BurstPlans`, on the host; `keys` has the rows of canvases that reuse keys."""
+    if keys is None:
+        return [], None
+    kept = keys.rows(*_places(state))
+    if not keys.missing and all(own.light is not None for own in kept.values()):
+        return [], None
+    missing = plan_keys(state, keys.missing, kept, model, pack_rows)
+    return missing, plan_packs(state, model, pack_rows, kept)
 
 
 def plan_burst(state: BurstState, model: Denoiser, pack_rows: int, keys: BurstKeys | None) -> BurstPlans:
     """The plans of a burst with static shapes, on the host; `keys` has the rows of canvases that reuse
     keys."""
-    if keys is None:
-        return BurstPlans([], [], plan_packs(state, model, pack_rows))
-    kept = keys.rows(state)
-    return BurstPlans(
-        plan_keys(state, keys.missing, kept, model, pack_rows),
-        plan_packs(state, model, pack_rows, kept),
-        plan_packs(state, model, pack_rows, keys.later_rows(state)),
-    )
+    later = NOTHING_KEPT if keys is None else keys.later_rows(*_places(state))
+    return BurstPlans(*plan_first(state, model, pack_rows, keys), plan_packs(state, model, pack_rows, later))
 
 
-def steps_with_keys(state: BurstState, plans: BurstPlans, model: Denoiser) -> Callable[[], int]:
-    """The step of a burst in which canvases reuse keys. The first one differs."""
-    first = iter((plans.first,))
+def steps_of(
+    state: BurstState, plans: BurstPlans, model: Denoiser, run: Callable[[Callable[[], int]], int]
+) -> Callable[[], int]:
+    """The step of a burst with static shapes; `run` takes all but a first one that differs."""
+    first = iter(()) if plans.first is None else iter((plans.first,))
+
+    def later() -> int:
+        return denoise(state, plans.later, model)
 
     def step() -> int:
         own = next(first, None)
         if own is None:
-            return denoise(state, plans.later, model)
+            return run(later)
         return make_keys(state, plans.keys, model) + denoise(state, own, model)
 
     return step
+
+
+def _places(state: BurstState) -> tuple[list[int], list[int]]:
+    """Where the canvases of a state on the host are: the active blocks, and their forwards so far."""
+    return state.block.tolist(), state.block_forwards.tolist()
 
 
 def advance(
@@ -65,7 +83,7 @@ def advance(
     """
     num_rows, kept = 0, NOTHING_KEPT
     if keys is not None:
-        kept = keys.rows(state)
+        kept = keys.rows(*_places(state))
         num_rows += make_keys(state, plan_keys(state, keys.missing, kept, model, pack_rows), model)
     plans, planned = plan_packs(state, model, pack_rows, kept), _kinds(state)
     for step in range(num_steps):
@@ -78,7 +96,7 @@ def advance(
             break
         if (kinds := _kinds(state)) != planned:
             if keys is not None:
-                kept = keys.rows(state)
+                kept = keys.rows(*_places(state))
             plans, planned = plan_packs(state, model, pack_rows, kept), kinds
     return num_rows
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -29,10 +29,9 @@ from remask.workers.burst.wire import Results
 from remask.workers.failures import describe, is_out_of_memory, loses_device
 from remask.workers.key_store import KeyStore
 from remask.workers.models.denoiser import Denoiser
-from remask.workers.rows.kept import DISCARDED
+from remask.workers.rows.kept import DISCARDED, NOTHING_KEPT
 from remask.workers.startup.device import on_device
-from remask.workers.step import denoise
-from remask.workers.steps import BurstPlans, advance, plan_burst, steps_with_keys
+from remask.workers.steps import BurstPlans, advance, plan_burst, plan_first, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -233,8 +232,9 @@ class Worker:
             torch.cuda.empty_cache()
 
     def _free_keys(self) -> None:
-        """Frees the memory of kept keys on a CPU if the store is empty. On a GPU it stays reserved."""
-        if self._model.key_row_bytes and self._model.device.type == "cpu" and self._store.is_empty:
+        """Frees the memory of kept keys if the store is empty. With static shapes it stays where it is, for
+        graphs."""
+        if self._model.key_row_bytes and not self._model.static_shapes and self._store.is_empty:
             self._model.keep_rows(0)
 
     @torch.inference_mode()
@@ -282,16 +282,12 @@ class Worker:
                 lambda: advance(state, num_steps, self._model, self._pack_rows, keys), 1, state.paused
             )
 
-        if keys is not None:
-            return StepQueue(steps_with_keys(state, plans, self._model), num_steps, state.paused)
+        def run(step: Callable[[], int]) -> int:
+            if shape is None or self._graphs is None:
+                return step()
+            return self._graphs.step(shape, step)
 
-        def step() -> int:
-            return denoise(state, plans.later, self._model)
-
-        if shape is None or self._graphs is None:
-            return StepQueue(step, num_steps, state.paused)
-        graphs = self._graphs
-        return StepQueue(lambda: graphs.step(shape, step), num_steps, state.paused)
+        return StepQueue(steps_of(state, plans, self._model, run), num_steps, state.paused)
 
     def _unpack(self, batch: StepBatch, keys: BurstKeys | None) -> Unpacked:
         """The canvases of a burst on the model's device, and with static shapes their plans."""
@@ -321,9 +317,13 @@ class Worker:
     def _place(self, batch: StepBatch, before: list[CanvasState], keys: BurstKeys | None) -> Unpacked:
         """A burst's canvases in tensors of their own; `before` are those of the burst that it follows."""
         states = [before[state] if isinstance(state, int) else state for state in batch.states]
-        if self._graphs is not None and (placed := self._graphs.place(batch.specs, states)) is not None:
-            own, plans, shape = placed
-            return Unpacked(own, BurstPlans([], [], plans), shape, states)
+        kept = NOTHING_KEPT
+        if keys is not None:
+            kept = keys.later_rows([own.block for own in states], [own.num_block_forwards for own in states])
+        if self._graphs is not None and (placed := self._graphs.place(batch.specs, states, kept)) is not None:
+            first = plan_first(placed.host, self._model, self._pack_rows, keys)
+            plans = BurstPlans(*to_device(first, self._model.device), placed.plans)
+            return Unpacked(placed.state, plans, placed.shape, states)
         state = BurstState(batch.specs, states)
         if not self._model.static_shapes:
             return Unpacked(state, None, None, states)

@@ -105,9 +105,36 @@ def test_a_graph_of_targets_serves_other_targets(
     same(worker.run(burst([make(0, 7)])).states, Worker(golden_model).run(burst([make(0, 7)])).states)
 
 
+REUSING: list[list[dict[str, Any]]] = [
+    [{"unmask": "threshold:0.5", "reuse": "both"}],
+    [{"unmask": "schedule", "reuse": "both"}, {"unmask": "schedule:9", "reuse": "prefix", "refresh": 3}],
+    [{"unmask": "capped_threshold:0.3", "remask": "wino:0.95", "reuse": "both"}, {"unmask": "threshold:0.4"}],
+    [{"unmask": "schedule:steps=9,score=margin"}, {"remask": "saber:3,2", "reuse": "prefix"}],
+]
+
+
+@pytest.mark.parametrize("mix", REUSING, ids=str)
+def test_the_light_forwards_of_other_canvases_share_a_graph(
+    golden_model: TransformerDenoiser, model: TransformerDenoiser, mix: list[dict[str, Any]]
+) -> None:
+    recorder, burst_id = Recorder(), 0
+    worker = Worker(model, StepGraphs(model.device, recorder))
+    for i in range(4):
+        canvases = [make(i + j, 14 - j, seed=i, **fields) for j, fields in enumerate(mix)]
+        states: list[Any] = [own.state for own in canvases]
+        while not all(own.finished for own in states):
+            burst_id += 1
+            batch = msgspec.structs.replace(burst(canvases, 4), burst_id=burst_id, states=states)
+            states = worker.run(batch).states
+        for own, state in zip(canvases, states, strict=True):
+            same([state], Worker(golden_model).run(burst([own], 99)).states)
+    assert 0 < len(recorder.tapes) <= 2, "blocks of other sizes and canvases alone have other shapes"
+    assert sum(tape.num_replays for tape in recorder.tapes) > 20
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mix", MIXES, ids=str)
+@pytest.mark.parametrize("mix", [*MIXES, *REUSING], ids=str)
 def test_cudas_graphs_write_what_the_same_kernels_write_one_by_one(
     golden_checkpoint: Path, mix: list[dict[str, Any]]
 ) -> None:

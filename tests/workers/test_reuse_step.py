@@ -71,7 +71,8 @@ def statistics(model: TransformerDenoiser, spec: CanvasSpec, before: CanvasState
     state, kept = BurstState([spec], [before]), NOTHING_KEPT
     if spec.reuse is not None:
         model.keep_rows(200)
-        kept = (keys := BurstKeys(KeyStore(1, 199), 0, [spec], {0: before})).rows(state)
+        keys = BurstKeys(KeyStore(1, 199), 0, [spec], {0: before})
+        kept = keys.rows([before.block], [before.num_block_forwards])
         assert keys.missing == [0]
         make_keys(state, plan_keys(state, keys.missing, kept, model, model.pack_rows), model)
     (plan,) = plan_packs(state, model, model.pack_rows, kept)

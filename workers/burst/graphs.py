@@ -4,7 +4,8 @@ A graph reads and writes fixed memory and runs kernels of static shapes, so it s
 *shape*: bursts are padded to sizes that many of them share (`padding_for`) and copied into the memory of the
 shape. A shape is captured the second time it occurs. Bursts of many rows, which keep a GPU busy anyway, take
 the plain path, and so do those that need more than numbers in fixed places (guidance, copies, traces, logits
-that are edited, filtered or ranked twice). Both paths run the same code.
+that are edited, filtered or ranked twice). Both paths run the same code. If canvases reuse keys, graphs serve
+all steps but the first, which alone has full forwards.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from remask.workers.burst.staging import Buffer, load, new_buffer, signature, to
 from remask.workers.burst.state import BurstState
 from remask.workers.burst.stop_ids import num_stops
 from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
+from remask.workers.rows.kept import NOTHING_KEPT, KeptCanvases
 from remask.workers.rows.packer import plan_pack
 from remask.workers.rows.padding import Padding
 from remask.workers.rows.plan import Plan
@@ -95,9 +97,17 @@ class Shape:
 
 
 class Placed(NamedTuple):
-    """A burst on the device. `shape` is None if the burst is not in the memory of a graph."""
+    """A burst on the device.
+
+    Attributes:
+        state: on the device.
+        host: the same on the host.
+        plans: of its steps, of the later ones if the first differs.
+        shape: None if the burst is not in the memory of a graph.
+    """
 
     state: BurstState
+    host: BurstState
     plans: list[Plan]
     shape: Shape | None
 
@@ -117,16 +127,32 @@ class StepGraphs:
         self._shapes: OrderedDict[Hashable, Shape] = OrderedDict()
         self._max_rows, self._working_bytes = MAX_ROWS, 0
 
-    def place(self, specs: Sequence[CanvasSpec], states: Sequence[CanvasState]) -> Placed | None:
-        """Padded canvases on the device; None if no graph can serve them."""
-        padding = padding_for(specs, [state.sequence_len for state in states], self._max_rows)
+    def place(
+        self,
+        specs: Sequence[CanvasSpec],
+        states: Sequence[CanvasState],
+        kept: KeptCanvases = NOTHING_KEPT,
+    ) -> Placed | None:
+        """Padded canvases on the device; None if no graph can serve them.
+
+        Args:
+            specs, states: of the canvases.
+            kept: rows of those that reuse keys in all steps but the first; the others of them take none.
+        """
+        padding = padding_for(specs, [state.sequence_len for state in states], kept, self._max_rows)
         if padding is None:
             return None
         num_more = padding.group_size - len(specs)
         state = BurstState(
             [*specs, *[FILLING_SPEC] * num_more], [*states, *[FILLING_STATE] * num_more], padding
         )
-        tree = state, [plan_pack(range(padding.group_size), state.specs, state.cu_tokens, padding)]
+        fresh = [c for c, spec in enumerate(specs) if spec.reuse is None]
+        filling = range(len(specs), padding.group_size)
+        order = [*fresh, filling[0], *kept, *filling[1:]] if kept else [*fresh, *filling]
+        plan = plan_pack(
+            order, state.specs, state.cu_tokens, state.max_block_len, padding, kept, gathers=len(kept) > 0
+        )
+        tree = state, [plan]
         tensors = tensors_of(tree)
         key = (signature(tensors), _constants(*tree))
         shape = self._shapes.get(key)
@@ -137,10 +163,12 @@ class StepGraphs:
         else:
             self._shapes.move_to_end(key)
         if shape is None or shape.is_plain:
-            return Placed(*to_device(tree, self._device), shape=None)
+            own, plans = to_device(tree, self._device)
+            return Placed(own, state, plans, shape=None)
         if shape.buffer is None:
             shape.buffer = new_buffer(tensors, self._device)
-        return Placed(*load(tree, shape.buffer), shape=shape)
+        own, plans = load(tree, shape.buffer)
+        return Placed(own, state, plans, shape)
 
     def clear(self) -> None:
         """Frees the graphs and their memory; shapes are met anew."""
@@ -215,24 +243,36 @@ def capture_cuda(device: torch.device) -> Capture:
     return capture
 
 
-def padding_for(specs: Sequence[CanvasSpec], lens: Sequence[int], max_rows: int = MAX_ROWS) -> Padding | None:
-    """The sizes that canvases are filled up to, with at least one more canvas; None: the plain path, which
-    also takes more than `max_rows` rows.
+def padding_for(
+    specs: Sequence[CanvasSpec],
+    lens: Sequence[int],
+    kept: KeptCanvases = NOTHING_KEPT,
+    max_rows: int = MAX_ROWS,
+) -> Padding | None:
+    """The sizes that canvases are filled up to, with at least one more canvas, with two if keys are reused;
+    None: the plain path, which also takes more than `max_rows` rows.
 
     Rows grow in steps of at most an eighth, everything else in larger ones, because it costs little.
     """
-    plain = any(s.is_guided or s.num_copies or s.needs_logits or s.trace or s.reuse for s in specs)
-    num_canvases = _power(len(specs) + 1)
-    num_rows = sum(lens)
-    if plain or num_rows > max_rows:
+    plain = any(s.is_guided or s.num_copies or s.needs_logits or s.trace for s in specs)
+    num_canvases = _power(len(specs) + 1 + (len(kept) > 0))
+    num_tokens, num_gathered = sum(lens), sum(lens[c] for c in kept)
+    fresh = [length for spec, length in zip(specs, lens, strict=True) if spec.reuse is None]
+    num_fresh = sum(fresh)
+    num_rows = num_fresh + sum(len(own.light.positions) for own in kept.values() if own.light is not None)
+    if plain or not 0 < num_rows <= max_rows:
         return None
-    row_step = max(SLOT_STEP, _power(num_rows) // 16)
+    row_step, token_step, key_step = map(_row_step, (num_rows, num_tokens, num_gathered))
     widest = _power(max(spec.block_length for spec in specs))
     return Padding(
-        main_rows=_multiple(num_rows, row_step),
+        tokens=_multiple(num_tokens, token_step),
+        main_rows=(main_rows := _multiple(num_rows, row_step)),
+        fresh_keys=min(_multiple(num_fresh, row_step), main_rows) if kept else 0,
+        # What fills up has a key, so that its attention is a number.
+        gathered=_multiple(num_gathered + 1, key_step) if kept else 0,
         slots=_multiple(sum(spec.block_length for spec in specs), SLOT_STEP),
         shadow_rows=_multiple(sum(spec.num_shadow_rows for spec in specs), SLOT_STEP),
-        max_keys=max(_power(max(lens)), row_step),
+        max_keys=max(_power(max(lens)), row_step, key_step),
         max_queries=max(widest, SLOT_STEP),
         widest=widest,
         canvas_len=_power(max(spec.canvas_len for spec in specs)),
@@ -240,6 +280,10 @@ def padding_for(specs: Sequence[CanvasSpec], lens: Sequence[int], max_rows: int 
         num_stops=_power(num_stops([spec.stop_ids for spec in specs])),
         group_size=num_canvases,
     )
+
+
+def _row_step(num_rows: int) -> int:
+    return max(SLOT_STEP, _power(num_rows) // 16)
 
 
 def _multiple(size: int, of: int) -> int:
@@ -263,5 +307,6 @@ def _constants(state: BurstState, plans: list[Plan]) -> Hashable:
         state.sampling.any_hot,
         state.max_block_len,
         plan.num_main_slots,
+        None if plan.kept is None else (plan.kept.num_fresh, plan.kept.num_main),
         *((device.max_queries, device.max_keys) for device in layouts if device is not None),
     )

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from remask.scheduler.canvas import CanvasSpec, CanvasState
 from remask.scheduler.light_rows import LightRows
-from remask.workers.burst.state import BurstState
 from remask.workers.key_store import KeyStore, Span, Wanted
 from remask.workers.rows.kept import KeptCanvases, KeptRows
 
@@ -35,6 +34,7 @@ class BurstKeys:
         states: Mapping[int, CanvasState],
     ) -> None:
         self._store, self._burst_id, self._specs = store, burst_id, specs
+        self._lens = {canvas: state.sequence_len for canvas, state in states.items()}
         wanted = {
             canvas: Wanted(_content(specs[canvas], state), specs[canvas].num_key_rows(state.sequence_len))
             for canvas, state in states.items()
@@ -48,21 +48,24 @@ class BurstKeys:
             if own.content is not None and not are_held:
                 self.missing.append(canvas)
 
-    def rows(self, state: BurstState) -> KeptCanvases:
-        """The rows of the next forward, for a state on the host."""
-        blocks, forwards = state.block.tolist(), state.block_forwards.tolist()
+    def rows(self, blocks: Sequence[int], block_forwards: Sequence[int]) -> KeptCanvases:
+        """The rows of the next forward.
+
+        Args:
+            blocks: the active block of each canvas of the burst.
+            block_forwards: its forwards so far.
+        """
         return {
-            canvas: KeptRows(span[0], self._light(state, canvas, blocks[canvas], forwards[canvas]))
+            canvas: KeptRows(span[0], self._light(canvas, blocks[canvas], block_forwards[canvas]))
             for canvas, span in self._spans.items()
         }
 
-    def later_rows(self, state: BurstState) -> KeptCanvases:
+    def later_rows(self, blocks: Sequence[int], block_forwards: Sequence[int]) -> KeptCanvases:
         """The rows of the forwards after the next one until the burst ends or a full one is due; of canvases
-        whose next two are full none."""
+        whose next two are full none. The arguments are those of `rows`."""
         found = {}
-        for canvas, own in self.rows(state).items():
-            block, num_forwards = int(state.block[canvas]), int(state.block_forwards[canvas])
-            light = own.light or self._light(state, canvas, block, num_forwards + 1)
+        for canvas, own in self.rows(blocks, block_forwards).items():
+            light = own.light or self._light(canvas, blocks[canvas], block_forwards[canvas] + 1)
             if light is not None:
                 found[canvas] = own._replace(light=light)
         return found
@@ -75,9 +78,8 @@ class BurstKeys:
             [(content, self._spans[canvas]) for canvas, content in contents.items() if content is not None],
         )
 
-    @staticmethod
-    def _light(state: BurstState, canvas: int, block: int, num_forwards: int) -> LightRows | None:
-        return state.specs[canvas].next_light(state.sequence_len(canvas), block, num_forwards)
+    def _light(self, canvas: int, block: int, num_forwards: int) -> LightRows | None:
+        return self._specs[canvas].next_light(self._lens[canvas], block, num_forwards)
 
 
 def _content(spec: CanvasSpec, state: CanvasState) -> Hashable | None:

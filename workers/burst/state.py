@@ -61,7 +61,7 @@ class BurstState(HoldsTensors):
         flat = np.frombuffer(b"".join([state.tokens for state in states]), TOKEN)
         lens = [state.sequence_len for state in states]
         self.cu_tokens = [0, *itertools.accumulate(lens)]
-        more = max(0, padding.main_rows - self.cu_tokens[-1])
+        more = max(0, padding.tokens - self.cu_tokens[-1])
         self.tokens = torch.from_numpy(np.concatenate([flat, np.zeros(more + 1, np.int64)]))
         self.full_tokens: Tensor | None = None
         self.reuses = column([spec.reuse is not None for spec in specs], np.bool_)

@@ -54,7 +54,7 @@ def _attend(
     attention: AttentionBackend,
 ) -> Tensor:
     """Attention output [Q, H * d]."""
-    if kept_2NKd is None:
+    if kept_2NKd is None or layout.kept is None:
         return attention.attend(q, k, v, layout).flatten(1)
     return attention.attend_kept(q, k, v, layout, kept_2NKd).flatten(1)
 

@@ -15,6 +15,7 @@ import torch
 
 from remask.scheduler.light_rows import LightRows
 from remask.workers.rows.pack import KeptPlaces
+from remask.workers.rows.padding import Padding
 
 DISCARDED = 0  # the kept row that takes what is not kept
 
@@ -54,7 +55,7 @@ def kept_sequences(
 
 
 def kept_places(
-    own: Mapping[int, KeptRows], lens: np.ndarray, cu_rows: np.ndarray, *, gathers: bool
+    own: Mapping[int, KeptRows], lens: np.ndarray, cu_rows: np.ndarray, padding: Padding, *, gathers: bool
 ) -> KeptPlaces:
     """The kept keys of a pack.
 
@@ -62,6 +63,7 @@ def kept_places(
         own: the kept rows of its sequences, by place.
         lens: lengths of all sequences.
         cu_rows: boundaries of the sequences.
+        padding: of the pack; the discarded row fills up.
         gathers: see `plan_pack`.
     """
     found = np.full(cu_rows[-1], DISCARDED, dtype=np.int64)
@@ -74,9 +76,11 @@ def kept_places(
             rows[:] = np.where(light.are_fresh, first + light.positions, DISCARDED)
             gathered.append(first + np.arange(lens[place]))
             num_fresh = min(num_fresh, int(cu_rows[place]))
+    num_more = max(0, padding.gathered - sum(map(len, gathered)))
+    gathered.append(np.full(num_more, DISCARDED))
     return KeptPlaces(
         places_T=torch.from_numpy(found),
-        gathered=torch.from_numpy(np.concatenate(gathered)) if gathers and gathered else None,
-        num_fresh=num_fresh,
+        gathered=torch.from_numpy(np.concatenate(gathered)) if gathers and num_fresh < cu_rows[-1] else None,
+        num_fresh=max(num_fresh, padding.fresh_keys),
         num_main=int(cu_rows[-1]),
     )

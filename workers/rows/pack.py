@@ -31,13 +31,19 @@ class KeptPlaces:
         places_T: int64 [T]: the kept row that takes those of each row, `DISCARDED` where they are not kept.
         gathered: int64: the kept rows that stand in the pack's keys for the rows of sequences with a light
             forward, which come last; None: the layout says where they are, or there are none.
-        num_fresh, num_main: number of main rows of the other sequences, and of all.
+        num_fresh: main rows whose own keys stand before the gathered ones.
+        num_main: all main rows.
     """
 
     places_T: Tensor
     gathered: Tensor | None
     num_fresh: int
     num_main: int
+
+    @property
+    def num_keys(self) -> int:
+        """Main keys that the pack sees."""
+        return self.num_main if self.gathered is None else self.num_fresh + len(self.gathered)
 
     def longer(self, num_rows: int) -> KeptPlaces:
         """With `num_rows` more rows, which are not kept."""

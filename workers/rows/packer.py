@@ -27,6 +27,7 @@ def plan_pack(
     canvases: Sequence[int],
     specs: Sequence[CanvasSpec],
     cu_tokens: Sequence[int],
+    width: int,
     padding: Padding = NO_PADDING,
     kept: KeptCanvases = NOTHING_KEPT,
     *,
@@ -38,15 +39,16 @@ def plan_pack(
         canvases: indices in the burst.
         specs: of all canvases of the burst.
         cu_tokens: boundaries of all sequences of the burst in its flat tokens.
-        padding: sizes that other bursts have. Nobody may be guided, need copies or reuse keys then.
+        width: B, the slots of the burst's widest block.
+        padding: sizes that other bursts have. Nobody may be guided or need copies then, and the last canvas
+            fills up, as does the one before the first light forward.
         kept: of the canvases that reuse keys.
         gathers: whether kept rows are copied behind the pack's own keys, so that kernels see one array. Light
             forwards must come last then, behind second copies and copies.
     """
-    width = max(padding.widest, max(spec.block_length for spec in specs))
     guided = [c for c in canvases if specs[c].is_guided]
     copies_of = [c for c in canvases for _ in range(specs[c].num_copies)]
-    assert padding == NO_PADDING or not (guided or copies_of or kept), "they are not padded"
+    assert padding == NO_PADDING or not (guided or copies_of), "they are not padded"
     sequences = np.array([*canvases, *guided, *copies_of])
     bounds = np.array(cu_tokens)
     starts, lens = bounds[sequences], bounds[sequences + 1] - bounds[sequences]
@@ -56,7 +58,10 @@ def plan_pack(
     for place, own in light.items():
         num_rows[place] = len(own.positions)
     cu_rows = _bounds(num_rows)
-    cu_keys = _bounds(lens) if gathers else cu_rows
+    key_lens = lens.copy()
+    if light and padding.fresh_keys:
+        key_lens[min(light) - 1] = padding.fresh_keys - cu_rows[min(light)]
+    cu_keys = _bounds(key_lens) if gathers else cu_rows
     first_keys = cu_keys[:-1].copy()
     for place in light if not gathers else ():
         first_keys[place] = kept_rows[place].first
@@ -126,8 +131,11 @@ def plan_pack(
     positions = np.concatenate([numbers, np.zeros(num_more, dtype=np.int64)])
     cu_queries = _bounds(np.concatenate([block_lens, np.ones(num_copies, dtype=np.int64)]))
     if padding != NO_PADDING:  # what fills up belongs to the last canvas, so that its numbers are defined
-        cu_rows[-1] = cu_keys[-1] = len(token_index)
+        cu_rows[-1] = len(token_index)
         cu_queries[-1] = len(main.slots)
+    places = kept_places(kept_rows, lens, cu_rows, padding, gathers=gathers) if kept_rows else None
+    if padding != NO_PADDING:
+        cu_keys[-1] = len(token_index) if places is None else places.num_keys
     cu_rows_T, cu_queries_T, cu_keys_T = (
         torch.from_numpy(own.astype(np.int32)) for own in (cu_rows, cu_queries, cu_keys)
     )
@@ -140,7 +148,7 @@ def plan_pack(
     if light and not gathers:
         first_and_end = zip(first_keys.tolist(), (first_keys + lens).tolist(), strict=True)
         seen = tuple(span if place in light else None for place, span in enumerate(first_and_end))
-    reusing, num_main_rows, full_index = _reusing(canvases, specs, bounds, kept)
+    reusing, num_main_rows, full_index = _reusing(canvases, specs, bounds, kept, padding)
     return Plan(
         token_index=torch.from_numpy(token_index),
         positions=torch.from_numpy(positions),
@@ -184,12 +192,16 @@ def plan_pack(
         reusing=reusing,
         num_main_rows=num_main_rows,
         full_index=full_index,
-        kept=kept_places(kept_rows, lens, cu_rows, gathers=gathers) if kept_rows else None,
+        kept=places,
     )
 
 
 def _reusing(
-    canvases: Sequence[int], specs: Sequence[CanvasSpec], cu_tokens: np.ndarray, kept: KeptCanvases
+    canvases: Sequence[int],
+    specs: Sequence[CanvasSpec],
+    cu_tokens: np.ndarray,
+    kept: KeptCanvases,
+    padding: Padding,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`reusing`, `num_main_rows` and `full_index` of a plan."""
     reusing = [c for c in canvases if c in kept]
@@ -197,6 +209,8 @@ def _reusing(
     full = [np.arange(cu_tokens[c], cu_tokens[c + 1]) for c in reusing if kept[c].light is None]
     if not reusing:
         return None, None, None
+    num_more = max(0, padding.group_size - len(reusing))
+    reusing, num_rows = reusing + num_more * [len(specs) - 1], num_rows + num_more * [0]
     index = torch.from_numpy(np.concatenate(full)) if full else None
     return torch.tensor(reusing), torch.tensor(num_rows), index
 

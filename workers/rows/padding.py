@@ -11,7 +11,10 @@ class Padding(NamedTuple):
     Rows, slots and members of groups are padded with the last canvas of the burst, which must be finished.
     """
 
+    tokens: int = 0  # of all sequences
     main_rows: int = 0
+    fresh_keys: int = 0  # of a pack, before the kept ones
+    gathered: int = 0  # kept rows among the keys
     slots: int = 0  # of active blocks
     shadow_rows: int = 0
     max_keys: int = 0  # rows of a sequence, including padding
