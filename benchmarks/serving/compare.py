@@ -7,7 +7,7 @@ The default pair is the embedded model and its twin, which have the same size, d
 get the same problems. Each policy of the engine and each *rival*, a way of serving the autoregressive model,
 is measured in closed loops of several concurrencies, all in turn in every repetition; a ratio is that of a
 policy's visible tokens a second to those of the fastest rival in the same repetition. Quality is measured
-once a policy, on problems of its own.
+once a policy, on problems of its own. Each policy may also reuse keys (", keys reused").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from remask.benchmarks.serving.load import closed_loop, figures
 from remask.benchmarks.serving.rivals import check_rival, open_rival
 from remask.benchmarks.serving.targets import MAX_CONCURRENCY, EngineTarget, Target
 from remask.benchmarks.throughput import Dtype, Keep, find_model, format_spread, spread
-from remask.benchmarks.tiny.policies import COMPARED, POLICIES
+from remask.benchmarks.tiny import policies as tiny
 from remask.benchmarks.utilization import NOT_COUNTED, Work, gemm_rate
 from remask.benchmarks.workloads import SEED, Job, answers, workload
 from remask.scheduler.errors import did_you_mean
@@ -36,6 +36,12 @@ from remask.text import load_tokenizer
 from remask.workers.models.denoiser import load_denoiser
 from remask.workers.models.loading import read_config
 
+REUSING = "{}, keys reused"
+POLICIES = {
+    **tiny.POLICIES,
+    **{REUSING.format(n): {**own, "reuse": "both"} for n, own in tiny.POLICIES.items()},
+}
+COMPARED = (*tiny.COMPARED, REUSING.format("one token a step"), REUSING.format("threshold 0.9"))
 CONCURRENCIES = (1, 4, 16, 64)
 RIVALS = ("generate", "continuous")
 QUALITY_SEED = 2**31 + 7
@@ -230,7 +236,7 @@ class _Comparison:
         """Requests under a policy. Their texts may end at an end-of-text token (`ignore_eos=False`)."""
         if self._options.workload == "tiny":
             return answers(self._tokenizer, count, policy, seed)
-        changes = {"unmask": None, "remask": None, **policy, "ignore_eos": False}
+        changes = {"unmask": None, "remask": None, "reuse": None, **policy, "ignore_eos": False}
         return [
             replace(job, params=msgspec.structs.replace(job.params, **changes))
             for job in workload(self._options.workload, self._tokenizer, self._config, count)

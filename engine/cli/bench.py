@@ -166,7 +166,10 @@ def compare(
     ] = "tiny",
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="May be repeated.  [default: one token a step, threshold 0.9, WINO 0.7/0.9]"),
+        typer.Option(
+            help="May be repeated.  [default: one token a step, threshold 0.9, WINO 0.7/0.9, the first two"
+            " with keys reused]"
+        ),
     ] = None,
     concurrency: Annotated[
         list[int] | None, typer.Option(help="Requests at a time; may be repeated.  [default: 1, 4, 16, 64]")
@@ -180,8 +183,14 @@ def compare(
     engine: Options,
 ) -> None:
     """A model against an autoregressive one: quality, speed and latency over concurrencies."""
-    from remask.benchmarks.serving.compare import CONCURRENCIES, RIVALS, CompareOptions, as_table, measure
-    from remask.benchmarks.tiny.policies import COMPARED
+    from remask.benchmarks.serving.compare import (
+        COMPARED,
+        CONCURRENCIES,
+        RIVALS,
+        CompareOptions,
+        as_table,
+        measure,
+    )
 
     options = CompareOptions(
         model=model,
