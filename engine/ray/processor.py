@@ -1,0 +1,195 @@
+"""`build_processor`: the engine as a stage of a Ray dataset, as Ray has it for vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+from ray.data import ActorPoolStrategy, Dataset
+
+from remask.options import EngineOptions
+from remask.ray.predictor import ERROR, Predictor, check_columns
+from remask.scheduler.errors import InvalidRequest, invalid_field
+
+Row = dict[str, Any]
+MapRow = Callable[[Row], Mapping[str, Any]]
+PositiveInt = Annotated[int, Meta(ge=1)]
+
+
+class RemaskProcessorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a dataset is processed.
+
+    Attributes:
+        model: As for `LLM`.
+        model_source: The same, by the name that it has for vLLM in Ray.
+        engine_kwargs: Options of `EngineOptions`.
+        concurrency: Number of actors, each with an engine of its own; (min, max) for a pool that Ray scales.
+        batch_size: Rows of a batch. If an actor dies its batches run again.
+        max_concurrent_batches: Batches that an actor works on at the same time.
+        max_tasks_in_flight_per_actor: Tasks that Ray sends to an actor. None: Ray's choice.
+        num_cpus: CPUs of an actor, and its number of threads.
+        num_gpus: GPUs of an actor; may be a fraction. None: 1 if the engine's device is "cuda".
+        accelerator_type: Accelerator that an actor needs. None: any.
+        runtime_env: Runtime environment of the actors. None: that of the job.
+    """
+
+    model: str | None = None
+    model_source: str | None = None
+    engine_kwargs: dict[str, Any] = {}
+    concurrency: PositiveInt | tuple[PositiveInt, ...] = 1  # msgspec 0.22 crashes on a pair
+    batch_size: PositiveInt = 64
+    max_concurrent_batches: PositiveInt = 8
+    max_tasks_in_flight_per_actor: PositiveInt | None = None
+    num_cpus: Annotated[float, Meta(gt=0)] = 1
+    num_gpus: Annotated[float, Meta(ge=0)] | None = None
+    accelerator_type: str | None = None
+    runtime_env: dict[str, Any] | None = None
+
+
+class Processor:
+    """A callable on datasets; see `build_processor`.
+
+    Args:
+        config: Validated here.
+        preprocess, postprocess, preprocess_map_kwargs, postprocess_map_kwargs: See `build_processor`.
+    """
+
+    def __init__(
+        self,
+        config: RemaskProcessorConfig,
+        preprocess: MapRow | None,
+        postprocess: MapRow | None,
+        preprocess_map_kwargs: Mapping[str, Any],
+        postprocess_map_kwargs: Mapping[str, Any],
+    ) -> None:
+        self.config, self._model = config, _check(config)
+        try:
+            self._options = EngineOptions.parse(model=self._model, **config.engine_kwargs)
+        except TypeError as error:
+            raise InvalidRequest("engine_kwargs", list(config.engine_kwargs), str(error)) from None
+        self._preprocess, self._postprocess = preprocess, postprocess
+        self._before, self._after = preprocess_map_kwargs, postprocess_map_kwargs
+
+    def __call__(self, dataset: Dataset) -> Dataset:
+        """The dataset with the engine's columns; nothing runs before it is consumed.
+
+        Raises:
+            InvalidRequest: The dataset has no prompts, or has a column that the engine adds.
+        """
+        if self._preprocess is not None:
+            dataset = dataset.map(_Before(self._preprocess), **self._before)
+        elif (names := dataset.columns()) is not None:
+            check_columns(names)
+        dataset = dataset.map_batches(Predictor, **self._actors())  # type: ignore[arg-type]
+        if self._postprocess is not None:
+            dataset = dataset.map(_After(self._postprocess), **self._after)
+        return dataset
+
+    def _actors(self) -> dict[str, Any]:
+        config = self.config
+        sizes = config.concurrency
+        least, most = (sizes, sizes) if isinstance(sizes, int) else sizes
+        num_gpus = config.num_gpus
+        if num_gpus is None:
+            num_gpus = int(self._options.device.startswith("cuda"))
+        arguments = {
+            "fn_constructor_args": (self._model,),
+            "fn_constructor_kwargs": config.engine_kwargs,
+            "batch_size": config.batch_size,
+            "batch_format": "pyarrow",
+            "zero_copy_batch": True,
+            "compute": ActorPoolStrategy(
+                min_size=least,
+                max_size=most,
+                max_tasks_in_flight_per_actor=config.max_tasks_in_flight_per_actor,
+                max_concurrent_calls_per_actor=config.max_concurrent_batches,
+            ),
+            "udf_modifying_row_count": False,
+            "num_cpus": config.num_cpus,
+            "num_gpus": num_gpus,
+            "accelerator_type": config.accelerator_type,
+            "runtime_env": config.runtime_env,
+        }
+        return {name: value for name, value in arguments.items() if value is not None}
+
+
+class _Before:
+    """Adds what a preprocess function returns to its row."""
+
+    def __init__(self, function: MapRow) -> None:
+        self._function = function
+
+    def __call__(self, row: Row) -> Row:
+        return {**row, **_mapping("preprocess", self._function(row))}
+
+
+class _After:
+    """Adds what a postprocess function returns to its row. Its error with a refused row is that row's."""
+
+    def __init__(self, function: MapRow) -> None:
+        self._function = function
+
+    def __call__(self, row: Row) -> Row:
+        try:
+            return {**row, **_mapping("postprocess", self._function(row)), ERROR: row[ERROR]}
+        except Exception:
+            if row[ERROR] is None:
+                raise
+            return row
+
+
+def _mapping(name: str, found: Any) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise InvalidRequest(name, found, "must return a dict of columns")
+    return found
+
+
+def build_processor(
+    config: RemaskProcessorConfig,
+    *,
+    preprocess: MapRow | None = None,
+    postprocess: MapRow | None = None,
+    preprocess_map_kwargs: Mapping[str, Any] | None = None,
+    postprocess_map_kwargs: Mapping[str, Any] | None = None,
+) -> Processor:
+    """A callable that adds the engine's texts to a Ray dataset.
+
+    Names and columns are those that `ray.data.llm.build_processor` has for vLLM; see `Predictor` for the
+    columns.
+
+    Args:
+        config: The model, its engine and the pool of actors.
+        preprocess: Called with each row; returns the columns `prompt` or `messages`, and `sampling_params`,
+            which are added to the row.
+        postprocess: Called with each row; returns columns that are added to it. A refused row, with which it
+            may raise an error, has `error` and nulls in the engine's columns.
+        preprocess_map_kwargs, postprocess_map_kwargs: For `Dataset.map`.
+
+    Raises:
+        InvalidRequest: A field or an option of the engine is invalid, or is given twice.
+    """
+    return Processor(
+        config, preprocess, postprocess, preprocess_map_kwargs or {}, postprocess_map_kwargs or {}
+    )
+
+
+def _check(config: RemaskProcessorConfig) -> str:
+    """The model; raises InvalidRequest if a field is invalid or the model is given twice or not at all."""
+    fields = msgspec.structs.asdict(config)
+    try:
+        msgspec.convert(fields, RemaskProcessorConfig)
+    except msgspec.ValidationError as error:
+        raise invalid_field("", fields, error) from None
+    sizes = config.concurrency
+    if not isinstance(sizes, int) and (len(sizes) != 2 or sizes[0] > sizes[1]):
+        raise InvalidRequest("concurrency", sizes, "give a number of actors, or (min, max) in this order")
+    named = [name for name in ("model", "model_source") if getattr(config, name) is not None]
+    named += ["engine_kwargs['model']"] if "model" in config.engine_kwargs else []
+    if len(named) > 1:
+        raise InvalidRequest("model", None, f"is given by {' and by '.join(named)}; keep one")
+    model = config.model or config.model_source
+    if model is None:
+        raise InvalidRequest("model", None, "is missing; name a checkpoint in the config")
+    return model
