@@ -39,9 +39,9 @@ DTYPE = "float32"
 NUM_CANVASES, ROUND_TRIPS = 64, 50
 
 
-def make_llm(num_workers: int = 0) -> LLM:
+def make_llm(num_workers: int = 0, model: str = MODEL) -> LLM:
     """An engine in this process, or on this number of workers on Ray."""
-    directory, load_format = find_model(MODEL)
+    directory, load_format = find_model(model)
     on_ray: dict[str, Any] = {"distributed_executor_backend": "ray", "data_parallel_size": num_workers}
     return LLM(directory, dtype=DTYPE, load_format=load_format, **(on_ray if num_workers else {}))
 
@@ -53,10 +53,10 @@ def serve(llm: LLM, jobs: Sequence[Job]) -> float:
     return time.perf_counter() - started
 
 
-def _side(link: Connection) -> None:
+def _side(link: Connection, model: str) -> None:
     """Runs an engine in its own process: serves the jobs it receives and sends back the seconds."""
     torch.set_num_threads(1)
-    with make_llm() as llm:
+    with make_llm(model=model) as llm:
         link.send(None)
         while (jobs := link.recv()) is not None:
             link.send(serve(llm, jobs))
@@ -65,11 +65,13 @@ def _side(link: Connection) -> None:
 class SideBySide:
     """Independent engines on the same cores."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, model: str = MODEL) -> None:
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(count)]
         self.links = [ours for ours, _ in pairs]
-        self.processes = [context.Process(target=_side, args=(theirs,), daemon=True) for _, theirs in pairs]
+        self.processes = [
+            context.Process(target=_side, args=(theirs, model), daemon=True) for _, theirs in pairs
+        ]
         for process, link in zip(self.processes, self.links, strict=True):
             process.start()
             link.recv()

@@ -1,4 +1,7 @@
-"""`Predictor`: batches of a Ray dataset in, the same rows with their texts out."""
+"""`Predictor`: batches of a Ray dataset in, the same rows with their texts out.
+
+It knows the columns and that Ray may run a batch again. Pools, resources and stages are the processor's.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,29 @@ import asyncio
 import hashlib
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import msgspec
+import numpy as np
 import pyarrow as pa
+import ray
 
 from remask.engine import Engine
 from remask.intake import CheckedPrompt
 from remask.options import EngineOptions
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import EngineDead, InvalidRequest, Overloaded, Unavailable
+from remask.scheduler.request import Request
 from remask.thread import EngineThread
 
 logger = logging.getLogger(__name__)
 
 PROMPT, MESSAGES, PARAMS, ERROR = "prompt", "messages", "sampling_params", "error"
 
-# The columns that a `Predictor` adds. Those that exist for vLLM in Ray have their names there.
+# The columns that a `Predictor` adds. Names follow Ray's processor for vLLM where it has the column.
 COLUMNS = pa.schema(
     [
         ("generated_text", pa.string()),
@@ -39,21 +45,25 @@ COLUMNS = pa.schema(
         (ERROR, pa.string()),
     ]
 )
+MAX_BATCHES = 64  # of an actor at a time
+WAIT_SECONDS = 0.05  # between two attempts to enter a full queue
 
-Batch = pa.Table | Mapping[str, Any]
+Batch = Any  # a `pa.Table`, or arrays by column
+Row = dict[str, Any]
 
 
 class Predictor:
     """A callable class for `Dataset.map_batches` on a pool of actors.
 
-    Rows have the columns `prompt` (text or token ids) or `messages` (a chat), and may have `sampling_params`
-    (a struct of the fields of `SamplingParams`; a field that is null counts as absent). All columns stay, and
-    `COLUMNS` are added. A row that is refused or fails has the reason in `error` and nulls in the others.
+    Rows have the columns `prompt` (text or token ids) or `messages` (a chat, which comes first), and may have
+    `sampling_params` (a struct of the fields of `SamplingParams`; a field that is null counts as absent). All
+    columns stay, and `COLUMNS` are added. A row that is refused or fails has the reason in `error` and nulls
+    in the other columns.
 
     The engine is the actor's own. Batches that an actor has at the same time share every denoising step. A
-    row without a seed gets one of its content, so that it has the same text if Ray runs its batch again;
-    equal rows of a batch get different ones. If the engine dies the actor ends, and Ray runs its batches on
-    another one.
+    row without a seed gets one that is derived from all its columns, so that it has the same text if Ray runs
+    its batch again; rows of a batch that are equal in all columns get different ones. If the engine dies the
+    actor ends, and Ray runs its batches on another one.
 
     Args:
         model: As for `LLM`.
@@ -64,130 +74,156 @@ class Predictor:
     """
 
     def __init__(self, model: str, **engine_kwargs: Any) -> None:
-        options = EngineOptions.parse(model=model, **engine_kwargs)
-        self._engine = EngineThread(Engine(options))
-        self._threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="remask-batch")
+        self._engine = EngineThread(Engine(EngineOptions.parse(model=model, **engine_kwargs)))
+        self._threads = ThreadPoolExecutor(MAX_BATCHES, thread_name_prefix="remask-batch")
 
-    async def __call__(self, batch: Batch) -> pa.Table:
+    async def __call__(self, batch: Batch) -> Batch:
         """The batch with `COLUMNS`.
 
         Args:
-            batch: a table, or columns of equal lengths.
+            batch: A table, to which typed columns are added, or arrays by column.
 
         Raises:
-            InvalidRequest: the batch has no prompts or has one of `COLUMNS`, or its columns differ in length.
+            InvalidRequest: The batch has no prompts or has one of `COLUMNS`, or its columns differ in length.
         """
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, self.predict, batch)
-        except (EngineDead, Unavailable) as error:
+        except (EngineDead, Unavailable):
+            if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+                raise
             # Ray restarts an actor whose process ends, and keeps one that raises.
-            logger.error("the engine has ended; ending its actor: %s", error)
+            logger.exception("the engine has ended; ending its actor")
             logging.shutdown()
             os._exit(1)
 
-    def predict(self, batch: Batch) -> pa.Table:
-        """As calling it; blocks."""
-        table = as_table(batch)
-        check_columns(table.column_names)
-        answers: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
-        seen: Counter[int] = Counter()
-        requests, places = [], {}
-        names = [name for name in (PROMPT, MESSAGES, PARAMS) if name in table.column_names]
-        for place, row in enumerate(table.select(names).to_pylist()):
+    def predict(self, batch: Batch) -> Batch:
+        """Blocking form of calling it."""
+        names, rows = _rows(batch)
+        check_columns(names)
+        answers: list[Row] = [{} for _ in rows]
+        places: dict[str, int] = {}
+        requests, seen = [], Counter[str]()
+        for place, row in enumerate(rows):
             try:
                 checked = self._check(row)
             except InvalidRequest as error:
                 answers[place] = {ERROR: str(error)}
                 continue
-            content = _place(checked, 0)
-            request = self._engine.intake.request(checked, place=_place(checked, seen[content]))
+            content = repr(row)
+            requests.append(self._engine.intake.request(checked, place=_seed_key(content, seen[content])))
+            places[requests[-1].request_id] = place
             seen[content] += 1
-            requests.append(request)
-            places[request.request_id] = place
-        try:
-            for output in self._engine.serve(requests):
-                answers[places[output.request_id]] = _cells(output)
-        except Overloaded as error:
-            raise InvalidRequest(
-                "batch_size", table.num_rows, f"exceeds the engine's queue: {error}"
-            ) from error
-        ours = pa.Table.from_pylist(answers, schema=COLUMNS)
-        for field, column in zip(COLUMNS, ours.columns, strict=True):
-            table = table.append_column(field, column)
-        return table
+        for output in self._serve(requests):
+            answers[places[output.request_id]] = _cells(output)
+        return _with_columns(batch, answers)
 
-    def _check(self, row: dict[str, Any]) -> CheckedPrompt:
+    def close(self) -> None:
+        """Frees the engine."""
+        self._engine.close()
+
+    def _check(self, row: Row) -> CheckedPrompt:
         """A row's request; raises InvalidRequest if it is refused."""
         intake, params = self._engine.intake, _present(row.get(PARAMS) or {})
         prompt, messages = row.get(PROMPT), row.get(MESSAGES)
-        if (prompt is None) == (messages is None):
-            raise InvalidRequest(PROMPT, prompt, f"give either `{PROMPT}` or `{MESSAGES}`")
+        if isinstance(params, dict):
+            params.pop("detokenize", None)  # of vLLM: there is always a text
         if messages is not None:
-            prompt = intake.chat_prompt([_present(message) for message in messages])
-        assert prompt is not None, "there are messages"
+            prompt = intake.chat_prompt(
+                [_present(m) for m in messages] if isinstance(messages, list) else messages
+            )
+        if prompt is None:
+            raise InvalidRequest(PROMPT, None, f"is null; give it or `{MESSAGES}`")
         checked = intake.check(prompt, params)
-        if checked.params.n != 1:
-            problem = "a row has one text; use n=1 and repeat the row"
-            raise InvalidRequest("n", checked.params.n, problem)
+        for name, neutral in (("n", 1), ("logprobs", False), ("trace", False)):
+            if (value := getattr(checked.params, name)) != neutral:
+                problem = "has no column; leave it out" if name != "n" else "has no columns; repeat the row"
+                raise InvalidRequest(name, value, problem)
         return checked
 
+    def _serve(self, requests: Sequence[Request]) -> Iterator[RequestOutput]:
+        """The outputs of requests; waits while other batches fill the engine's queue."""
+        while True:
+            try:
+                yield from self._engine.serve(requests)
+            except Overloaded as error:
+                if self._engine.num_live == 0:
+                    problem = f"the queue is too short for a batch: {error}; raise its bounds"
+                    raise InvalidRequest("engine_kwargs", None, problem) from None
+                time.sleep(WAIT_SECONDS)
+            else:
+                return
 
-def _place(checked: CheckedPrompt, number: int) -> int:
-    """What the seed of a row is derived from; `number` is that of the row among equal ones of its batch."""
-    content = msgspec.msgpack.encode((checked.ids, repr(checked.params), number))
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+def _seed_key(content: str, number: int) -> int:
+    """Hash that the seed of a row is derived from; `number` counts equal rows of its batch."""
+    return int.from_bytes(hashlib.blake2b(f"{number}:{content}".encode(), digest_size=8).digest(), "little")
 
 
-def _cells(output: RequestOutput) -> dict[str, Any]:
+def _cells(output: RequestOutput) -> Row:
     if output.error is not None:
         return {ERROR: output.error}
-    (own,) = output.outputs
+    (sample,) = output.outputs
     return {
-        "generated_text": own.text,
-        "generated_tokens": own.token_ids,
-        "num_generated_tokens": len(own.token_ids),
+        "generated_text": sample.text,
+        "generated_tokens": sample.token_ids,
+        "num_generated_tokens": len(sample.token_ids),
         "num_input_tokens": len(output.prompt_token_ids),
-        "finish_reason": own.finish_reason,
-        "nfe": own.nfe,
-        "tokens_per_forward": own.tokens_per_forward,
-        "seed": own.seed,
+        "finish_reason": sample.finish_reason,
+        "nfe": sample.nfe,
+        "tokens_per_forward": sample.tokens_per_forward,
+        "seed": sample.seed,
     }
 
 
-def _present(fields: Any) -> Any:
-    """A struct without its nulls: Arrow gives every row all fields that any row has."""
-    if not isinstance(fields, Mapping):
-        return fields
-    return {name: _present(value) for name, value in fields.items() if value is not None}
+def _present(value: Any) -> Any:
+    """A struct as it was before Arrow gave every row all fields that any row has (as nulls), and made all
+    numbers of a field floats if one is."""
+    if isinstance(value, Mapping):
+        return {name: _present(entry) for name, entry in value.items() if entry is not None}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def as_table(batch: Batch) -> pa.Table:
-    """A batch in Arrow's form.
+def _rows(batch: Batch) -> tuple[list[str], list[Row]]:
+    """The columns of a batch, and its rows.
 
     Raises:
-        InvalidRequest: its columns have different lengths.
+        InvalidRequest: it is no batch, or its columns have different lengths.
     """
     if isinstance(batch, pa.Table):
-        return batch
+        return batch.column_names, batch.to_pylist()
     if not isinstance(batch, Mapping):
-        raise InvalidRequest("batch_format", type(batch).__name__, "use batch_format='pyarrow' or 'numpy'")
-    columns = {name: _column(values) for name, values in batch.items()}
+        raise InvalidRequest("batch_format", type(batch).__name__, "use 'pyarrow' or 'numpy'")
+    columns = {name: list(values) for name, values in batch.items()}
     lens = {name: len(column) for name, column in columns.items()}
     if len(set(lens.values())) > 1:
         counts = ", ".join(f"{name}: {count}" for name, count in lens.items())
         raise InvalidRequest("batch", counts, "columns differ in length; give each a value for each row")
-    return pa.table(columns)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return list(columns), rows
 
 
-def _column(values: Any) -> pa.Array:
-    return pa.array(values.tolist() if hasattr(values, "tolist") else list(values))
+def _with_columns(batch: Batch, answers: Sequence[Row]) -> Batch:
+    added = pa.Table.from_pylist(list(answers), schema=COLUMNS)
+    if isinstance(batch, pa.Table):
+        for field, column in zip(COLUMNS, added.columns, strict=True):
+            batch = batch.append_column(field, column)
+        return batch
+    arrays = {name: np.empty(len(answers), dtype=object) for name in COLUMNS.names}
+    for name, array in arrays.items():
+        array[:] = added.column(name).to_pylist()
+    return {**batch, **arrays}
 
 
-def check_columns(names: list[str]) -> None:
-    """Raises InvalidRequest if a dataset with these columns has no prompts, or has a column of ours."""
+def check_columns(names: Sequence[str]) -> None:
+    """Raises InvalidRequest if a dataset with these columns has no prompts, or has a column of `COLUMNS`."""
     if PROMPT not in names and MESSAGES not in names:
         problem = f"is not among the columns {sorted(names)}; add it, or `{MESSAGES}`, in preprocess"
         raise InvalidRequest(PROMPT, None, problem)
+    check_free(names)
+
+
+def check_free(names: Sequence[str]) -> None:
+    """Raises InvalidRequest if a dataset with these columns has a column of `COLUMNS`."""
     for name in COLUMNS.names:
         if name in names:
             raise InvalidRequest(name, None, "is a column that the engine adds; rename the dataset's")

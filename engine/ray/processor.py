@@ -1,20 +1,28 @@
-"""`build_processor`: the engine as a stage of a Ray dataset, as Ray has it for vLLM."""
+"""`build_processor`: the engine as a stage of a Ray dataset, as Ray has it for vLLM.
+
+It knows pools, resources and the order of stages. What a row means is the predictor's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
+import pyarrow as pa
+import ray
 from msgspec import Meta
 from ray.data import ActorPoolStrategy, Dataset
 
+from remask.embedded import is_embedded
 from remask.options import EngineOptions
-from remask.ray.predictor import ERROR, Predictor, check_columns
-from remask.scheduler.errors import InvalidRequest, invalid_field
+from remask.ray.predictor import COLUMNS, ERROR, Predictor, check_columns, check_free
+from remask.scheduler.errors import InvalidRequest
 
 Row = dict[str, Any]
 MapRow = Callable[[Row], Mapping[str, Any]]
+MODEL_NAMES = ("model", "model_source")
 PositiveInt = Annotated[int, Meta(ge=1)]
 
 
@@ -23,20 +31,21 @@ class RemaskProcessorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_un
 
     Attributes:
         model: As for `LLM`.
-        model_source: The same, by the name that it has for vLLM in Ray.
+        model_source: Alias of `model`, Ray's name for it.
         engine_kwargs: Options of `EngineOptions`.
         concurrency: Number of actors, each with an engine of its own; (min, max) for a pool that Ray scales.
         batch_size: Rows of a batch. If an actor dies its batches run again.
-        max_concurrent_batches: Batches that an actor works on at the same time.
+        max_concurrent_batches: Tasks that an actor works on at the same time, of up to four batches each.
         max_tasks_in_flight_per_actor: Tasks that Ray sends to an actor. None: Ray's choice.
         num_cpus: CPUs of an actor, and its number of threads.
-        num_gpus: GPUs of an actor; may be a fraction. None: 1 if the engine's device is "cuda".
+        num_gpus: GPUs of an actor; may be a fraction, of which `gpu_memory_utilization` must be a part. None:
+            1 if the engine's device is "cuda", or if it is "auto" and the cluster has GPUs.
         accelerator_type: Accelerator that an actor needs. None: any.
         runtime_env: Runtime environment of the actors. None: that of the job.
     """
 
-    model: str | None = None
-    model_source: str | None = None
+    model: str | Path | None = None
+    model_source: str | Path | None = None
     engine_kwargs: dict[str, Any] = {}
     concurrency: PositiveInt | tuple[PositiveInt, ...] = 1  # msgspec 0.22 crashes on a pair
     batch_size: PositiveInt = 64
@@ -76,15 +85,18 @@ class Processor:
         """The dataset with the engine's columns; nothing runs before it is consumed.
 
         Raises:
-            InvalidRequest: The dataset has no prompts, or has a column that the engine adds.
+            InvalidRequest: The dataset's columns are known, and there are no prompts among them or one that
+                the engine adds.
         """
         if self._preprocess is not None:
+            check_free(dataset.columns(fetch_if_missing=False) or [])
             dataset = dataset.map(_Before(self._preprocess), **self._before)
-        elif (names := dataset.columns()) is not None:
+        elif (names := dataset.columns(fetch_if_missing=False)) is not None:
             check_columns(names)
         dataset = dataset.map_batches(Predictor, **self._actors())  # type: ignore[arg-type]
         if self._postprocess is not None:
             dataset = dataset.map(_After(self._postprocess), **self._after)
+            dataset = dataset.map_batches(_typed, batch_format="pyarrow", zero_copy_batch=True)
         return dataset
 
     def _actors(self) -> dict[str, Any]:
@@ -93,7 +105,8 @@ class Processor:
         least, most = (sizes, sizes) if isinstance(sizes, int) else sizes
         num_gpus = config.num_gpus
         if num_gpus is None:
-            num_gpus = int(self._options.device.startswith("cuda"))
+            device = self._options.device
+            num_gpus = int(device == "cuda" or (device == "auto" and _has_gpus()))
         arguments = {
             "fn_constructor_args": (self._model,),
             "fn_constructor_kwargs": config.engine_kwargs,
@@ -115,6 +128,10 @@ class Processor:
         return {name: value for name, value in arguments.items() if value is not None}
 
 
+def _has_gpus() -> bool:
+    return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+
+
 class _Before:
     """Adds what a preprocess function returns to its row."""
 
@@ -126,18 +143,27 @@ class _Before:
 
 
 class _After:
-    """Adds what a postprocess function returns to its row. Its error with a refused row is that row's."""
+    """Adds what a postprocess function returns to its row, unless the row was refused."""
 
     def __init__(self, function: MapRow) -> None:
         self._function = function
 
     def __call__(self, row: Row) -> Row:
-        try:
-            return {**row, **_mapping("postprocess", self._function(row)), ERROR: row[ERROR]}
-        except Exception:
-            if row[ERROR] is None:
-                raise
+        if row[ERROR] is not None:
             return row
+        added = _mapping("postprocess", self._function(dict(row)))
+        if ERROR in added:
+            raise InvalidRequest("postprocess", ERROR, "is the engine's column; return another name")
+        return {**row, **added}
+
+
+def _typed(batch: pa.Table) -> pa.Table:
+    """Gives the engine's columns their types again, which blocks of rows lose where all are null."""
+    for field in COLUMNS:
+        place = batch.schema.get_field_index(field.name)
+        if place >= 0 and batch.column(place).null_count == batch.num_rows:
+            batch = batch.set_column(place, field, batch.column(place).cast(field.type))
+    return batch
 
 
 def _mapping(name: str, found: Any) -> Mapping[str, Any]:
@@ -148,7 +174,6 @@ def _mapping(name: str, found: Any) -> Mapping[str, Any]:
 
 def build_processor(
     config: RemaskProcessorConfig,
-    *,
     preprocess: MapRow | None = None,
     postprocess: MapRow | None = None,
     preprocess_map_kwargs: Mapping[str, Any] | None = None,
@@ -163,8 +188,7 @@ def build_processor(
         config: The model, its engine and the pool of actors.
         preprocess: Called with each row; returns the columns `prompt` or `messages`, and `sampling_params`,
             which are added to the row.
-        postprocess: Called with each row; returns columns that are added to it. A refused row, with which it
-            may raise an error, has `error` and nulls in the engine's columns.
+        postprocess: Called with each row that was not refused; returns columns that are added to it.
         preprocess_map_kwargs, postprocess_map_kwargs: For `Dataset.map`.
 
     Raises:
@@ -177,19 +201,25 @@ def build_processor(
 
 def _check(config: RemaskProcessorConfig) -> str:
     """The model; raises InvalidRequest if a field is invalid or the model is given twice or not at all."""
-    fields = msgspec.structs.asdict(config)
-    try:
-        msgspec.convert(fields, RemaskProcessorConfig)
-    except msgspec.ValidationError as error:
-        raise invalid_field("", fields, error) from None
+    for field in msgspec.structs.fields(config):
+        value = getattr(config, field.name)
+        if field.name in MODEL_NAMES:  # msgspec knows no paths
+            if not isinstance(value, str | Path | None):
+                raise InvalidRequest(field.name, value, "must be a name or a path")
+            continue
+        try:
+            msgspec.convert(value, field.type)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(field.name, value, str(error)) from None
     sizes = config.concurrency
     if not isinstance(sizes, int) and (len(sizes) != 2 or sizes[0] > sizes[1]):
         raise InvalidRequest("concurrency", sizes, "give a number of actors, or (min, max) in this order")
-    named = [name for name in ("model", "model_source") if getattr(config, name) is not None]
+    named = [name for name in MODEL_NAMES if getattr(config, name) is not None]
     named += ["engine_kwargs['model']"] if "model" in config.engine_kwargs else []
     if len(named) > 1:
         raise InvalidRequest("model", None, f"is given by {' and by '.join(named)}; keep one")
     model = config.model or config.model_source
     if model is None:
         raise InvalidRequest("model", None, "is missing; name a checkpoint in the config")
-    return model
+    # Actors run in folders of their own; a relative path is the caller's.
+    return str(model) if is_embedded(model) else str(Path(model).absolute())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from remask import LLM, InvalidRequest, SamplingParams
 from remask.ray import Predictor, RemaskProcessorConfig, build_processor
 from remask.ray.predictor import COLUMNS
-from remask.ray.processor import _After
+from remask.ray.processor import _After, _typed
 
 PARAMS = {"max_tokens": 6, "unmask": "threshold:0.9"}
 
@@ -21,7 +23,7 @@ PARAMS = {"max_tokens": 6, "unmask": "threshold:0.9"}
 def predictor() -> Iterator[Predictor]:
     own = Predictor("tiny", device="cpu", max_num_rows=4096)
     yield own
-    own._engine.close()
+    own.close()
 
 
 def table(**columns: Any) -> pa.Table:
@@ -43,12 +45,12 @@ def test_rows_keep_their_columns_and_get_the_engines(predictor: Predictor, tiny_
 
 
 def test_a_refused_row_costs_no_other(predictor: Predictor) -> None:
-    params = [PARAMS, {**PARAMS, "max_tokens": 100_000}, {**PARAMS, "n": 2}, PARAMS]
-    rows = predictor.predict(table(prompt=["1+1=", "2+2=", "3+3=", None], sampling_params=params)).to_pylist()
-    assert [row["error"] is None for row in rows] == [True, False, False, False]
-    assert rows[1]["error"].startswith("max_tokens: ")
-    assert rows[2]["error"].startswith("n: ")
-    assert rows[3]["error"].startswith("prompt: ")
+    wrong = [{"max_tokens": 100_000}, {"n": 2}, {"max_tokens": 6.5}, {"logprobs": 1}, {"trace": True}]
+    params = [PARAMS, *({**PARAMS, **own} for own in wrong), PARAMS]
+    prompts = ["1+1="] * 6 + [None]
+    rows = predictor.predict(table(prompt=prompts, sampling_params=params)).to_pylist()
+    names = [(row["error"] or "").partition(":")[0] for row in rows]
+    assert names == ["", "max_tokens", "n", "max_tokens", "logprobs", "trace", "prompt"]
     for row in rows[1:]:
         assert {row[name] for name in COLUMNS.names if name != "error"} == {None}
 
@@ -56,6 +58,17 @@ def test_a_refused_row_costs_no_other(predictor: Predictor) -> None:
 def test_a_batch_of_refused_rows_has_the_schema_of_all(predictor: Predictor) -> None:
     refused, fine = (predictor.predict(table(prompt=[text])) for text in ("", "1+1="))
     assert refused.schema == fine.schema
+
+
+def test_a_full_queue_is_waited_for(tiny_llm: LLM) -> None:
+    own = Predictor("tiny", device="cpu", max_num_rows=4096, max_queued_requests=3)
+    with ThreadPoolExecutor(4) as pool:
+        batches = [table(prompt=[f"{i}+{k}=" for k in range(3)]) for i in range(4)]
+        found = list(pool.map(own.predict, batches))
+    assert [batch.column("error").null_count for batch in found] == [3] * 4
+    with pytest.raises(InvalidRequest, match="engine_kwargs: the queue is too short for a batch"):
+        own.predict(table(prompt=["1+1="] * 50))
+    own.close()
 
 
 def test_a_row_has_the_same_text_in_any_batch(predictor: Predictor) -> None:
@@ -71,10 +84,18 @@ def test_a_row_has_the_same_text_in_any_batch(predictor: Predictor) -> None:
 def test_batches_come_as_columns_of_arrays_too(predictor: Predictor) -> None:
     params = np.array([PARAMS, PARAMS], dtype=object)
     batch = {"prompt": np.array(["1+1=", "2+2="], dtype=object), "sampling_params": params}
+    batch["key"] = np.array(["2026-01-01", "2026-01-02"], dtype="datetime64[D]")
     found = predictor.predict(batch)
-    assert found.equals(predictor.predict(table(prompt=["1+1=", "2+2="], sampling_params=[PARAMS] * 2)))
-    ids = predictor.predict({"prompt": [[5, 6, 7], [8, 9, 10]]}).to_pylist()
-    assert [row["num_input_tokens"] for row in ids] == [3, 3]
+    assert found["key"] is batch["key"]
+    typed = predictor.predict(table(prompt=["1+1=", "2+2="], sampling_params=[PARAMS] * 2))
+    assert found["generated_text"].tolist() == typed.column("generated_text").to_pylist()
+    mixed = {
+        "prompt": [[5, 6, 7], "1+1=", 7],
+        "sampling_params": [PARAMS, {"unmask": {"type": "threshold"}}, None],
+    }
+    found = predictor.predict(mixed)
+    assert found["num_input_tokens"].tolist() == [3, 4, None]
+    assert found["error"][2].startswith("prompt: ")
 
 
 def test_chats_are_messages(predictor: Predictor, tiny_llm: LLM) -> None:
@@ -82,8 +103,11 @@ def test_chats_are_messages(predictor: Predictor, tiny_llm: LLM) -> None:
     rows = predictor.predict(table(messages=chats, sampling_params=[PARAMS] * 2)).to_pylist()
     expected = tiny_llm.chat(chats, PARAMS, use_tqdm=False)
     assert [row["generated_text"] for row in rows] == [own.outputs[0].text for own in expected]
-    both = predictor.predict(table(messages=chats[:1], prompt=["1"])).to_pylist()
-    assert both[0]["error"].startswith("prompt: give either `prompt` or `messages`")
+    both = predictor.predict(
+        {"messages": [chats[0], 5], "prompt": ["7", "7"], "sampling_params": [PARAMS] * 2}
+    )
+    assert both["generated_text"][0] == rows[0]["generated_text"], "as in Ray, a chat comes first"
+    assert both["error"][1].startswith("messages: ")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +116,7 @@ def test_chats_are_messages(predictor: Predictor, tiny_llm: LLM) -> None:
         ({"text": ["1+1="]}, r"prompt: is not among the columns \['text'\]"),
         ({"prompt": ["1+1="], "nfe": [3]}, "nfe: is a column that the engine adds"),
         ({"prompt": ["1+1=", "2"], "key": [1]}, "batch: columns differ in length.*prompt: 2, key: 1"),
-        ([{"prompt": "1+1="}], "batch_format: use batch_format='pyarrow' or 'numpy'"),
+        ([{"prompt": "1+1="}], "batch_format: use 'pyarrow' or 'numpy'"),
     ],
 )
 def test_other_batches_are_refused_by_name(predictor: Predictor, batch: Any, message: str) -> None:
@@ -126,3 +150,25 @@ def test_a_refused_row_survives_its_postprocessing() -> None:
     assert after(refused) == refused
     with pytest.raises(AttributeError):
         after({**refused, "error": None})
+    with pytest.raises(InvalidRequest, match="postprocess: is the engine's column"):
+        _After(lambda _: {"error": ""})(fine)
+
+
+def test_columns_of_nulls_keep_their_types() -> None:
+    rows = pa.Table.from_pylist(
+        [{"key": 1, "nfe": None, "error": "no"}, {"key": 2, "nfe": None, "error": "no"}]
+    )
+    found = _typed(rows)
+    assert found.schema.field("nfe").type == pa.int64()
+    assert found.to_pylist() == rows.to_pylist()
+    fine = pa.Table.from_pylist([{"generated_text": "1", "nfe": 3, "error": None}])
+    assert _typed(fine).schema.field("error").type == pa.string()
+
+
+def test_a_models_path_is_the_callers() -> None:
+    (model,) = build_processor(RemaskProcessorConfig(model=Path("models/own")))._actors()[
+        "fn_constructor_args"
+    ]
+    assert model == str(Path.cwd() / "models/own")
+    (model,) = build_processor(RemaskProcessorConfig(model_source="tiny"))._actors()["fn_constructor_args"]
+    assert model == "tiny"
