@@ -50,9 +50,9 @@ def plan_packs(
         canvases: their places; None: those that run.
     """
     specs = state.specs
-    assert all(spec.shift == model.config.shift for spec in specs), "canvases are the model's"
     if canvases is None:
         canvases = (~state.paused).nonzero().squeeze(1).tolist()
+    assert all(specs[c].shift == model.config.shift for c in canvases), "canvases are the model's"
     light = {c: kept[c].light if c in kept else None for c in canvases if specs[c].reuse is None or c in kept}
     num_rows = {c: specs[c].num_rows(state.sequence_len(c), own) for c, own in light.items()}
     plans = []

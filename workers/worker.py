@@ -27,7 +27,7 @@ from remask.workers.burst.staging import Fetched, to_device
 from remask.workers.burst.state import BurstState
 from remask.workers.burst.wire import Results
 from remask.workers.failures import describe, is_out_of_memory, loses_device
-from remask.workers.key_store import KeyStore
+from remask.workers.key_store import KeysDoNotFit, KeyStore
 from remask.workers.models.denoiser import Denoiser
 from remask.workers.rows.kept import DISCARDED, NOTHING_KEPT
 from remask.workers.startup.device import on_device
@@ -272,6 +272,12 @@ class Worker:
         if self._model.static_shapes:
             known = [states.get(place, state) for place, state in enumerate(batch.states)]
             batch = msgspec.structs.replace(batch, states=known)
+        try:
+            return BurstKeys(self._store, batch.burst_id, batch.specs, states), batch
+        except KeysDoNotFit:
+            if self._last is None or self._last.states is not None:
+                raise
+        self._last.wait()  # then its rows can be given to others
         return BurstKeys(self._store, batch.burst_id, batch.specs, states), batch
 
     def _steps(self, unpacked: Unpacked, num_steps: int, keys: BurstKeys | None) -> StepQueue:
@@ -306,7 +312,7 @@ class Worker:
                 return tensors
             batch = _with_known_specs(batch, last.state.specs)
             places = {n: state for n, state in enumerate(batch.states) if isinstance(state, int)}
-            if fixed and tensors is not None and may_go_on:
+            if fixed and tensors is not None and may_go_on and places:
                 carried = take(tensors.state, list(places.values()))
                 unpacked = self._place(batch, tensors.origin, keys)
                 put(carried, unpacked.state, list(places))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from step_cases import POLICIES, burst, finish, step_inputs
+from tapes import Recorder
 from torch import Tensor
 
 from remask import OracleLoo, SamplingParams
@@ -17,11 +18,13 @@ from remask.scheduler.canvas import TOKEN, Canvas, CanvasSpec, CanvasState, new_
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.workers.attention.sdpa import SdpaAttention
+from remask.workers.attention.varlen import AttentionBackend
+from remask.workers.burst.graphs import StepGraphs
 from remask.workers.burst.keys import BurstKeys
 from remask.workers.burst.state import BurstState
 from remask.workers.key_store import KeyStore
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
-from remask.workers.rows.kept import NOTHING_KEPT
+from remask.workers.rows.kept import DISCARDED, NOTHING_KEPT
 from remask.workers.step import make_keys, pack, plan_keys, plan_packs
 from remask.workers.worker import Worker
 
@@ -253,3 +256,41 @@ def chained(model: TransformerDenoiser, canvases: list[Canvas]) -> list[CanvasSt
         result = worker.run(batch)
         assert result.failure is None
     return result.states
+
+
+@pytest.mark.parametrize("kind", ["main", "shadow"])
+def test_graphs_of_light_forwards_write_the_same(
+    model: TransformerDenoiser, dense_attention: AttentionBackend, kind: str
+) -> None:
+    fixed = TransformerDenoiser(model.model, dense_attention, pack_rows=1 << 30, static_shapes=True)
+    recorder = Recorder()
+    worker = Worker(fixed, StepGraphs(model.device, recorder))
+    for number in range(3):
+        own = [canvas(model, {**ROWS[kind], "reuse": "both"}, seed=number + i) for i in range(2)]
+        states = [each.state for each in own]
+        while not all(state.finished for state in states):
+            result = worker.run(burst(own, states, 4))
+            assert result.failure is None
+            states = result.states
+        assert [s.tokens for s in states] == [s.tokens for s in finish(model, own)]
+    assert recorder.tapes
+
+
+def test_rows_of_a_burst_in_flight_are_waited_for(
+    model: TransformerDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (canvas(model, {**ROWS["main"], "reuse": "both"}, seed=seed) for seed in (1, 2))
+    worker = Worker(static(model), max_key_rows=first.spec.num_key_rows(first.state.sequence_len) + 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("remask.workers.worker.Launched.wait", lambda self: None)  # a CPU waits at once
+        running = worker.launch(burst([first], [first.state], 2))
+    after = msgspec.structs.replace(burst([second], [second.state], 2), burst_id=1)
+    assert worker.run(after).failure is None
+    assert worker.collect(running).failure is None
+
+
+def test_the_row_that_takes_what_is_not_kept_is_a_number(model: TransformerDenoiser) -> None:
+    model.keep_rows(5)
+    assert model._kept_keys is not None
+    assert not model._kept_keys[:, :, DISCARDED].any()
+    model.keep_rows(0)

@@ -257,8 +257,8 @@ def padding_for(
     plain = any(s.is_guided or s.num_copies or s.needs_logits or s.trace for s in specs)
     num_canvases = _power(len(specs) + 1 + (len(kept) > 0))
     num_tokens, num_gathered = sum(lens), sum(lens[c] for c in kept)
-    fresh = [length for spec, length in zip(specs, lens, strict=True) if spec.reuse is None]
-    num_fresh = sum(fresh)
+    planned = [c for c, spec in enumerate(specs) if spec.reuse is None or c in kept]
+    num_fresh = sum(lens[c] for c in planned if c not in kept)
     num_rows = num_fresh + sum(len(own.light.positions) for own in kept.values() if own.light is not None)
     if plain or not 0 < num_rows <= max_rows:
         return None
@@ -270,8 +270,8 @@ def padding_for(
         fresh_keys=min(_multiple(num_fresh, row_step), main_rows) if kept else 0,
         # What fills up has a key, so that its attention is a number.
         gathered=_multiple(num_gathered + 1, key_step) if kept else 0,
-        slots=_multiple(sum(spec.block_length for spec in specs), SLOT_STEP),
-        shadow_rows=_multiple(sum(spec.num_shadow_rows for spec in specs), SLOT_STEP),
+        slots=_multiple(sum(specs[c].block_length for c in planned), SLOT_STEP),
+        shadow_rows=_multiple(sum(specs[c].num_shadow_rows for c in planned), SLOT_STEP),
         max_keys=max(_power(max(lens)), row_step, key_step),
         max_queries=max(widest, SLOT_STEP),
         widest=widest,

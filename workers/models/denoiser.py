@@ -26,6 +26,7 @@ from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.row_ops import EAGER, TILED, triton_ops
 from remask.workers.models.tiles import ignores_places, tile_len
 from remask.workers.models.transformer import Transformer
+from remask.workers.rows.kept import DISCARDED
 from remask.workers.rows.pack import HeadQuery, PackedRows
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ class TransformerDenoiser(Denoiser):
         layers, two, heads, head_dim = self._key_shape
         shape, like = (layers, two, num_rows, heads, head_dim), self.model.embedding
         self._kept_keys = torch.empty(shape, dtype=like.dtype, device=like.device) if num_rows else None
+        if self._kept_keys is not None:
+            self._kept_keys[:, :, DISCARDED].zero_()  # kernels may read it behind other rows
 
     def make_keys(self, rows: PackedRows) -> None:
         self._hidden(replace(rows, candidates_H=rows.candidates_H[:0]))
