@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,7 +110,8 @@ class Predictor:
             except InvalidRequest as error:
                 answers[place] = {ERROR: str(error)}
                 continue
-            content = repr(row)
+            with np.printoptions(threshold=sys.maxsize):  # else long arrays are cut
+                content = repr(row)
             requests.append(self._engine.intake.request(checked, place=_seed_key(content, seen[content])))
             places[requests[-1].request_id] = place
             seen[content] += 1
@@ -128,9 +130,7 @@ class Predictor:
         if isinstance(params, dict):
             params.pop("detokenize", None)  # of vLLM: there is always a text
         if messages is not None:
-            prompt = intake.chat_prompt(
-                [_present(m) for m in messages] if isinstance(messages, list) else messages
-            )
+            prompt = intake.chat_prompt(_present(messages))
         if prompt is None:
             raise InvalidRequest(PROMPT, None, f"is null; give it or `{MESSAGES}`")
         checked = intake.check(prompt, params)
@@ -176,10 +176,12 @@ def _cells(output: RequestOutput) -> Row:
 
 
 def _present(value: Any) -> Any:
-    """A struct as it was before Arrow gave every row all fields that any row has (as nulls), and made all
+    """A value as it was before Arrow gave every struct all fields that any has (as nulls), and made all
     numbers of a field floats if one is."""
     if isinstance(value, Mapping):
         return {name: _present(entry) for name, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_present(entry) for entry in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -17,10 +17,9 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from remask.embedded import is_embedded
 from remask.options import EngineOptions
-from remask.ray.predictor import COLUMNS, ERROR, Predictor, check_columns, check_free
+from remask.ray.predictor import COLUMNS, ERROR, Predictor, Row, check_columns, check_free
 from remask.scheduler.errors import InvalidRequest
 
-Row = dict[str, Any]
 MapRow = Callable[[Row], Mapping[str, Any]]
 MODEL_NAMES = ("model", "model_source")
 PositiveInt = Annotated[int, Meta(ge=1)]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from golden_files import GOLDEN
 
-from remask import SamplingParams
 from remask.benchmarks import reuse
 from remask.engine import Engine
 from remask.options import EngineOptions
@@ -45,4 +44,5 @@ def test_every_load_has_policies_for_its_requests() -> None:
     for load in reuse.LOADS:
         params = reuse.params_of(load, "both")
         assert len(params) == load.num_requests
-        assert all(isinstance(own, SamplingParams) and own.reuse == "both" for own in params)
+        assert [own.reuse for own in params] == ["both"] * load.num_requests
+        assert {own.unmask for own in params} == set(load.unmask)

@@ -77,6 +77,13 @@ def test_a_row_has_the_same_text_in_any_batch(predictor: Predictor) -> None:
     rows = predictor.predict(table(prompt=["7+7=", "1+1=", "1+1="], sampling_params=[hot] * 3)).to_pylist()
     assert (rows[1]["seed"], rows[1]["generated_text"]) == (alone["seed"], alone["generated_text"])
     assert len({row["seed"] for row in rows}) == 3, "equal rows of a batch have seeds of their own"
+    pictures = [np.zeros(2000), np.zeros(2000)]
+    pictures[1][1000] = 1.0
+    seeds = [
+        predictor.predict({"prompt": ["1+1="], "picture": [own], "sampling_params": [hot]})["seed"][0]
+        for own in pictures
+    ]
+    assert seeds[0] != seeds[1], "long arrays count to their last number"
     chosen = predictor.predict(table(prompt=["1+1="], sampling_params=[{**hot, "seed": 4}])).to_pylist()[0]
     assert chosen["seed"] == 4
 
@@ -103,6 +110,9 @@ def test_chats_are_messages(predictor: Predictor, tiny_llm: LLM) -> None:
     rows = predictor.predict(table(messages=chats, sampling_params=[PARAMS] * 2)).to_pylist()
     expected = tiny_llm.chat(chats, PARAMS, use_tqdm=False)
     assert [row["generated_text"] for row in rows] == [own.outputs[0].text for own in expected]
+    parts = [{"type": "text", "text": "1+1=", "url": None}]
+    asked = {"messages": [[{"role": "user", "content": parts}]], "sampling_params": [PARAMS]}
+    assert predictor.predict(asked)["generated_text"][0] == rows[0]["generated_text"]
     both = predictor.predict(
         {"messages": [chats[0], 5], "prompt": ["7", "7"], "sampling_params": [PARAMS] * 2}
     )
