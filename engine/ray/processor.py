@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import msgspec
 import pyarrow as pa
-import ray
 from msgspec import Meta
 from ray.data import ActorPoolStrategy, Dataset
 
@@ -19,6 +18,7 @@ from remask.embedded import is_embedded
 from remask.options import EngineOptions
 from remask.ray.predictor import COLUMNS, ERROR, Predictor, Row, check_columns, check_free
 from remask.scheduler.errors import InvalidRequest
+from remask.workers.executors.ray_resources import default_gpus
 
 MapRow = Callable[[Row], Mapping[str, Any]]
 MODEL_NAMES = ("model", "model_source")
@@ -104,8 +104,7 @@ class Processor:
         least, most = (sizes, sizes) if isinstance(sizes, int) else sizes
         num_gpus = config.num_gpus
         if num_gpus is None:
-            device = self._options.device
-            num_gpus = int(device == "cuda" or (device == "auto" and _has_gpus()))
+            num_gpus = default_gpus(self._options.device)
         arguments = {
             "fn_constructor_args": (self._model,),
             "fn_constructor_kwargs": config.engine_kwargs,
@@ -125,10 +124,6 @@ class Processor:
             "runtime_env": config.runtime_env,
         }
         return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _has_gpus() -> bool:
-    return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
 
 
 class _Before:

@@ -24,7 +24,7 @@ from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.executors.base import Event, Executor, Finished, Joined
 from remask.workers.executors.ray_actor import QUEUE_DEPTH
 from remask.workers.executors.ray_pool import Held, WorkerPool, explain, is_ready
-from remask.workers.executors.ray_resources import WorkerResources, check_num_gpus
+from remask.workers.executors.ray_resources import WorkerResources, check_num_gpus, default_gpus
 from remask.workers.executors.ray_session import RaySession
 from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.shared import share
@@ -77,8 +77,7 @@ class RayExecutor(Executor):
         try:
             with self._session.in_use():
                 if num_gpus is None:
-                    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-                    num_gpus = float(setup.device.startswith("cuda") or (setup.device == "auto" and has_gpus))
+                    num_gpus = default_gpus(setup.device)
                 group = placement_group or get_current_placement_group()
                 self._resources = WorkerResources(num_cpus, num_gpus, group)
                 self._resources.check(num_workers, num_held=0, session=self._session)

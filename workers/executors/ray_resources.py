@@ -143,6 +143,13 @@ class WorkerResources:
         )
 
 
+def default_gpus(device: str) -> float:
+    """GPUs of a worker whose number is not given: 1 if the device is "cuda", or if it is "auto" and the
+    cluster that this process has joined has GPUs."""
+    has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    return float(device.startswith("cuda") or (device == "auto" and has_gpus))
+
+
 def check_num_gpus(num_gpus: float) -> None:
     """Raises InvalidRequest if Ray cannot reserve this number of GPUs for an actor."""
     is_whole = 0 <= num_gpus < math.inf and num_gpus == int(num_gpus)
