@@ -19,9 +19,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: install demo test test-slow test-all lint format docs
 
+# The lock is complete, and most of what it installs is never imported.
 $(DEPS): requirements-dev.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile -r requirements-dev.lock
 	touch $(DEPS)
 
 # Strict editable mode links every file, so that type checkers find the renamed packages; new files need it again.
