@@ -33,6 +33,7 @@ from remask.text import (
 )
 from remask.workers.models.config import ModelConfig
 
+EMPTY = "is empty; give at least one token"
 Prompt = str | list[int] | dict[str, Any]
 Message = dict[str, Any]
 
@@ -284,6 +285,8 @@ class Intake:
         else:
             ids = prompt
         if ids is None:
+            if text == "":
+                raise InvalidRequest("prompt", text, EMPTY)
             ids = self.encode("prompt", text, add_special_tokens=True)
         return text if isinstance(text, str) else None, self._check_ids("prompt", ids)
 
@@ -312,7 +315,7 @@ class Intake:
             kind = "canvas prompts with holes are not supported yet; give" if has_parts else "must be"
             raise InvalidRequest(name, ids, f"{kind} text or a list of token ids")
         if not ids:
-            raise InvalidRequest(name, ids, "is empty; give at least one token")
+            raise InvalidRequest(name, ids, EMPTY)
         name = f"{name}_token_ids" if name == "prompt" else name
         outside = [i for i in ids if not 0 <= i < self.config.vocab_size]
         if outside:
@@ -376,5 +379,6 @@ class Intake:
 
 
 def _derived_seed(seed: int, ordinal: int) -> int:
+    """A seed below 2**53, which JSON's readers keep exactly if their numbers are doubles."""
     digest = hashlib.blake2b(f"{seed}:{ordinal}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(digest, "little") >> 11

@@ -4,6 +4,7 @@ anything of a call runs."""
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Iterable
 
@@ -121,19 +122,22 @@ class Admission:
         """Counts requests, all or none.
 
         Raises:
+            InvalidRequest: they do not fit even alone.
             Overloaded: they do not fit beside those that have not ended.
         """
         sizes = [request.num_canvas_tokens for request in requests]
+        counts = {"requests": len(sizes), "tokens": sum(sizes)}
+        for kind, parameter in (("requests", "prompts"), ("tokens", "max_tokens")):
+            ceiling = self._ceiling(kind)
+            if counts[kind] > ceiling:
+                problem = f"above the engine's max_queued_{kind}; a call may have at most {ceiling} {kind}"
+                raise InvalidRequest(parameter, counts[kind], problem)
         with self._lock:
-            for name, num_live, num_more, ceiling in (
-                ("max_queued_requests", self.num_requests, len(sizes), self._options.max_queued_requests),
-                ("max_queued_tokens", self.num_tokens, sum(sizes), self._options.max_queued_tokens),
-            ):
-                if ceiling is not None and num_live + num_more > ceiling:
-                    kind = name.removeprefix("max_queued_")
+            for kind, num_live in (("requests", self.num_requests), ("tokens", self.num_tokens)):
+                if num_live + counts[kind] > self._ceiling(kind):
                     raise Overloaded(
-                        f"{num_live} {kind} have not ended, and {num_more} more are above the engine's "
-                        f"{name} {ceiling}; try again later, or use a smaller call"
+                        f"{num_live} {kind} have not ended, and {counts[kind]} more are above the engine's "
+                        f"max_queued_{kind} {self._ceiling(kind)}; try again later, or use a smaller call"
                     )
             self.num_requests += len(sizes)
             self.num_tokens += sum(sizes)
@@ -143,3 +147,7 @@ class Admission:
         with self._lock:
             self.num_requests -= 1
             self.num_tokens -= request.num_canvas_tokens
+
+    def _ceiling(self, kind: str) -> float:
+        ceiling = getattr(self._options, f"max_queued_{kind}")
+        return math.inf if ceiling is None else ceiling

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import msgspec
@@ -27,23 +27,31 @@ class InvalidRequest(RemaskError, ValueError):
     """A parameter of the request is invalid.
 
     Attributes:
-        parameter: name of the field or file at fault.
+        parameter: name of the field or file at fault, behind its place if it has one.
         value: the invalid value.
         problem: the reason, and how to correct it.
+        field: the parameter without its place.
     """
 
     status = 400
 
-    def __init__(self, parameter: str, value: object, problem: str) -> None:
+    def __init__(self, parameter: str, value: object, problem: str, field: str | None = None) -> None:
         self.parameter, self.value, self.problem = parameter, value, problem
+        self.field = parameter if field is None else field
         super().__init__(f"{cut(parameter, MAX_NAME)}: {problem} (got {shown(value)})")
 
-    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str]]:
-        return type(self), (self.parameter, self.value, self.problem)
+    def __reduce__(self) -> tuple[type[InvalidRequest], tuple[str, object, str, str]]:
+        return type(self), (self.parameter, self.value, self.problem, self.field)
 
     def at(self, place: str) -> InvalidRequest:
         """A copy of the error with its place, such as a prompt's index, in front of the parameter."""
-        return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem)
+        return InvalidRequest(f"{place}: {self.parameter}", self.value, self.problem, self.field)
+
+    def renamed(self, names: Mapping[str, str]) -> InvalidRequest:
+        """A copy of the error with the name by which its caller knows the field."""
+        field = names.get(self.field, self.field)
+        place = self.parameter.removesuffix(self.field)
+        return InvalidRequest(place + field, self.value, self.problem, field)
 
 
 class UnknownModel(InvalidRequest):

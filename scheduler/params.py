@@ -197,6 +197,11 @@ def resolve(params: SamplingParams | Mapping[str, Any] | None, **overrides: Any)
     for name in ("rank", "reuse"):
         if isinstance(fields.get(name), str):
             fields[name] = cut(fields[name])  # msgspec's message holds all of a wrong word
+    logprobs = fields.get("logprobs")
+    if isinstance(logprobs, int) and logprobs > 1:
+        raise InvalidRequest(
+            "logprobs", logprobs, "alternatives of a committed token are not known; use 0 or 1"
+        )
     try:
         checked = msgspec.convert(
             {**fields, "unmask": None, "remask": None}, type=SamplingParams, str_keys=True

@@ -67,6 +67,7 @@ class CompareOptions:
         engine: more options of the engine.
         baseline: the autoregressive checkpoint; None: the embedded twin.
         rivals: names of ways to serve it, see `open_rival`.
+        api_key: of servers among them; None: they ask for none. Reports do not hold it.
         dtype: of all weights that are loaded here.
         workload: "tiny" (problems whose answers are checked), or another one, which tells no quality.
         policies: names of `POLICIES`.
@@ -79,6 +80,7 @@ class CompareOptions:
     engine: Mapping[str, Any] = field(default_factory=dict)
     baseline: Path | None = None
     rivals: Sequence[str] = RIVALS
+    api_key: str | None = None
     dtype: str = "float32"
     workload: str = "tiny"
     policies: Sequence[str] = COMPARED
@@ -148,6 +150,7 @@ class _Comparison:
                         jobs,
                         most,
                         baseline=options.baseline,
+                        api_key=options.api_key,
                         dtype=options.dtype,
                         memory_share=memory_share,
                     )

@@ -35,6 +35,7 @@ def open_rival(
     *,
     baseline: Path | None = None,
     served_model: str | None = None,
+    api_key: str | None = None,
     dtype: str = "float32",
     memory_share: float = 0.9,
 ) -> Target:
@@ -46,6 +47,7 @@ def open_rival(
         max_requests: that it gets at once.
         baseline: its checkpoint; None: the embedded twin. A server has its own.
         served_model: what a server calls its model; None: its first.
+        api_key: of a server; None: it asks for none.
         dtype: of the weights, if they are loaded in this process.
         memory_share: share of a GPU's memory, for rivals that allocate it in advance.
 
@@ -55,7 +57,7 @@ def open_rival(
     """
     directory, torch_dtype = baseline or TWIN_DIRECTORY, getattr(torch, dtype)
     if is_server(name):
-        return ServerTarget(name, served_model)
+        return ServerTarget(name, served_model, api_key)
     if name == "generate":
         return GenerateTarget(directory, torch_dtype, max_requests)
     if name == "continuous":

@@ -50,6 +50,7 @@ class LoadOptions:
         engine: more options of the engine.
         baseline: the autoregressive checkpoint of autoregressive targets; None: the embedded twin.
         served_model: what a server calls its model; None: its first.
+        api_key: of a server; None: it asks for none. Reports do not hold it.
         peer, peer_python: another engine for the same model, see `PeerTarget`; in place of a target.
         max_concurrency: a closed loop; None: an open one.
         request_rate, burstiness: of the open loop; an infinite rate sends all at once, with an infinite
@@ -62,6 +63,7 @@ class LoadOptions:
     dtype: str = "float32"
     baseline: Path | None = None
     served_model: str | None = None
+    api_key: str | None = None
     peer: str | None = None
     peer_python: Path | None = None
     workload: str = "tiny"
@@ -181,6 +183,7 @@ def _target(options: LoadOptions, directory: Path, load_format: str, jobs: Seque
         max_requests,
         baseline=options.baseline,
         served_model=options.served_model,
+        api_key=options.api_key,
         dtype=options.dtype,
     )
 

@@ -28,15 +28,18 @@ class ServerTarget(Target):
     Args:
         url: up to but without `/v1`.
         model: what its requests name; None: the first that the server lists.
+        api_key: sent with every request as `Authorization: Bearer KEY`; None: there is none.
 
     Raises:
         Unavailable: the server does not answer.
     """
 
-    def __init__(self, url: str, model: str | None = None) -> None:
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
         self.name = self._url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        listing = urllib.request.Request(f"{self._url}/v1/models", headers=self._headers)
         try:
-            with urllib.request.urlopen(f"{self._url}/v1/models", timeout=CONNECT_SECONDS) as response:
+            with urllib.request.urlopen(listing, timeout=CONNECT_SECONDS) as response:
                 models = [each["id"] for each in json.load(response)["data"]]
         except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
             raise Unavailable(
@@ -65,7 +68,7 @@ class ServerTarget(Target):
         request = urllib.request.Request(
             f"{self._url}/v1/completions",
             json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            {"Content-Type": "application/json", **self._headers},
         )
         started = time.perf_counter()
         try:

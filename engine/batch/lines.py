@@ -111,9 +111,11 @@ class LineReader:
     def _check(self, asked: Asked | AskedScore) -> CheckedPrompt | CheckedScore:
         if isinstance(asked, AskedScore):
             return check_score(self._intake, asked.prompt, asked.continuation, asked.params)
-        (content,) = asked.contents
-        prompt = self._intake.chat_prompt(content) if asked.kind == "chat" else content
-        return self._intake.check(prompt, asked.params)
+        try:
+            (checked,) = asked.check(self._intake)
+        except InvalidRequest as error:
+            raise error.renamed(asked.names) from None
+        return checked
 
 
 def _custom_id(fields: dict[str, Any], derived: str, *, required: bool) -> str:

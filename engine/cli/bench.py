@@ -30,6 +30,7 @@ Baseline = Annotated[
     Path | None, typer.Option(help="Autoregressive checkpoint.  [default: the embedded twin]")
 ]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+ApiKey = Annotated[str | None, typer.Option(help="A server's key.", envvar="REMASK_API_KEY")]
 Output = Annotated[Path | None, typer.Option(help="JSON file to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 Options = dict[str, Any]
@@ -105,6 +106,7 @@ def serve_load(
     ] = None,
     peer_python: Annotated[Path | None, typer.Option(help="The Python of its environment.")] = None,
     served_model: Annotated[str | None, typer.Option(help="What a server calls its model.")] = None,
+    api_key: ApiKey = None,
     workload: Workload = "tiny",
     num_prompts: Annotated[int, typer.Option(help="Requests of the workload.")] = 64,
     max_concurrency: Annotated[int | None, typer.Option(help="Maximum number of requests in flight.")] = None,
@@ -131,6 +133,7 @@ def serve_load(
         peer=peer,
         peer_python=peer_python,
         served_model=served_model,
+        api_key=api_key,
         workload=workload,
         num_prompts=num_prompts,
         max_concurrency=max_concurrency,
@@ -161,6 +164,7 @@ def compare(
             "[default: generate, continuous]"
         ),
     ] = None,
+    api_key: ApiKey = None,
     workload: Annotated[
         str, typer.Option(help="tiny (answers are checked), mixed, fixed, or sharegpt:FILE.json.")
     ] = "tiny",
@@ -197,6 +201,7 @@ def compare(
         engine=engine,
         baseline=baseline,
         rivals=rival or RIVALS,
+        api_key=api_key,
         dtype=dtype,
         workload=workload,
         policies=policy or COMPARED,

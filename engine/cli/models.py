@@ -45,6 +45,7 @@ def checked(directory: Path) -> list[tuple[str, str]]:
     config, count = found.config, found.num_parameters
     tokenizer = load_tokenizer(directory, required=False)
     lines = [
+        ("folder", str(directory)),
         ("family", found.family.name),
         ("parameters", f"{count:,} in {len(found.names):,} tensors, {found.stored_dtype}"),
         (

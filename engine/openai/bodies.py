@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from remask.intake import CheckedPrompt, Intake
+from remask.limits import check_num_prompts
 from remask.scheduler.errors import InvalidRequest, UnknownModel, did_you_mean, shown
 from remask.scheduler.params import SamplingParams
 from remask.scheduler.policies import PRESETS
@@ -29,11 +32,31 @@ ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     "metadata": ({},),
     "service_tier": ("auto", "default"),
     "trace": (False,),
+    # vLLM's
+    "min_tokens": (0,),
+    "prompt_logprobs": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "structured_outputs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+}
+TEMPLATE_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
 }
 CHAT_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     **ASKS_NOTHING,
+    **TEMPLATE_ASKS_NOTHING,
+    "add_special_tokens": (False,),  # the template writes them
     "top_logprobs": (0,),
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -50,6 +73,8 @@ COMPLETION_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
     **ASKS_NOTHING,
     "suffix": ("",),
     "best_of": (1,),
+    "add_special_tokens": (True,),
+    "response_format": ({"type": "text"},),
 }
 
 
@@ -77,6 +102,22 @@ class Asked(NamedTuple):
     params: dict[str, Any]
     echo: bool  # the response begins with the prompt
     stream: StreamOptions | None = None  # None: one response
+    names: Mapping[str, str] = MappingProxyType({})  # the body's names of parameters that have others
+
+    def check(self, intake: Intake) -> list[CheckedPrompt]:
+        """The prompts, validated.
+
+        Raises:
+            InvalidRequest: a parameter is invalid; the index of the prompt stands before it if there are
+                several. `error.renamed(names)` names it as the body does.
+        """
+        if self.kind == "chat":
+            return [intake.check(intake.chat_prompt(self.contents[0]), self.params)]
+        if len(self.contents) == 1:
+            return [intake.check(self.contents[0], self.params)]
+        count = len(self.contents)
+        check_num_prompts(intake.options, count)
+        return intake.check_each(self.contents, [self.params] * count, [None] * count)
 
 
 def read_body(
@@ -107,7 +148,8 @@ def read_body(
     fields = {name: value for name, value in body.items() if value is not None or name not in known}
     check_model(fields.pop("model", None), model_names)
     stream = _stream(fields) if is_served else None
-    _drop_what_asks_nothing(fields, kind)
+    neutral = CHAT_ASKS_NOTHING if kind == "chat" else COMPLETION_ASKS_NOTHING
+    drop_what_asks_nothing(fields, known, neutral, kind)
     place = "messages" if kind == "chat" else "prompt"
     if place not in fields:
         raise InvalidRequest(place, None, f"is missing; a {kind} needs it")
@@ -122,7 +164,10 @@ def read_body(
     echo = fields.pop("echo", False)
     if not isinstance(echo, bool):
         raise InvalidRequest("echo", echo, "must be true or false")
-    return Asked(kind, contents, with_defaults(_own_names(fields, kind), defaults), echo, stream)
+    names = {"prompt_token_ids": "prompt", "prompts": "prompt"} if is_served else {}
+    if "max_completion_tokens" in fields:
+        names["max_tokens"] = "max_completion_tokens"
+    return Asked(kind, contents, with_defaults(_own_names(fields, kind), defaults), echo, stream, names)
 
 
 def read_score_body(body: object, *, model_names: Collection[str]) -> AskedScore:
@@ -157,22 +202,26 @@ def _known_names(kind: str) -> dict[str, None]:
 
 
 def given_fields(
-    body: object, known: Collection[str], model_names: Collection[str], kind: str
+    body: object,
+    known: Collection[str],
+    model_names: Collection[str],
+    kind: str,
+    neutral: Mapping[str, tuple[object, ...]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The fields of a body that has only `model` and known fields, without `model` and those that are null.
+    """The fields of a body without `model`, those that are null and those that ask for nothing.
 
     Raises:
         UnknownModel: the body names another model.
-        InvalidRequest: it is no object, or a field is unknown in a body of this kind.
+        InvalidRequest: it is no object, or has a field that is unknown in a body of this kind or not
+            supported.
     """
     if not isinstance(body, dict):
         raise InvalidRequest("body", body, "must be a JSON object")
-    for name, value in body.items():
-        if name != "model" and name not in known:
-            close = did_you_mean(name, ["model", *known])
-            raise InvalidRequest(name, value, f"unknown field of a {kind}; {close}")
-    check_model(body.get("model"), model_names)
-    return {name: value for name, value in body.items() if value is not None and name != "model"}
+    every = ("model", *known, *neutral)
+    fields = {name: value for name, value in body.items() if value is not None or name not in every}
+    drop_what_asks_nothing(fields, every, neutral, kind)
+    check_model(fields.pop("model", None), model_names)
+    return fields
 
 
 def check_model(model: object, names: Collection[str]) -> None:
@@ -202,8 +251,20 @@ def _stream(fields: dict[str, Any]) -> StreamOptions | None:
     return StreamOptions(**{name: bool(value) for name, value in options.items()})
 
 
-def _drop_what_asks_nothing(fields: dict[str, Any], kind: str) -> None:
-    neutral = CHAT_ASKS_NOTHING if kind == "chat" else COMPLETION_ASKS_NOTHING
+def drop_what_asks_nothing(
+    fields: dict[str, Any], known: Collection[str], neutral: Mapping[str, tuple[object, ...]], kind: str
+) -> None:
+    """Removes the fields whose values have no effect.
+
+    Args:
+        fields: of a body.
+        known: names that a body of this kind may have.
+        neutral: values that have no effect, by the names that have no others.
+        kind: what errors call the body.
+
+    Raises:
+        InvalidRequest: a field is unknown or has an effect that is not supported.
+    """
     for name in list(fields):
         value = fields[name]
         if name in LABELS:
@@ -214,8 +275,8 @@ def _drop_what_asks_nothing(fields: dict[str, Any], kind: str) -> None:
             if not any(type(value) is type(other) and value == other for other in neutral[name]):
                 raise InvalidRequest(name, value, "is not supported; leave it out")
             del fields[name]
-        elif name not in _known_names(kind):
-            close = did_you_mean(name, list(_known_names(kind)))
+        elif name not in known:
+            close = did_you_mean(name, [own for own in known if own not in neutral])
             raise InvalidRequest(name, value, f"unknown field of a {kind}; {close}")
 
 

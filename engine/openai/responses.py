@@ -171,7 +171,7 @@ def error_body(error: RemaskError) -> dict[str, Any]:
     if not isinstance(error, InvalidRequest):
         return error_object(str(error), type(error).__name__)
     code = "model_not_found" if isinstance(error, UnknownModel) else None
-    return error_object(str(error), "invalid_request_error", error.parameter, code)
+    return error_object(str(error), "invalid_request_error", error.field, code)
 
 
 def failure_body(output: RequestOutput) -> dict[str, Any]:

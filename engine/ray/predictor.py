@@ -145,10 +145,7 @@ class Predictor:
         while True:
             try:
                 yield from self._engine.serve(requests)
-            except Overloaded as error:
-                if self._engine.num_live == 0:
-                    problem = f"the queue is too short for a batch: {error}; raise its bounds"
-                    raise InvalidRequest("engine_kwargs", None, problem) from None
+            except Overloaded:
                 time.sleep(WAIT_SECONDS)
             else:
                 return

@@ -12,13 +12,12 @@ from typing import Any, Literal
 import msgspec
 from litestar.response import Stream
 
-from remask.intake import CheckedPrompt, Intake
-from remask.limits import check_num_prompts
+from remask.intake import CheckedPrompt
 from remask.openai.bodies import Asked, read_body
 from remask.openai.chunks import Chunk, ChunkWriter
 from remask.openai.responses import ID_PREFIXES, Completion, completion, error_body, error_object
 from remask.outputs import RequestOutput
-from remask.scheduler.errors import InvalidRequest, RemaskError, Unavailable
+from remask.scheduler.errors import MAX_SHOWN, InvalidRequest, RemaskError, Unavailable
 from remask.server.metrics import Metrics
 from remask.submission import Submission, submit
 from remask.thread import EngineThread
@@ -32,6 +31,9 @@ SMALL_BYTES = 65_536  # bodies that are parsed on the event loop
 
 class ShuttingDown(Unavailable):
     """The server is shutting down; send the request to another one, or again later."""
+
+    def __init__(self) -> None:
+        super().__init__("a request came, or has not ended, while the server shuts down")
 
 
 class Answerer:
@@ -72,16 +74,19 @@ class Answerer:
         checked: list[CheckedPrompt] = []
 
         def check() -> list[CheckedPrompt]:
-            checked.extend(_checked(self._engine.intake, asked))
+            checked.extend(asked.check(self._engine.intake))
             return checked
 
         stream = asked.stream
-        submission = await submit(
-            self._engine,
-            check,
-            output_kind="final_only" if stream is None else "delta",
-            canvas_events=stream is not None and stream.canvas,
-        )
+        try:
+            submission = await submit(
+                self._engine,
+                check,
+                output_kind="final_only" if stream is None else "delta",
+                canvas_events=stream is not None and stream.canvas,
+            )
+        except InvalidRequest as error:
+            raise error.renamed(asked.names) from None
         self.live.add(submission)
         about = {
             "id": f"{ID_PREFIXES[kind]}-{request_id}",
@@ -190,7 +195,7 @@ def decode(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         problem = f"is not JSON: {error}"
-    raise InvalidRequest("body", f"{len(body)} bytes", problem)
+    raise InvalidRequest("body", body[: 4 * MAX_SHOWN].decode(errors="replace"), problem)
 
 
 def failure(error: RemaskError) -> dict[str, Any]:
@@ -215,15 +220,3 @@ async def in_thread_if_large(body: bytes, function: Callable[..., Any], *args: A
     if len(body) <= SMALL_BYTES:
         return function(*args)
     return await asyncio.to_thread(function, *args)
-
-
-def _checked(intake: Intake, asked: Asked) -> list[CheckedPrompt]:
-    """The prompts of a body. Errors name the index of a prompt if there are several."""
-    if asked.kind == "chat":
-        (conversation,) = asked.contents
-        return [intake.check(intake.chat_prompt(conversation), asked.params)]
-    if len(asked.contents) == 1:
-        return [intake.check(asked.contents[0], asked.params)]
-    count = len(asked.contents)
-    check_num_prompts(intake.options, count)
-    return intake.check_each(asked.contents, [asked.params] * count, [None] * count)

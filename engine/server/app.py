@@ -9,8 +9,9 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -23,7 +24,7 @@ import remask
 from remask.async_llm import AsyncLLM
 from remask.openai.bodies import check_model
 from remask.openai.responses import error_object
-from remask.scheduler.errors import InvalidRequest, RemaskError
+from remask.scheduler.errors import InvalidRequest, RemaskError, shown
 from remask.server.answers import (
     INTERNAL_ERROR,
     Answerer,
@@ -35,11 +36,12 @@ from remask.server.answers import (
 from remask.server.gate import App, Gate
 from remask.server.metrics import Metrics
 from remask.server.openapi import description
-from remask.server.options import ServerOptions
+from remask.server.options import ServerOptions, check_defaults
 from remask.server.tokens import detokenize, tokenize
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_OPTIONS = ServerOptions()
 READY_SECONDS = 60.0  # within which a worker with work must have answered
 RETRY_SECONDS = 1  # what clients are told to wait after 429 and 503
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -59,27 +61,42 @@ class WrongType(InvalidRequest):
 
 
 class Served:
-    """What the endpoints share.
+    """An engine behind the endpoints of a server, and what they share.
 
     Args:
-        llm: the engine.
-        options: validated options of the server.
+        llm: the engine. It is not closed.
+        options: of the server. Those of a socket (`host`, `port`, `uds`, `ssl_certfile`, `ssl_keyfile`) and
+            `shutdown_timeout` are for who listens.
         defaults: default parameters of requests.
+
+    Attributes:
+        options: of the server.
+        answerer: admits and answers requests.
+
+    Raises:
+        InvalidRequest: an option or a default is invalid.
     """
 
-    def __init__(self, llm: AsyncLLM, options: ServerOptions, defaults: dict[str, Any]) -> None:
-        self.engine = llm.engine
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        options: ServerOptions = DEFAULT_OPTIONS,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        options.check()
+        check_defaults(defaults)
+        self.engine, self.options = llm.engine, options
         self.names = options.served_model_name or list(self.engine.intake.options.model_names)
         self.metrics = Metrics(self.engine, self.names[0])
-        self.answerer = Answerer(self.engine, self.names, defaults, self.metrics)
+        self.answerer = Answerer(self.engine, self.names, dict(defaults), self.metrics)
         self.started = int(time.time())
         self.page, self.page_headers = _page()
         self.description = msgspec.json.encode(description(remask.__version__))
 
 
-def make_app(served: Served, options: ServerOptions) -> App:
-    """The application with its endpoints and what stands before them."""
-    cors = None
+def make_app(served: Served) -> App:
+    """The ASGI application: the endpoints, and the gate for keys before them."""
+    options, cors = served.options, None
     if options.allowed_origins:
         cors = CORSConfig(
             allow_origins=options.allowed_origins,
@@ -170,8 +187,8 @@ async def chat_completions(request: Request[Any, Any, Any], state: State) -> Res
 async def tokenize_prompt(request: Request[Any, Any, Any], state: State) -> Response[bytes]:
     served: Served = state.served
     body = await _body(request)
-    intake = served.engine.intake
-    found = await in_thread_if_large(body, lambda: tokenize(intake, decode(body), served.names))
+    intake, tokenizer = served.engine.intake, served.engine.tokenizer
+    found = await in_thread_if_large(body, lambda: tokenize(intake, tokenizer, decode(body), served.names))
     return _json(found)
 
 
@@ -248,10 +265,24 @@ def _refuse(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     return _json(failure(error), error.status, headers)
 
 
-def _refuse_http(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+def _refuse_http(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """The framework's own errors: no such endpoint, another method, a body that is too long."""
     assert isinstance(error, HTTPException), "registered for it"
-    kind = "invalid_request_error" if error.status_code < 500 else "internal_error"
-    return _json(error_object(error.detail, kind), error.status_code, error.headers)
+    status, path, parameter = error.status_code, shown(request.url.path), None
+    kind = "invalid_request_error" if status < 500 else "internal_error"
+    message = error.detail
+    if status == 404:
+        message = f"there is no endpoint {path}; GET /openapi.json describes those that there are"
+    elif status == 405:
+        allowed = sorted(str((error.headers or {}).get("allow", "")).split(", "))
+        message = f"{path} does not take {request.method}; use {' or '.join(allowed)}"
+    elif status == 413:
+        parameter, ceiling = "body", request.app.state.served.options.max_body_bytes
+        message = (
+            f"body: is longer than the server's max_body_bytes {ceiling}; send fewer or shorter prompts a "
+            "request, or start the server with a larger --max-body-bytes"
+        )
+    return _json(error_object(message, kind, parameter), status, error.headers)
 
 
 def _fail(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -11,6 +12,7 @@ from remask.openai.bodies import (
     COMPLETION_ASKS_NOTHING,
     LABELS,
     ROLES,
+    TEMPLATE_ASKS_NOTHING,
     StreamOptions,
 )
 from remask.openai.chunks import ChatChunkChoice, Chunk, TextChunkChoice
@@ -94,10 +96,12 @@ def description(version: str) -> dict[str, Any]:
         "ChatBody": _body(params, "chat"),
         "TokenizeBody": _object(
             {
+                **_neutral(TEMPLATE_ASKS_NOTHING),
                 "model": TEXT,
                 "prompt": TEXT,
-                "add_special_tokens": FLAG,
                 "messages": {"anyOf": [MESSAGES, NULL]},
+                "add_special_tokens": FLAG,
+                "return_token_strs": FLAG,
             }
         ),
         "DetokenizeBody": _object({"model": TEXT, "tokens": IDS}, ["tokens"]),
@@ -136,7 +140,7 @@ def _body(params: dict[str, Any], kind: Literal["chat", "completion"]) -> dict[s
     """Schema of a body: null means that a field is not given."""
     neutral = CHAT_ASKS_NOTHING if kind == "chat" else COMPLETION_ASKS_NOTHING
     properties = {name: _or_null(schema) for name, schema in params.items()}
-    properties |= {name: {"enum": [*values, None]} for name, values in neutral.items()}
+    properties |= _neutral(neutral)
     properties |= dict.fromkeys(("model", *LABELS), TEXT)
     properties |= {
         "preset": {"enum": [*PRESETS, None]},
@@ -151,6 +155,11 @@ def _body(params: dict[str, Any], kind: Literal["chat", "completion"]) -> dict[s
         }
         return _object(properties, ["messages"])
     return _object({**properties, "prompt": PROMPT, "echo": FLAG}, ["prompt"])
+
+
+def _neutral(values: Mapping[str, tuple[object, ...]]) -> dict[str, Any]:
+    """Properties of fields that must ask for nothing."""
+    return {name: {"enum": [*own, None]} for name, own in values.items()}
 
 
 def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:

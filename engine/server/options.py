@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,6 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             raise InvalidRequest("ssl_certfile", certfile, problem) from None
 
 
-def check_defaults(defaults: dict[str, Any]) -> None:
+def check_defaults(defaults: Mapping[str, Any]) -> None:
     """Raises InvalidRequest if default parameters of requests are invalid."""
     resolve(dict(defaults))

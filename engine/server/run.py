@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import stat
 import time
@@ -34,7 +33,6 @@ BACKLOG = 2048  # connections that wait to be accepted
 MAX_HEADER_BYTES = 32_768
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that they do not meet a closed one
 LAST_SECONDS = 5  # for the last responses to be written
-KILLED = 128 + signal.SIGTERM  # exit status after a second signal
 
 
 def serve(
@@ -62,15 +60,16 @@ def serve(
         try:
             address = _address(options, sock)
             served = Served(llm, options, defaults)
-            make_server(served, options, lambda: on_start(address)).run(sockets=[sock])
+            make_server(served, lambda: on_start(address)).run(sockets=[sock])
         finally:
             llm.close()
 
 
-def make_server(served: Served, options: ServerOptions, on_start: Callable[[], None]) -> Server:
+def make_server(served: Served, on_start: Callable[[], None]) -> Server:
     """The server of an application; `on_start` is called when the port is open."""
+    options = served.options
     config = uvicorn.Config(
-        make_app(served, options),
+        make_app(served),
         lifespan="off",
         log_config=None,
         log_level="warning",
@@ -122,11 +121,16 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains the server, a second one ends the process at once."""
         if self._answerer.is_closing or self._loop is None:
-            os._exit(KILLED)
+            os._exit(128 + sig)
         self._answerer.is_closing = True
         self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
+        logger.warning(
+            "shutting down: nothing more is admitted, and what runs (%d requests) has %g seconds to end",
+            len(self._answerer.live),
+            self._timeout,
+        )
         self._draining = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:

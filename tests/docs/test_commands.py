@@ -210,6 +210,9 @@ def test_commands_of_blocks_that_do_not_run_parse(
             parse(command)
 
 
+ANSWERS = ("1234341221434321", "0579")
+
+
 @pytest.mark.slow
 def test_requests_to_a_server_are_answered(remask: Remask) -> None:
     own = [s for s in ALL if s.options.get("no-run") == "needs-a-server" and s.language == "bash"]
@@ -220,7 +223,8 @@ def test_requests_to_a_server_are_answered(remask: Remask) -> None:
             words = [word.replace("http://127.0.0.1:8000", server.url) for word in words]
             if words[0] == "curl":
                 done = subprocess.run(words, capture_output=True, text=True, check=True)
-                assert json.loads(done.stdout)["choices"][0]["text"] == "1234341221434321"
+                choice = json.loads(done.stdout)["choices"][0]
+                assert choice.get("text", choice.get("message", {}).get("content")) in ANSWERS
             elif words[0] == "remask":
                 assert remask(*words[1:]).returncode == 0
     llm.close()

@@ -66,7 +66,7 @@ def test_a_full_queue_is_waited_for(tiny_llm: LLM) -> None:
         batches = [table(prompt=[f"{i}+{k}=" for k in range(3)]) for i in range(4)]
         found = list(pool.map(own.predict, batches))
     assert [batch.column("error").null_count for batch in found] == [3] * 4
-    with pytest.raises(InvalidRequest, match="engine_kwargs: the queue is too short for a batch"):
+    with pytest.raises(InvalidRequest, match="max_queued_requests; a call may have at most 3"):
         own.predict(table(prompt=["1+1="] * 50))
     own.close()
 

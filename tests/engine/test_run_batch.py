@@ -135,7 +135,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
     ({"prompt": "x", "max_tokens": 600}, "max_tokens: prompt of 1 tokens and canvas exceed"),
     ({"prompt": ""}, "prompt: is empty"),
-    ({"prompt": "x", "logprobs": 2}, "logprobs: expected `int` <= 1"),
+    ({"prompt": "x", "logprobs": 2}, "logprobs: alternatives of a committed token are not known"),
     ({"prompt": "x", "unmask": "treshold"}, "unmask: unknown policy; did you mean"),
     ({"prompt_token_ids": "x"}, "prompt_token_ids: must be a list"),
     ({"prompt": [1, 999]}, "prompt_token_ids: is outside the vocabulary"),

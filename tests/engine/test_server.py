@@ -16,6 +16,7 @@ REMASKS = {
     "max_tokens": 36, "block_length": 36, "seed": 5, "unmask": "capped_threshold:0.4", "remask": "wino:0.95",
     "temperature": 1.5,
 }  # fmt: skip
+ASKED = [{"role": "user", "content": "1+2="}]
 ASK: dict[str, Any] = {"max_tokens": 16, "block_length": 8, "seed": 5}
 POLICIES: list[dict[str, Any]] = [
     {"unmask": "schedule"},
@@ -138,11 +139,14 @@ def test_echo_puts_the_prompt_before_the_text(server: Running) -> None:
         ({"prompt": "a", "temperature": -1}, "temperature", ""),
         ({"prompt": "a", "unmask": "thresold:0.9"}, "unmask", "did you mean"),
         ({"prompt": "a", "best_of": 2}, "best_of", "is not supported"),
+        ({"prompt": "a", "min_tokens": 1}, "min_tokens", "is not supported; leave it out"),
+        ({"prompt": "a", "logprobs": 5}, "logprobs", "alternatives of a committed token are not known"),
+        ({"prompt": [9999]}, "prompt", "is outside the vocabulary"),
         ({"prompt": "a", "trace": True}, "trace", "is not supported"),
-        ({"prompt": ["a", ""]}, "prompt 1: prompt", "is empty"),
+        ({"prompt": ["a", ""]}, "prompt", "prompt 1: prompt: is empty; give at least one token (got '')"),
         ({"prompt": ["a", {"a": 1}]}, "prompt", "must be text"),
-        ({"prompt": ["a"] * 5}, "prompts", "use at most 4"),
-        ({"prompt": ["a", "b"], "max_tokens": 600}, "prompt 0: max_tokens", "exceed the model's length"),
+        ({"prompt": ["a"] * 5}, "prompt", "use at most 4"),
+        ({"prompt": ["a", "b"], "max_tokens": 600}, "max_tokens", "prompt 0: max_tokens: prompt of 1 tokens"),
         ({"prompt": "a", "n": 9, "temperature": 1}, "n", "use at most 8"),
         ({"prompt": "a", "preset": "/etc/passwd"}, "preset", "is no published preset"),
         ({"prompt": "a", "stream": "yes"}, "stream", "true or false"),
@@ -166,12 +170,37 @@ def test_what_is_no_json_or_another_model_is_refused(server: Running) -> None:
     response = server.client.post("/v1/completions", content=b'{"prompt": ', headers=json_type)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "body"
+    assert response.json()["error"]["message"].endswith("(got '{\"prompt\": ')")
     assert server.post("/v1/completions", prompt="a", model="gpt-4o").status_code == 404
     response = server.post("/v1/chat/completions", messages=[], model="gpt-4o")
     assert response.json()["error"]["code"] == "model_not_found"
     assert server.client.get("/v1/models/gpt-4o").status_code == 404
-    assert server.client.get("/v2").status_code == 404
-    assert server.client.get("/v1/completions").status_code == 405
+    response = server.client.get("/v2")
+    assert response.status_code == 404
+    assert "no endpoint '/v2'" in response.json()["error"]["message"]
+    response = server.client.get("/v1/completions")
+    assert response.status_code == 405
+    assert "does not take GET; use OPTIONS or POST" in response.json()["error"]["message"]
+
+
+def test_an_error_has_the_bodys_name_of_a_parameter(server: Running) -> None:
+    for path, body in (("completions", {"prompt": "1+2="}), ("chat/completions", {"messages": ASKED})):
+        for name in ("max_tokens", "max_completion_tokens"):
+            if (path, name) == ("completions", "max_completion_tokens"):
+                continue  # a chat's alone
+            response = server.post(f"/v1/{path}", **body, **{name: 600})
+            assert response.json()["error"]["param"] == name
+            assert response.json()["error"]["message"].startswith(f"{name}: prompt of ")
+
+
+def test_a_reported_seed_repeats_all_samples_and_survives_a_double(server: Running) -> None:
+    fields = {"prompt": HARD, "max_tokens": 36, "temperature": 1.5, "n": 3}
+    first = server.answer(**fields)
+    seeds = {choice["seed"] for choice in first["choices"]}
+    assert len(seeds) == 1
+    assert all(int(float(seed)) == seed for seed in seeds)
+    again = server.answer(**fields, seed=seeds.pop())
+    assert [own["text"] for own in again["choices"]] == [own["text"] for own in first["choices"]]
 
 
 def test_models_and_tokens(server: Running) -> None:
@@ -179,14 +208,21 @@ def test_models_and_tokens(server: Running) -> None:
     assert (own["id"], own["owned_by"], own["max_model_len"]) == ("tiny", "remask", 512)
     assert server.client.get("/v1/models/tiny").json() == own
     ids = server.post("/tokenize", prompt="1+2=").json()
-    assert ids == {"count": 4, "max_model_len": 512, "tokens": [19, 13, 20, 31]}
+    assert ids == {"count": 4, "max_model_len": 512, "tokens": [19, 13, 20, 31], "token_strs": None}
+    asked = {"prompt": "1+2=", "return_token_strs": True, "add_special_tokens": True}
+    assert server.post("/tokenize", **asked).json() == {**ids, "token_strs": ["1", "+", "2", "="]}
     assert server.post("/detokenize", tokens=ids["tokens"]).json() == {"prompt": "1+2="}
-    chat = server.post("/tokenize", messages=[{"role": "user", "content": "1+2="}]).json()
+    neutral = {"add_generation_prompt": True, "continue_final_message": False, "tools": None}
+    chat = server.post("/tokenize", messages=ASKED, **neutral).json()
     assert "1+2=" in server.post("/detokenize", tokens=chat["tokens"]).json()["prompt"]
     for path, body in (
         ("/tokenize", {}),
         ("/tokenize", {"prompt": 5}),
         ("/tokenize", {"prompt": "a", "messages": []}),
+        ("/tokenize", {"prompt": "a", "return_token_strs": 1}),
+        ("/tokenize", {"messages": ASKED, "add_special_tokens": True}),
+        ("/tokenize", {"messages": ASKED, "chat_template": "{{ messages }}"}),
+        ("/tokenize", {"messages": ASKED, "add_generation_prompt": False}),
         ("/detokenize", {"tokens": [-1]}),
         ("/detokenize", {"tokens": ["a"]}),
         ("/detokenize", {"ids": [1]}),

@@ -87,9 +87,18 @@ def test_a_full_queue_answers_429_and_takes_more_when_there_is_room(llm: AsyncLL
             sock.close()
         wait_for(lambda: llm.engine.num_live == 0)
         assert server.post("/v1/completions", **SHORT).status_code == 200
-        # All prompts of a body are admitted, or none is.
-        assert server.post("/v1/completions", **{**SHORT, "prompt": ["1+2="] * 7}).status_code == 429
-        assert llm.engine.num_live == 0
+        # All prompts of a body are admitted, or none is; to send a body again helps only if it can fit.
+        response = server.post("/v1/completions", **{**SHORT, "prompt": ["1+2="] * 7})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "prompt"
+        assert "max_queued_requests; a call may have at most 6" in response.json()["error"]["message"]
+        held = [raw_request(server, {**LONG, "stream": True}) for _ in range(4)]
+        wait_for(lambda: llm.engine.num_live == 4)
+        assert server.post("/v1/completions", **{**SHORT, "prompt": ["1+2="] * 3}).status_code == 429
+        assert llm.engine.num_live == 4
+        for sock in held:
+            sock.close()
+        wait_for(lambda: llm.engine.num_live == 0)
 
 
 def test_many_requests_at_once_are_answered_or_refused(llm: AsyncLLM) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from served import Running, running
 
-from remask import AsyncLLM, InvalidRequest
+from remask import AsyncLLM, InvalidRequest, Unavailable
+from remask.benchmarks.serving.serve_load import LoadOptions, measure
+from remask.server.app import Served, make_app
 from remask.server.gate import OPEN_PATHS
 from remask.server.options import ServerOptions, check_defaults
 
@@ -63,11 +68,39 @@ def test_a_body_must_be_json_by_its_type_and_not_too_long(server: Running) -> No
     long = {**BODY, "prompt": "1" * 3000}
     response = server.client.post("/v1/completions", json=long, headers=key(KEYS[0]))
     assert response.status_code == 413
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "body")
+    assert "max_body_bytes 2000" in error["message"]
     chunks = (b" " * 500 for _ in range(10))  # no length is told
     headers["content-type"] = "application/json"
     assert server.client.post("/v1/completions", content=chunks, headers=headers).status_code == 413
     assert server.client.get("/health").status_code == 200
+
+
+def test_a_load_is_sent_with_the_key(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = LoadOptions(target=str(server.client.base_url), num_prompts=1, max_concurrency=1)
+    with pytest.raises(Unavailable, match="401"):
+        measure(load)
+    assert measure(dataclasses.replace(load, api_key=KEYS[1]))["completed"] == 1
+
+
+def test_an_application_needs_no_more_than_an_engine(llm: AsyncLLM) -> None:
+    def status(options: ServerOptions, **headers: str) -> int:
+        transport = httpx.ASGITransport(make_app(Served(llm, options)))
+
+        async def ask() -> int:
+            async with httpx.AsyncClient(transport=transport, base_url="http://own") as client:
+                return (await client.post("/v1/completions", json=BODY, headers=headers)).status_code
+
+        return asyncio.run(ask())
+
+    assert status(ServerOptions()) == 200
+    assert status(ServerOptions(api_key=KEYS)) == 401
+    assert status(ServerOptions(api_key=KEYS), **key(KEYS[0])) == 200
+    with pytest.raises(InvalidRequest, match="max_body_bytes"):
+        Served(llm, ServerOptions(max_body_bytes=0))
+    with pytest.raises(InvalidRequest, match="temperature"):
+        Served(llm, defaults={"temperature": -1})
 
 
 def test_a_request_id_is_the_clients_if_it_can_be_printed(server: Running) -> None:

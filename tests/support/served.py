@@ -62,10 +62,9 @@ def running(
     """A server on an engine, which stays open; it ends with the context. `send_bytes` is the size of the
     kernel's buffer of what a client has not taken."""
     own = ServerOptions(port=0, **options)
-    own.check()
     served = Served(llm, own, defaults or {})
     is_open = threading.Event()
-    server = make_server(served, own, is_open.set)
+    server = make_server(served, is_open.set)
     with bound(own) as sock:
         if send_bytes is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
