@@ -1,7 +1,7 @@
 """Good requests share the engine with extreme and with failing ones, and their results do not change.
 
 The whole mix is 200 good requests, 50 legal ones with extreme fields, 50 that raise, exceed the memory or
-hold NaN, and 10 that kill their worker; it runs in the long tier. A fifth of it runs in the slow tier.
+hold NaN, and 10 that kill their worker; it runs in the long tier. A tenth of it runs in the slow tier.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ def run(directory: Path, model: Path, mix: Mix, *engines: dict[str, Any]) -> lis
     return json.loads(output.read_text())
 
 
-@pytest.fixture(scope="module", params=[5, pytest.param(1, marks=pytest.mark.long)], ids=["a fifth", "whole"])
+@pytest.fixture(
+    scope="module", params=[10, pytest.param(1, marks=pytest.mark.long)], ids=["a tenth", "whole"]
+)
 def mix(request: pytest.FixtureRequest) -> Mix:
     return Mix(request.param)
 

@@ -9,25 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from remask import EngineOptions
+from remask.engine import start_executor
+from remask.workers.startup.setup import WorkerSetup
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def test_a_relative_model_path_is_the_callers(tmp_path: Path) -> None:
-    code = """
-import shutil
-from pathlib import Path
-import ray
-from remask import LLM
-from remask.embedded import model_directory
-with model_directory("tiny") as tiny:
-    shutil.copytree(tiny, "model")
-Path("elsewhere").mkdir()
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"working_dir": "elsewhere"})
-with LLM("model", device="cpu", distributed_executor_backend="ray", max_num_rows=512) as llm:
-    print(llm.generate("123+456=", {"max_tokens": 8})[0].outputs[0].text)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.strip() == "0579", done.stderr
+def test_a_relative_model_path_is_the_callers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Workers run in folders of their own, such as the `working_dir` of a `runtime_env`."""
+
+    def models_of(backend: str, executor: str) -> list[str]:
+        setups: list[WorkerSetup] = []
+        monkeypatch.setattr(executor, lambda setup, **_: setups.append(setup))
+        options = EngineOptions.parse(model="model", distributed_executor_backend=backend)
+        start_executor(options, Path("model"))
+        return [setup.model for setup in setups]
+
+    monkeypatch.chdir(tmp_path)
+    on_ray = models_of("ray", "remask.workers.executors.ray_executor.RayExecutor")
+    assert on_ray == [str(tmp_path / "model")]
+    assert models_of("uni", "remask.engine.InProcessExecutor") == ["model"]
 
 
 def test_a_cluster_that_has_no_room_any_more_is_unavailable() -> None:

@@ -85,14 +85,14 @@ def test_one_token_a_step_in_random_order_writes_the_chains_distribution(chain: 
     expected = continuations((0,), 4)
     with LLM(chain) as llm:
         values = []
-        for seed in range(20):
+        for seed in range(10):
             drawn = written(llm, 4, unmask="schedule:score=random", seed=seed)
             counts = np.array([drawn.count(rest) for rest in expected])
             values.append(p_value(counts, len(drawn) * np.array(list(expected.values()))))
-    # Uniform p-values: the Kolmogorov-Smirnov distance of 20 of them is below 0.36 with 99 % probability.
+    # Uniform p-values: the Kolmogorov-Smirnov distance of 10 of them is below 0.49 with 99 % probability.
     values.sort()
-    distance = max(max(abs(p - i / 20), abs(p - (i + 1) / 20)) for i, p in enumerate(values))
-    assert distance < 0.36, values
+    distance = max(max(abs(p - i / 10), abs(p - (i + 1) / 10)) for i, p in enumerate(values))
+    assert distance < 0.49, values
 
 
 def test_tokens_committed_together_are_drawn_independently(chain: Path) -> None:
