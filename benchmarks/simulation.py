@@ -130,6 +130,7 @@ class Requests:
             include_stop_in_text=False,
             logprobs=False,
             trace=False,
+            stop=(),
             find_stop=None if stop_after is None else find_stop,
             arrival_time=arrival_time,
         )

@@ -20,3 +20,8 @@ def model_directory(model: str | Path) -> Generator[Path, None, None]:
     """The checkpoint directory of a model's name."""
     with as_file(files("remask") / EMBEDDED) as embedded:
         yield embedded if is_embedded(model) else Path(model)
+
+
+def absolute_name(model: str | Path) -> str:
+    """A name that leads to the model from any folder; a relative path is the caller's."""
+    return str(model) if is_embedded(model) else str(Path(model).absolute())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,20 @@ INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 @with_flags(defaults={"model": "tiny"}, sampling_except=["seed", "trace"])
 def run_batch(
     input_file: Annotated[
-        Path, typer.Option("-i", "--input-file", help="Requests: .jsonl, .txt or .parquet.")
+        str,
+        typer.Option(
+            "-i",
+            "--input-file",
+            help="Requests: .jsonl, .txt or .parquet; with --executor ray-data a folder or a pattern, too.",
+        ),
     ],
     output_file: Annotated[
         Path,
-        typer.Option("-o", "--output-file", help="Results: .jsonl or .parquet; must not exist."),
+        typer.Option(
+            "-o",
+            "--output-file",
+            help="Results: .jsonl or .parquet, with --executor ray-data a folder; must not exist.",
+        ),
     ],
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run, or start, or do nothing if done.")
@@ -41,11 +51,21 @@ def run_batch(
     """Run a file of requests in OpenAI's batch format, as plain JSON lines, text or Parquet.
 
     Sampling flags are the defaults of lines that do not set them; --seed, with a line's place, is the seed of
-    lines without one.
+    lines without one. --executor ray-data runs the rows of many files on a pool of actors of Ray Data.
     """
     if invalid_lines not in ("refuse", "record"):
         raise InvalidRequest("--invalid-lines", invalid_lines, "must be refuse or record")
     log_to_stderr()
+    if engine.get("distributed_executor_backend") == "ray-data":
+        for name, value in (
+            ("--resume", resume),
+            ("--chat", chat),
+            ("--served-model-name", served_model_name),
+        ):
+            if value:
+                raise InvalidRequest(name, value, "is not for --executor ray-data; leave it out")
+        _run_files(input_file, output_file, engine, sampling)
+        return
 
     from remask.batch.run import BatchOptions
     from remask.batch.run import run_batch as run
@@ -65,12 +85,34 @@ def run_batch(
 
     try:
         with ProgressDisplay() as report:
-            summary = run(input_file, output_file, lambda: LLM.from_options(parsed), options, report)
+            summary = run(Path(input_file), output_file, lambda: LLM.from_options(parsed), options, report)
     except KeyboardInterrupt:
         typer.echo("remask: interrupted; finished lines are saved, --resume continues", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(format_summary(summary, output_file))
     if summary.num_failed:
+        raise typer.Exit(FAILED)
+
+
+def _run_files(source: str, output: Path, engine: dict[str, Any], sampling: dict[str, Any]) -> None:
+    """Runs the rows of many files through Ray Data."""
+    from remask.options import EngineOptions
+
+    try:
+        from remask.ray.files import run_files
+    except ImportError as error:
+        raise InvalidRequest(
+            "--executor", error.name, "is not installed; pip install 'remask[ray]'"
+        ) from None
+    parsed = EngineOptions.parse(**{**engine, "distributed_executor_backend": "ray"})
+    started = time.perf_counter()
+    found = run_files(
+        source, output, parsed, sampling, lambda count: typer.echo(f"remask: {count} files", err=True)
+    )
+    seconds = time.perf_counter() - started
+    errors = f", {found.num_errors:,} of them refused or failed (column error)" if found.num_errors else ""
+    typer.echo(f"{output}: {found.num_rows:,} results{errors}; {seconds:.1f} s")
+    if found.num_errors:
         raise typer.Exit(FAILED)
 
 

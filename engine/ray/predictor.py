@@ -22,6 +22,7 @@ import ray
 
 from remask.engine import Engine
 from remask.intake import CheckedPrompt
+from remask.openai.bodies import with_defaults
 from remask.options import EngineOptions
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import EngineDead, InvalidRequest, Overloaded, Unavailable
@@ -68,13 +69,17 @@ class Predictor:
 
     Args:
         model: As for `LLM`.
+        sampling_defaults: Parameters of rows that do not set them. None: those of `SamplingParams`.
         **engine_kwargs: Options of `EngineOptions`.
 
     Raises:
         InvalidRequest: An option is invalid.
     """
 
-    def __init__(self, model: str, **engine_kwargs: Any) -> None:
+    def __init__(
+        self, model: str, *, sampling_defaults: Mapping[str, Any] | None = None, **engine_kwargs: Any
+    ) -> None:
+        self._defaults = sampling_defaults or {}
         self._engine = EngineThread(Engine(EngineOptions.parse(model=model, **engine_kwargs)))
         self._threads = ThreadPoolExecutor(MAX_BATCHES, thread_name_prefix="remask-batch")
 
@@ -129,6 +134,7 @@ class Predictor:
         prompt, messages = row.get(PROMPT), row.get(MESSAGES)
         if isinstance(params, dict):
             params.pop("detokenize", None)  # of vLLM: there is always a text
+            params = with_defaults(params, self._defaults)
         if messages is not None:
             prompt = intake.chat_prompt(_present(messages))
         if prompt is None:

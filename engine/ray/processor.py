@@ -14,10 +14,11 @@ import pyarrow as pa
 from msgspec import Meta
 from ray.data import ActorPoolStrategy, Dataset
 
-from remask.embedded import is_embedded
+from remask.embedded import absolute_name
 from remask.options import EngineOptions
 from remask.ray.predictor import COLUMNS, ERROR, Predictor, Row, check_columns, check_free
 from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.params import resolve
 from remask.workers.executors.ray_resources import default_gpus
 
 MapRow = Callable[[Row], Mapping[str, Any]]
@@ -32,6 +33,7 @@ class RemaskProcessorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_un
         model: As for `LLM`.
         model_source: Alias of `model`, Ray's name for it.
         engine_kwargs: Options of `EngineOptions`.
+        sampling_defaults: Parameters of rows that do not set them.
         concurrency: Number of actors, each with an engine of its own; (min, max) for a pool that Ray scales.
         batch_size: Rows of a batch. If an actor dies its batches run again.
         max_concurrent_batches: Tasks that an actor works on at the same time, of up to four batches each.
@@ -46,6 +48,7 @@ class RemaskProcessorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_un
     model: str | Path | None = None
     model_source: str | Path | None = None
     engine_kwargs: dict[str, Any] = {}
+    sampling_defaults: dict[str, Any] = {}
     concurrency: PositiveInt | tuple[PositiveInt, ...] = 1  # msgspec 0.22 crashes on a pair
     batch_size: PositiveInt = 64
     max_concurrent_batches: PositiveInt = 8
@@ -77,6 +80,7 @@ class Processor:
             self._options = EngineOptions.parse(model=self._model, **config.engine_kwargs)
         except TypeError as error:
             raise InvalidRequest("engine_kwargs", list(config.engine_kwargs), str(error)) from None
+        resolve(dict(config.sampling_defaults))
         self._preprocess, self._postprocess = preprocess, postprocess
         self._before, self._after = preprocess_map_kwargs, postprocess_map_kwargs
 
@@ -107,7 +111,10 @@ class Processor:
             num_gpus = default_gpus(self._options.device)
         arguments = {
             "fn_constructor_args": (self._model,),
-            "fn_constructor_kwargs": config.engine_kwargs,
+            "fn_constructor_kwargs": {
+                "sampling_defaults": config.sampling_defaults,
+                **config.engine_kwargs,
+            },
             "batch_size": config.batch_size,
             "batch_format": "pyarrow",
             "zero_copy_batch": True,
@@ -215,5 +222,4 @@ def _check(config: RemaskProcessorConfig) -> str:
     model = config.model or config.model_source
     if model is None:
         raise InvalidRequest("model", None, "is missing; name a checkpoint in the config")
-    # Actors run in folders of their own; a relative path is the caller's.
-    return str(model) if is_embedded(model) else str(Path(model).absolute())
+    return absolute_name(model)  # actors run in folders of their own

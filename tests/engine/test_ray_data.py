@@ -44,6 +44,17 @@ def test_rows_keep_their_columns_and_get_the_engines(predictor: Predictor, tiny_
         assert row["error"] is None
 
 
+def test_rows_set_what_defaults_do_not(tiny_llm: LLM) -> None:
+    defaults = {"max_tokens": 6, "preset": "wino", "seed": 3}
+    own = Predictor("tiny", device="cpu", max_num_rows=4096, sampling_defaults=defaults)
+    params = [{"max_tokens": 3, "block_length": None}, {"max_tokens": None, "block_length": 2}]
+    rows = own.predict(table(prompt=["1+1="] * 2, sampling_params=params)).to_pylist()
+    own.close()
+    for row, fields in zip(rows, ({"max_tokens": 3}, {"block_length": 2}), strict=True):
+        expected = tiny_llm.generate("1+1=", {**defaults, **fields})[0].outputs[0]
+        assert (row["generated_text"], row["nfe"], row["seed"]) == (expected.text, expected.nfe, 3)
+
+
 def test_a_refused_row_costs_no_other(predictor: Predictor) -> None:
     wrong = [{"max_tokens": 100_000}, {"n": 2}, {"max_tokens": 6.5}, {"logprobs": 1}, {"trace": True}]
     params = [PARAMS, *({**PARAMS, **own} for own in wrong), PARAMS]
