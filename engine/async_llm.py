@@ -19,6 +19,7 @@ from remask.intake import Prompt
 from remask.options import EngineOptions, call_signature
 from remask.outputs import RequestOutput
 from remask.scheduler.params import SamplingParams
+from remask.service import EngineService
 from remask.streaming import OutputKind, check_kind
 from remask.submission import submit
 from remask.thread import EngineThread
@@ -36,9 +37,11 @@ class AsyncLLM:
 
     __signature__ = call_signature()
 
+    engine: EngineService
+
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = EngineThread(Engine(EngineOptions.parse(model=model, **options)))
-        weakref.finalize(self, self.engine.drop)
+        self.engine = engine = EngineThread(Engine(EngineOptions.parse(model=model, **options)))
+        weakref.finalize(self, engine.drop)
 
     @classmethod
     async def start(cls, model: str | Path, **options: Any) -> AsyncLLM:
@@ -49,6 +52,13 @@ class AsyncLLM:
     def from_options(cls, options: EngineOptions) -> AsyncLLM:
         """Makes an `AsyncLLM` from its options; it blocks."""
         return cls(**msgspec.structs.asdict(options))
+
+    @classmethod
+    def on(cls, engine: EngineService) -> AsyncLLM:
+        """An `AsyncLLM` on an engine that exists, which its maker closes."""
+        own = cls.__new__(cls)
+        own.engine = engine
+        return own
 
     async def generate(
         self,

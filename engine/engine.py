@@ -49,6 +49,7 @@ class Progress:
     Attributes:
         request_id: id of the request.
         state: the sample's canvas after the burst.
+        records: EVENT records of the burst; empty if the request is not traced.
         has_ended: the request has ended, with all its samples.
     """
 
@@ -56,7 +57,8 @@ class Progress:
         self, canvas: Canvas, records: bytes, request: Request, has_ended: bool, decode: Decode | None
     ) -> None:
         self.request_id, self.state, self.has_ended = canvas.request_id, canvas.state, has_ended
-        self._canvas, self._records, self._request, self._decode = canvas, records, request, decode
+        self.records = records
+        self._canvas, self._request, self._decode = canvas, request, decode
 
     @property
     def arrival_time(self) -> float:
@@ -77,7 +79,7 @@ class Progress:
     @cached_property
     def events(self) -> Trace | None:
         """The commits and remaskings of the burst; None if the request is not traced."""
-        return trace_of(self._canvas.spec, self._records) if self._canvas.spec.trace else None
+        return trace_of(self._canvas.spec, self.records) if self._canvas.spec.trace else None
 
     @cached_property
     def completion(self) -> CompletionOutput | None:

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from remask.entries import entries_of, one_each
-from remask.limits import check_num_prompts, check_params, with_reuse
+from remask.limits import check_num_prompts, check_params, keeps_keys
 from remask.options import EngineOptions
 from remask.scheduler.canvas import Canvas, new_canvas
 from remask.scheduler.errors import InvalidRequest
@@ -58,6 +58,7 @@ class Intake:
     Attributes:
         config: shape and special ids of the model.
         options: options of the engine.
+        tokenizer, max_key_rows: as given.
         decode: converts visible ids to text; None without a tokenizer.
         max_len: maximum tokens of prompt and canvas together.
 
@@ -72,8 +73,8 @@ class Intake:
         options: EngineOptions,
         max_key_rows: int | None = None,
     ) -> None:
-        self.config, self.options, self._tokenizer = config, options, tokenizer
-        self._max_key_rows = max_key_rows
+        self.config, self.options, self.tokenizer = config, options, tokenizer
+        self.max_key_rows = max_key_rows
         self.max_len = config.max_len if options.max_model_len is None else options.max_model_len
         if not 2 <= self.max_len <= config.max_len:
             problem = f"must lie between 2 and the model's {config.max_len}"
@@ -162,7 +163,9 @@ class Intake:
         resolved = resolve(params, **({} if priority is None else {"priority": priority}))
         check_params(self.options, resolved)
         self.check_lengths(ids, resolved.max_tokens)
-        resolved = with_reuse(resolved, len(ids), self._max_key_rows)
+        num_rows = (len(ids) + resolved.max_tokens) * (1 + (resolved.sampling.cfg_scale > 0))
+        if resolved.reuse is not None and not keeps_keys(resolved.reuse, num_rows, self.max_key_rows):
+            resolved = msgspec.structs.replace(resolved, reuse=None, refresh=None)
         return CheckedPrompt(text, ids, self._with_own_ids(self._with_stops(resolved)))
 
     def request(
@@ -216,13 +219,14 @@ class Intake:
             include_stop_in_text=params.include_stop_str_in_output,
             logprobs=params.logprobs,
             trace=params.trace,
-            find_stop=(
-                StopStrings(params.stop, self.decode, self._special.values())
-                if params.stop and self.decode
-                else None
-            ),
+            stop=params.stop,
+            find_stop=self.search_of(params.stop),
             arrival_time=time.monotonic(),
         )
+
+    def search_of(self, stop: Sequence[str]) -> StopStrings | None:
+        """`Request.find_stop` for stop strings."""
+        return StopStrings(stop, self.decode, self._special.values()) if stop and self.decode else None
 
     def chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:
         """Conversations (or one) through the tokenizer's chat template, ready for the assistant's turn.
@@ -246,15 +250,15 @@ class Intake:
     def chat_prompt(self, conversation: Sequence[Message], *, name: str = "messages") -> Prompt:
         """One conversation, as `chat_prompts`; `name` is what errors call it."""
         self._check_template()
-        assert self._tokenizer is not None, "checked with the template"
+        assert self.tokenizer is not None, "checked with the template"
         messages = text_messages(name, plain(conversation))
-        text = render_chat(self._tokenizer, messages, name=name)
+        text = render_chat(self.tokenizer, messages, name=name)
         assert self._encoder is not None, "there is a tokenizer"
         ids = self._encoder.encode(text, add_special_tokens=False)
         return {"prompt": text, "prompt_token_ids": ids}
 
     def _check_template(self) -> None:
-        if self._tokenizer is None or not getattr(self._tokenizer, "chat_template", None):
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise InvalidRequest("messages", None, "the model's tokenizer has no chat template; use generate")
 
     def listed(self, name: str, prompts: Any) -> list[Any]:
@@ -364,7 +368,7 @@ class Intake:
 
     def _with_stops(self, params: ResolvedParams) -> ResolvedParams:
         """Checks what ends a text; stop strings that are a special token become its id."""
-        if params.stop and self._tokenizer is None:
+        if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop", params.stop, "needs a tokenizer; use stop_token_ids")
         stop, ids = split_stops(params.stop, self._special, mask_id=self.config.mask_id)
         ids = list(dict.fromkeys([*params.stop_token_ids, *ids]))

@@ -8,12 +8,11 @@ import math
 import threading
 from collections.abc import Iterable
 
-import msgspec
-
 from remask.options import EngineOptions
 from remask.scheduler.errors import InvalidRequest, Overloaded
 from remask.scheduler.params import ResolvedParams
 from remask.scheduler.request import Request
+from remask.scheduler.sampling import Reuse
 
 logger = logging.getLogger(__name__)
 
@@ -57,28 +56,25 @@ def check_params(options: EngineOptions, params: ResolvedParams, num_tokens_befo
     return num_tokens
 
 
-def with_reuse(params: ResolvedParams, prompt_len: int, max_key_rows: int | None) -> ResolvedParams:
-    """The parameters of a request that fit the workers: without reuse if its keys alone are too many.
+def keeps_keys(reuse: Reuse | None, num_rows: int, max_key_rows: int | None) -> bool:
+    """Whether a request reuses keys as it asks for; it does not if its keys alone are too many.
 
     Args:
-        params: of one prompt.
-        prompt_len: tokens of the prompt.
+        reuse: what it asks for.
+        num_rows: rows whose keys it would keep.
         max_key_rows: rows whose keys a worker keeps; None: not known yet.
 
     Raises:
         InvalidRequest: the workers keep no keys.
     """
-    if params.reuse is None or max_key_rows is None:
-        return params
+    if reuse is None or max_key_rows is None:
+        return reuse is not None
     if max_key_rows == 0:
-        raise InvalidRequest("reuse", params.reuse, "the workers of this model keep no keys; leave it out")
-    num_rows = (prompt_len + params.max_tokens) * (1 + (params.sampling.cfg_scale > 0))
-    if num_rows <= max_key_rows:
-        return params
-    logger.warning(
-        "a request of %d rows runs without reuse: max_key_bytes has room for %d", num_rows, max_key_rows
-    )
-    return msgspec.structs.replace(params, reuse=None, refresh=None)
+        raise InvalidRequest("reuse", reuse, "the workers of this model keep no keys; leave it out")
+    if num_rows > max_key_rows:
+        problem = "a request of %d rows runs without reuse: max_key_bytes has room for %d"
+        logger.warning(problem, num_rows, max_key_rows)
+    return num_rows <= max_key_rows
 
 
 def check_score_size(

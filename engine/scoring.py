@@ -116,6 +116,7 @@ class CheckedScore(NamedTuple):
             include_stop_in_text=False,
             logprobs=True,
             trace=False,
+            stop=(),
             find_stop=None,
             arrival_time=time.monotonic(),
         )

@@ -13,8 +13,8 @@ from remask.intake import CheckedPrompt
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import RemaskError
 from remask.scheduler.request import Request
+from remask.service import EngineService
 from remask.streaming import OutputKind, OutputStream
-from remask.thread import EngineThread
 
 
 class PlacedOutput(NamedTuple):
@@ -41,7 +41,7 @@ class Submission(AsyncIterator[PlacedOutput]):
     """
 
     def __init__(
-        self, engine: EngineThread, requests: Sequence[Request], streams: Sequence[OutputStream] | None
+        self, engine: EngineService, requests: Sequence[Request], streams: Sequence[OutputStream] | None
     ) -> None:
         self._engine, self._streams = engine, streams
         self._places = {request.request_id: place for place, request in enumerate(requests)}
@@ -101,7 +101,7 @@ class Submission(AsyncIterator[PlacedOutput]):
 
 
 async def submit(
-    engine: EngineThread,
+    engine: EngineService,
     check: Callable[[], Sequence[CheckedPrompt]],
     *,
     ordinal: int | None = None,

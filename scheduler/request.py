@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,6 +17,7 @@ class Request:
 
     Attributes:
         priority: lower values run first.
+        stop: stop strings.
         find_stop: searches the finished blocks of a canvas, which pauses at the end of each, for a stop
             string; None: the request has none.
         stop_token_ids: ids that end a text besides the model's own.
@@ -38,6 +39,7 @@ class Request:
     include_stop_in_text: bool
     logprobs: bool
     trace: bool
+    stop: Sequence[str]
     find_stop: Callable[[Canvas, CanvasState], TextStop | None] | None
     arrival_time: float
     finish_time: float | None = field(default=None)

@@ -19,8 +19,8 @@ from remask.openai.responses import ID_PREFIXES, Completion, completion, error_b
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import MAX_SHOWN, InvalidRequest, RemaskError, Unavailable
 from remask.server.metrics import Metrics
+from remask.service import EngineService
 from remask.submission import Submission, submit
-from remask.thread import EngineThread
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Answerer:
     """
 
     def __init__(
-        self, engine: EngineThread, names: Sequence[str], defaults: dict[str, Any], metrics: Metrics
+        self, engine: EngineService, names: Sequence[str], defaults: dict[str, Any], metrics: Metrics
     ) -> None:
         self._engine, self._names, self._defaults, self._metrics = engine, names, defaults, metrics
         self.is_closing = False

@@ -18,7 +18,7 @@ from remask.engine import Progress
 from remask.outputs import RequestOutput
 from remask.scheduler.canvas import TOKEN
 from remask.scheduler.messages import StepResult
-from remask.thread import EngineThread
+from remask.service import EngineService
 
 SECONDS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.3, 0.5, 0.8, 1, 1.5, 2.5, 5, 10, 20, 40, 80, 160, 640,
@@ -43,7 +43,7 @@ class Metrics(Collector):
         model: value of the label `model_name`.
     """
 
-    def __init__(self, engine: EngineThread, model: str) -> None:
+    def __init__(self, engine: EngineService, model: str) -> None:
         self._engine, self._model = engine, model
         self._running: dict[str, dict[int, _Watched]] = {}  # by request and sample; the engine's thread's own
         self._registry = CollectorRegistry()
