@@ -8,10 +8,7 @@ PYTEST := $(BIN)/python -m pytest --durations=30 --durations-min=1
 # Processes that run tests.
 JOBS ?= 2
 PARALLEL := --numprocesses=$(JOBS) --dist=loadfile
-define SLOW
-$(PYTEST) $(PARALLEL) -m "slow and not ray and not long"
-$(PYTEST) -m "slow and ray and not long"
-endef
+SLOW := $(PYTEST) $(PARALLEL) -m "slow and not long"
 DEPS := $(VENV)/.dependencies
 
 export RAY_USAGE_STATS_ENABLED = 0
@@ -36,8 +33,7 @@ demo: install
 test: install
 	$(PYTEST) $(PARALLEL)
 
-# What the fast tier leaves out: processes, whatever takes longer than two seconds, and Ray, which needs the machine
-# for itself.
+# What the fast tier leaves out: processes, Ray, and whatever takes longer than two seconds.
 test-slow: install
 	$(SLOW)
 

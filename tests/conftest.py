@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ if not torch.cuda.is_available():
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps the knee that tests measure out of the user's cache, for reading and for writing."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ray_of_its_own() -> Iterator[None]:
+    """Keeps the address of a cluster from tests in other processes, which would join it."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        yield
 
 
 @pytest.fixture(scope="session")
