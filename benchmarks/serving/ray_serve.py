@@ -4,9 +4,10 @@
 
 64 requests are under way at all times, each with a seed of its own at temperature 1. The application has two
 replicas in fp32 under `batch_invariant`, with one thread each. In a run with faults one replica is killed
-(SIGKILL) after a quarter of the time, and the application is scaled to one replica after 60 % of it, so that
-the other one is drained. Every response must have status 200 and the text that one engine writes undisturbed.
-`remask serve` runs the same load with one engine, on the same cores. The client shares the cores with them.
+(SIGKILL) after a quarter of the time, and the application is deployed again with one replica after 60 % of
+it, so that Serve drains the ingress and both replicas while new ones start. Every response must have status
+200 and the text that one engine writes undisturbed. `remask serve` runs the same load with one engine, on the
+same cores. The client shares the cores with them.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def measure(seconds: float, steadiness: Steadiness) -> list[dict[str, Any]]:
     serve.start(http_options={"port": PORT})
     results.append({"server": "Ray Serve, two replicas", **on_ray_serve(run, seconds, faults=False)})
     results.append(
-        {"server": "Ray Serve, one killed, one drained", **on_ray_serve(run, seconds, faults=True)}
+        {"server": "Ray Serve, one killed, then all drained", **on_ray_serve(run, seconds, faults=True)}
     )
     serve.shutdown()
     ray.shutdown()

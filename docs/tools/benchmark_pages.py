@@ -15,6 +15,7 @@ from remask.benchmarks import (
     fp8_quality,
     golden,
     latency,
+    ray_data,
     ray_workers,
     reuse,
     scaling,
@@ -25,7 +26,7 @@ from remask.benchmarks import (
     tuning,
 )
 from remask.benchmarks.gpu import figures
-from remask.benchmarks.serving import compare, server_cost
+from remask.benchmarks.serving import compare, ray_serve, server_cost
 from remask.benchmarks.tiny import evaluate, reuse_quality
 
 ROOT = Path(__file__).parents[2]
@@ -157,6 +158,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
         }
     ),
     "plan": _plan,
+    "ray_data": lambda found: Table(ray_data.HEADER, [ray_data.cells(result) for result in found["results"]]),
+    "ray_serve": lambda found: Table(
+        ray_serve.HEADER, [ray_serve.cells(result) for result in found["results"]]
+    ),
     "ray_workers": lambda found: Table(
         ("workers", "seconds on Ray", "seconds in process", "Ray times as fast (min to max)"),
         [ray_workers.cells(result) for result in found["results"]],

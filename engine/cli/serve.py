@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any
 
 import typer
@@ -10,9 +9,7 @@ import typer
 from remask.cli.options import with_flags
 from remask.cli.progress import log_to_stderr
 from remask.scheduler.errors import InvalidRequest
-from remask.server.options import ENGINE_DEFAULTS, ServerOptions
-
-KEY_VARIABLE = "REMASK_API_KEY"
+from remask.server.options import ENGINE_DEFAULTS, ServerOptions, with_key
 
 
 @with_flags(
@@ -34,9 +31,7 @@ def serve(
     reaches the port may use the model.
     """
     log_to_stderr()
-    if (key := os.environ.get(KEY_VARIABLE)) is not None:
-        server["api_key"] = [*server.get("api_key", []), key]
-    options = ServerOptions(**server)
+    options = ServerOptions(**with_key(server))
     options.check()
 
     from remask.options import EngineOptions

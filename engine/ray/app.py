@@ -28,7 +28,7 @@ from remask.scheduler.errors import InvalidRequest, did_you_mean
 from remask.scheduler.params import SamplingParams
 from remask.server.app import Served, make_app
 from remask.server.gate import App
-from remask.server.options import ENGINE_DEFAULTS, ServerOptions, check_defaults
+from remask.server.options import ENGINE_DEFAULTS, ServerOptions, check_defaults, with_key
 from remask.streaming import OutputKind
 from remask.workers.executors.ray_resources import default_gpus
 
@@ -88,7 +88,7 @@ class Ingress:
         self._replicas = replicas.options(stream=True)
         options = EngineOptions.parse(**{"seed": secrets.randbits(53), **engine})
         self._llm = AsyncLLM.on(RemoteEngine(options, self._send, self._num_replicas))
-        self._served = Served(self._llm, ServerOptions(**server), defaults)
+        self._served = Served(self._llm, ServerOptions(**with_key(server)), defaults)
 
     def __serve_build_asgi_app__(self) -> App:
         return make_app(self._served)
@@ -117,13 +117,13 @@ class Ingress:
         finally:
             stream.cancel()
 
-    @staticmethod
-    def _num_replicas() -> int:
+    def _num_replicas(self) -> int:
         """The number of engines that run, as Serve's controller knows it."""
         application: ApplicationStatusOverview | None = serve.status().applications.get(
             serve.get_replica_context().app_name
         )
-        deployment = None if application is None else application.deployments.get(ENGINE)
+        name = self._replicas.deployment_name
+        deployment = None if application is None else application.deployments.get(name)
         states = {} if deployment is None else deployment.replica_states
         return sum(number for state, number in states.items() if state == "RUNNING")
 
@@ -136,7 +136,7 @@ def build_app(config: RemaskAppConfig | dict[str, Any]) -> Application:
         InvalidRequest: A field or an option is invalid, or a replica has more workers than its resources.
     """
     config = config if isinstance(config, RemaskAppConfig) else _parsed(config)
-    server = _options(ServerOptions, "server_kwargs", config.server_kwargs)
+    server = _server_options(config.server_kwargs)
     for name in NOT_SERVED:
         if name in config.server_kwargs:
             problem = "is Serve's; use http_options, or options of a deployment"
@@ -183,18 +183,20 @@ def _parsed(given: Mapping[str, Any]) -> RemaskAppConfig:
     try:
         return msgspec.convert(dict(given), RemaskAppConfig)
     except msgspec.ValidationError as error:
-        raise InvalidRequest("args", given, str(error)) from None
+        raise InvalidRequest("args", list(given), str(error)) from None
 
 
-def _options(kind: type[ServerOptions], place: str, given: Mapping[str, Any]) -> ServerOptions:
+def _server_options(given: Mapping[str, Any]) -> ServerOptions:
+    """Parsed options of the server. Errors show no values, which may be keys."""
+    known = ServerOptions.__struct_fields__
     for name in given:
-        if name not in kind.__struct_fields__:
-            close = did_you_mean(name, kind.__struct_fields__)
-            raise InvalidRequest(f"{place}.{name}", given[name], f"unknown option; {close}")
+        if name not in known:
+            problem = f"unknown option; {did_you_mean(name, known)}"
+            raise InvalidRequest(f"server_kwargs.{name}", "a value", problem)
     try:
-        return msgspec.convert(dict(given), kind)
+        return msgspec.convert(dict(given), ServerOptions)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(place, dict(given), str(error)) from None
+        raise InvalidRequest("server_kwargs", list(given), str(error)) from None
 
 
 def _without_ceilings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,17 +220,15 @@ def _deployment(config: RemaskAppConfig, engine: EngineOptions) -> dict[str, Any
         **config.deployment_config,
     }
     options["ray_actor_options"] = {**actor, **options.get("ray_actor_options", {})}
-    scaling = options.get("autoscaling_config")
-    if isinstance(scaling, Mapping) and "target_ongoing_requests" not in scaling:
-        options["autoscaling_config"] = {**scaling, "target_ongoing_requests": engine.max_num_seqs}
+    scaling = options.get("autoscaling_config", {} if options.get("num_replicas") == "auto" else None)
+    if isinstance(scaling, Mapping):
+        options["autoscaling_config"] = {"target_ongoing_requests": max_live // 2, **scaling}
     if on_ray:
-        options["placement_group_bundles"] = _bundles(options, actor, engine)
+        options["placement_group_bundles"] = _bundles(options, engine)
     return options
 
 
-def _bundles(
-    options: Mapping[str, Any], actor: Mapping[str, float], engine: EngineOptions
-) -> list[dict[str, float]]:
+def _bundles(options: Mapping[str, Any], engine: EngineOptions) -> list[dict[str, float]]:
     """Bundles of a replica with workers on Ray: the first is the replica's, each other one a worker's."""
     num_gpus = engine.num_gpus_per_worker
     worker = {
@@ -237,7 +237,8 @@ def _bundles(
     }
     given = options.get("placement_group_bundles")
     if given is None:
-        own = {"CPU": actor["num_cpus"], "GPU": actor["num_gpus"]}
+        actor = options["ray_actor_options"]
+        own = {"CPU": actor.get("num_cpus") or 0.001, "GPU": actor.get("num_gpus", 0)}  # none may be empty
         every = [own, *[worker] * engine.data_parallel_size]
         return [{name: number for name, number in bundle.items() if number} for bundle in every]
     room = sum(

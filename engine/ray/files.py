@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import ray
@@ -85,7 +86,16 @@ def run_files(
         found.write_parquet(folder)
     else:
         found.write_json(folder)
-    written = pads.dataset(folder, format="parquet" if is_parquet else "json")
+    return counted(output, is_parquet=is_parquet)
+
+
+def counted(folder: Path, *, is_parquet: bool) -> FilesSummary:
+    """Counts the rows that a run has written, and their errors."""
+    if not folder.is_dir():
+        return FilesSummary(0, 0)  # of no rows nothing is written
+    # The type of the column is given: in a file without errors all its values are null.
+    schema = pa.schema([(ERROR, pa.string())])
+    written = pads.dataset(folder, format="parquet" if is_parquet else "json", schema=schema)
     return FilesSummary(written.count_rows(), written.count_rows(filter=pc.field(ERROR).is_valid()))
 
 

@@ -15,13 +15,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import TypeAlias
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from remask.checkpoint import intake_of
 from remask.engine import Progress
 from remask.limits import Admission
 from remask.options import EngineOptions
-from remask.ray.replica import News, Work
+from remask.ray.replica import News, Work, model_of
 from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError, Unavailable, WorkerDied
 from remask.scheduler.request import Request
 from remask.thread import Listener, Observer
@@ -29,6 +29,7 @@ from remask.thread import Listener, Observer
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 5  # of replicas in a row that had a request, which has not come further meanwhile
+MAX_OTHERS = 150  # replicas in a row that have another model
 WAIT_SECONDS = 0.2  # before a request is sent to another replica
 LOOK_SECONDS = 2.0  # between two looks at the replicas
 
@@ -51,7 +52,7 @@ class RemoteEngine:
     """
 
     def __init__(self, options: EngineOptions, send: Send, num_replicas: Callable[[], int]) -> None:
-        self.intake = intake_of(options)
+        self.intake, self._model = intake_of(options), model_of(options)
         self.tokenizer = self.intake.tokenizer
         self.observer: Observer | None = None
         self._send, self._num_replicas, self._admission = send, num_replicas, Admission(options)
@@ -69,13 +70,13 @@ class RemoteEngine:
 
     @property
     def num_workers(self) -> int:
-        """The number of replicas that ran when it was last looked."""
+        """The number of replicas that ran at the last look; asking for it looks again, in a thread."""
         self._look_again()
         return self._num_workers
 
     def is_ready(self, seconds: float) -> bool:
-        """Whether a replica runs, as far as was known some seconds ago."""
-        return not self._is_closed and self.num_workers > 0
+        """Whether it was not closed: requests wait for a replica if none runs."""
+        return not self._is_closed
 
     def check_alive(self) -> None:
         """Raises EngineDead after `close`."""
@@ -90,7 +91,7 @@ class RemoteEngine:
         for request in requests:
             task = asyncio.ensure_future(self._serve(request, listener, is_watched=every_burst))
             self._tasks[request.request_id] = task
-            task.add_done_callback(functools.partial(self._ended, request))
+            task.add_done_callback(functools.partial(self._ended, request, listener))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drops requests. Ids that are not live are ignored."""
@@ -109,38 +110,45 @@ class RemoteEngine:
 
     async def _serve(self, request: Request, listener: Listener, *, is_watched: bool) -> None:
         """Runs a request to its end on one replica after another, until one lives long enough."""
-        num_deaths = 0
+        num_deaths = num_others = 0
         while True:
             live = [(own.spec, own.state) for own in request.canvases if not own.state.finished]
             if not live:  # the replica died before it could say so
                 self._tell(request, News((), True), listener)
                 return
+            work = Work(live, request.priority, request.stop, is_watched, self._model)
+            has_ended, reason = False, "its stream broke off"
             try:
-                async with contextlib.aclosing(
-                    self._send(Work(live, request.priority, request.stop, is_watched))
-                ) as stream:
+                async with contextlib.aclosing(self._send(work)) as stream:
                     async for news in stream:
-                        num_deaths = 0
+                        if news.is_other:
+                            reason = "it has another model"
+                            continue
+                        num_deaths = num_others = 0
                         self._tell(request, news, listener)
-                        if news.has_ended:
-                            return
-                reason = "its stream broke off"
-            except (RayActorError, EngineDead, Unavailable) as error:
-                reason = f"{type(error).__name__}"
-            except RemaskError as error:
-                self._tell(request, News((), True, error), listener)
-                return
-            except Exception as error:
+                        has_ended = news.has_ended
+            except (RayError, EngineDead, Unavailable) as error:
+                reason = type(error).__name__
+            except Exception:
                 logger.exception("a request cannot be sent to a replica")
-                self._tell(request, News((), True, Unavailable(f"no replica takes it: {error!r}")), listener)
+                self._tell(request, News((), True, Unavailable("no replica takes the request")), listener)
                 return
-            num_deaths += 1
-            logger.warning("a replica has died with request %s: %s", request.request_id, reason)
+            if has_ended:
+                return
+            if reason == "it has another model":
+                num_others += 1
+            else:
+                num_deaths += 1
+                logger.warning("a replica has died with request %s: %s", request.request_id, reason)
+            failure: RemaskError | None = None
             if num_deaths == MAX_DEATHS:
-                error = WorkerDied(f"{num_deaths} replicas in a row died while they ran the request")
-                self._tell(request, News((), True, error), listener)
+                failure = WorkerDied(f"{num_deaths} replicas in a row died while they ran the request")
+            elif num_others == MAX_OTHERS:
+                failure = Unavailable("the application was replaced by one with another model")
+            if failure is not None:
+                self._tell(request, News((), True, failure), listener)
                 return
-            await asyncio.sleep(WAIT_SECONDS * num_deaths)
+            await asyncio.sleep(WAIT_SECONDS * max(1, num_deaths))
 
     def _tell(self, request: Request, news: News, listener: Listener) -> None:
         """Applies what is new to the canvases of a request, and passes it on."""
@@ -162,13 +170,16 @@ class RemoteEngine:
         for progress in found:
             listener(progress)
 
-    def _ended(self, request: Request, task: asyncio.Task[None]) -> None:
+    def _ended(self, request: Request, listener: Listener, task: asyncio.Task[None]) -> None:
         del self._tasks[request.request_id]
         self._admission.release(request)
         if self.observer is not None:
             self.observer.dropped([request.request_id])
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():  # nobody listens to what was aborted
+            listener(EngineDead("the request was cancelled; make a new one"))
+        elif (error := task.exception()) is not None:
             logger.error("a request has been lost", exc_info=error)
+            listener(Unavailable("the request was lost; the log tells how"))
 
     def _look_again(self) -> None:
         """Looks at the replicas in a thread, unless that was done lately."""

@@ -28,6 +28,7 @@ from remask.thread import EngineThread
 logger = logging.getLogger(__name__)
 
 READY_SECONDS = 60.0  # within which a worker with work must have answered
+DECISIVE = ("model", "tokenizer", "dtype", "device", "load_format", "quantization", "batch_invariant")
 
 
 class Work(NamedTuple):
@@ -38,12 +39,14 @@ class Work(NamedTuple):
         priority: of the request.
         stop: stop strings.
         is_watched: whether the caller wants states before the end.
+        model: what the canvases are of; see `model_of`.
     """
 
     canvases: Sequence[tuple[CanvasSpec, CanvasState]]
     priority: int
     stop: Sequence[str]
     is_watched: bool
+    model: str
 
 
 class Moved(NamedTuple):
@@ -69,11 +72,13 @@ class News(NamedTuple):
         moved: canvases that have come further.
         has_ended: the request has ended.
         failure: the error that ended it.
+        is_other: the replica has another model, and has run nothing.
     """
 
     moved: Sequence[Moved]
     has_ended: bool
     failure: RemaskError | None = None
+    is_other: bool = False
 
 
 class Replica:
@@ -84,13 +89,17 @@ class Replica:
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._engine = EngineThread(Engine(EngineOptions.parse(**options)))
+        parsed = EngineOptions.parse(**options)
+        self._model, self._engine = model_of(parsed), EngineThread(Engine(parsed))
 
     async def run(self, work: Work) -> AsyncGenerator[News, None]:
         """Runs a request to its end. A caller that closes the generator aborts it.
 
         If the engine dies the process ends, so that nothing more is sent here.
         """
+        if work.model != self._model:  # while the application is replaced by another one
+            yield News((), False, is_other=True)
+            return
         try:
             async for news in self._run(work):
                 yield news
@@ -118,7 +127,8 @@ class Replica:
         blocks = {canvas.spec.sample: canvas.state.block for canvas in request.canvases}
         by_sample = {canvas.spec.sample: canvas for canvas in request.canvases}
         records: dict[int, bytes] = {}
-        self._engine.add([request], listen, every_burst=work.is_watched)
+        is_traced = any(spec.trace for spec, _ in work.canvases)  # all bursts have events
+        self._engine.add([request], listen, every_burst=work.is_watched or is_traced)
         has_ended = False
         try:
             while not has_ended:
@@ -144,6 +154,11 @@ class Replica:
         finally:
             if not has_ended:
                 self._engine.abort([request.request_id])
+
+
+def model_of(options: EngineOptions) -> str:
+    """What names a model, and the options by which its texts may differ."""
+    return repr([str(getattr(options, name)) for name in DECISIVE])
 
 
 def _adopted(intake: Intake, work: Work) -> Request:

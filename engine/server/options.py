@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.params import resolve
 
+KEY_VARIABLE = "REMASK_API_KEY"
 # Ceilings of the engine that a server sets by default.
 ENGINE_DEFAULTS: dict[str, int] = {
     "max_prompts_per_call": 256,
@@ -95,6 +97,12 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         except (OSError, ValueError) as error:
             problem = f"is no certificate with its private key in PEM format, without a password: {error}"
             raise InvalidRequest("ssl_certfile", certfile, problem) from None
+
+
+def with_key(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ServerOptions`, with the key of the environment if there is one."""
+    key = os.environ.get(KEY_VARIABLE)
+    return dict(given) if key is None else {**given, "api_key": [*given.get("api_key", []), key]}
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:

@@ -51,6 +51,13 @@ def test_an_invalid_field_is_refused_by_name(fields: dict[str, Any], named: str)
         app(**fields)
 
 
+def test_no_error_shows_a_key() -> None:
+    for fields in ({"api_key": "secret"}, {"api_kye": ["secret"]}, {"api_key": ["secret", " x"]}):
+        with pytest.raises(InvalidRequest) as caught:
+            app(server_kwargs=fields)
+        assert "secret" not in str(caught.value)
+
+
 def test_a_deployment_fits_its_engines() -> None:
     from remask.options import EngineOptions
     from remask.ray.app import RemaskAppConfig, _deployment
@@ -66,5 +73,7 @@ def test_a_deployment_fits_its_engines() -> None:
     assert own["autoscaling_config"] == {"max_replicas": 4, "target_ongoing_requests": 16}
     assert own["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 0}
     assert "placement_group_bundles" not in own
-    own = options(engine_kwargs=ON_RAY, num_cpus=2)
+    own = options(engine_kwargs={"max_num_seqs": 16}, deployment_config={"num_replicas": "auto"})
+    assert own["autoscaling_config"] == {"target_ongoing_requests": 16}
+    own = options(engine_kwargs=ON_RAY, deployment_config={"ray_actor_options": {"num_cpus": 2}})
     assert own["placement_group_bundles"] == [{"CPU": 2}, *[{"CPU": 1.0}] * 3]

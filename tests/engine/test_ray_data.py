@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from remask import LLM, InvalidRequest, SamplingParams
 from remask.ray import Predictor, RemaskProcessorConfig, build_processor
+from remask.ray.files import FilesSummary, counted
 from remask.ray.predictor import COLUMNS
 from remask.ray.processor import _After, _typed
 
@@ -53,6 +55,15 @@ def test_rows_set_what_defaults_do_not(tiny_llm: LLM) -> None:
     for row, fields in zip(rows, ({"max_tokens": 3}, {"block_length": 2}), strict=True):
         expected = tiny_llm.generate("1+1=", {**defaults, **fields})[0].outputs[0]
         assert (row["generated_text"], row["nfe"], row["seed"]) == (expected.text, expected.nfe, 3)
+
+
+def test_errors_of_json_lines_are_counted_wherever_they_stand(tmp_path: Path) -> None:
+    assert counted(tmp_path / "none", is_parquet=False) == FilesSummary(0, 0)
+    rows = [{"id": 1, "error": None}] * 3
+    for name, more in (("a", []), ("b", [{"id": 4, "error": "prompt: is empty"}])):
+        lines = [json.dumps(row) for row in [*rows, *more]]
+        (tmp_path / f"{name}.json").write_text("\n".join(lines) + "\n")
+    assert counted(tmp_path, is_parquet=False) == FilesSummary(7, 1)
 
 
 def test_a_refused_row_costs_no_other(predictor: Predictor) -> None:

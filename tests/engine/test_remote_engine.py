@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from remask import LLM, AsyncLLM, EngineOptions, InvalidRequest, Overloaded, RequestOutput, WorkerDied
+from remask import (
+    LLM,
+    AsyncLLM,
+    EngineDead,
+    EngineOptions,
+    InvalidRequest,
+    Overloaded,
+    RequestOutput,
+    Unavailable,
+    WorkerDied,
+)
 from remask.ray.remote import RemoteEngine
 from remask.ray.replica import News, Replica, Work
 
@@ -115,6 +125,62 @@ def test_a_stream_goes_on_from_the_block_that_it_had_reached(
     assert first.canvases[0][1].num_forwards == 0
     assert second.canvases[0][1].block >= 2
     assert second.canvases[0][0].seed == 5
+
+
+def test_a_trace_has_the_events_of_all_replicas(
+    replica: Replica, tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = {**ASK, "unmask": "capped_threshold:0.4", "remask": "wino:0.95", "trace": True}
+    expected = tiny_llm.generate(HARD, params)[0].outputs[0].trace
+    mortal = Mortal(replica, 2)
+
+    async def ask() -> list[RequestOutput]:
+        return await outputs_of(on(mortal), params)
+
+    (output,) = run(ask, monkeypatch)
+    assert len(mortal.works) == 2
+    found = output.outputs[0].trace
+    assert (found.step, found.position, found.token) == (expected.step, expected.position, expected.token)
+
+
+def test_a_replica_with_another_model_runs_nothing_and_is_passed_by(
+    replica: Replica, tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Replica({**OPTIONS, "batch_invariant": True})
+    asked: list[Replica] = [other, other, replica]
+
+    async def send(work: Work) -> AsyncGenerator[News, None]:
+        async for news in asked.pop(0).run(work):
+            yield news
+
+    async def ask() -> list[RequestOutput]:
+        return await outputs_of(on(send), ASK)
+
+    (output,) = run(ask, monkeypatch)
+    other._engine.close()
+    assert asked == []
+    assert output.outputs[0].text == tiny_llm.generate(HARD, ASK)[0].outputs[0].text
+    monkeypatch.setattr("remask.ray.remote.MAX_OTHERS", 3)
+    asked += [other] * 3
+
+    async def fail() -> None:
+        with pytest.raises(Unavailable, match="replaced by one with another model"):
+            await outputs_of(on(send), ASK)
+
+    run(fail, monkeypatch)
+
+
+def test_closing_ends_what_waits(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        llm = on(Mortal(replica))
+        waiting = asyncio.ensure_future(outputs_of(llm, {**ASK, "unmask": "schedule", "max_tokens": 256}))
+        while not replica._engine.num_live:
+            await asyncio.sleep(0.01)
+        llm.engine.close()
+        with pytest.raises(EngineDead):
+            await asyncio.wait_for(waiting, 30)
+
+    run(ask, monkeypatch)
 
 
 def test_a_request_that_replicas_do_not_survive_fails(
