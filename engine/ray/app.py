@@ -158,9 +158,9 @@ def build_app(config: RemaskAppConfig | dict[str, Any]) -> Application:
         # More than the queue takes, so that the ingress answers 429 and Serve does not wait.
         "max_ongoing_requests": 2 * (engine.max_queued_requests or MAX_ONGOING),
         "graceful_shutdown_timeout_s": own["graceful_shutdown_timeout_s"],
-        "ray_actor_options": {"num_cpus": 0},
         **config.ingress_config,
     }
+    before["ray_actor_options"] = {"num_cpus": 0, **before.get("ray_actor_options", {})}
     served = {**config.server_kwargs, "served_model_name": names}
     return _deployed(Ingress, "ingress_config", before).bind(replicas, given, served, config.defaults)
 
@@ -170,7 +170,7 @@ def _deployed(kind: type, place: str, options: Mapping[str, Any]) -> Deployment:
     try:
         return cast(Deployment, serve.deployment(kind, **options))
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(place, dict(options), str(error)) from None
+        raise InvalidRequest(place, list(options), str(error)) from None  # values may hold keys
 
 
 def _parsed(given: Mapping[str, Any]) -> RemaskAppConfig:

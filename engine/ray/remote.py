@@ -117,25 +117,26 @@ class RemoteEngine:
                 self._tell(request, News((), True), listener)
                 return
             work = Work(live, request.priority, request.stop, is_watched, self._model)
-            has_ended, reason = False, "its stream broke off"
+            has_ended = is_other = False
+            reason = "its stream broke off"
             try:
                 async with contextlib.aclosing(self._send(work)) as stream:
                     async for news in stream:
-                        if news.is_other:
-                            reason = "it has another model"
-                            continue
-                        num_deaths = num_others = 0
-                        self._tell(request, news, listener)
-                        has_ended = news.has_ended
+                        is_other = news.is_other
+                        if not is_other:
+                            num_deaths = num_others = 0
+                            self._tell(request, news, listener)
+                            has_ended = news.has_ended
             except (RayError, EngineDead, Unavailable) as error:
                 reason = type(error).__name__
             except Exception:
                 logger.exception("a request cannot be sent to a replica")
-                self._tell(request, News((), True, Unavailable("no replica takes the request")), listener)
+                if not has_ended:
+                    self._tell(request, News((), True, Unavailable("no replica takes the request")), listener)
                 return
             if has_ended:
                 return
-            if reason == "it has another model":
+            if is_other:
                 num_others += 1
             else:
                 num_deaths += 1

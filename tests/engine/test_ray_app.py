@@ -56,6 +56,10 @@ def test_no_error_shows_a_key() -> None:
         with pytest.raises(InvalidRequest) as caught:
             app(server_kwargs=fields)
         assert "secret" not in str(caught.value)
+    actor = {"runtime_env": {"env_vars": {"REMASK_API_KEY": "secret"}}}
+    with pytest.raises(InvalidRequest, match="ingress_config") as caught:
+        app(ingress_config={"num_replcas": 1, "ray_actor_options": actor})
+    assert "secret" not in str(caught.value)
 
 
 def test_a_deployment_fits_its_engines() -> None:
