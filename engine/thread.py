@@ -26,6 +26,7 @@ from remask.scheduler.request import Request
 
 logger = logging.getLogger(__name__)
 
+READY_SECONDS = 60.0  # within which a worker with work must have answered, for an engine to be ready
 IDLE_SECONDS = 1.0  # between two steps of an idle engine, which check its workers
 DROP_SECONDS = 10.0  # maximum wait of the garbage collector for an engine to close
 CLOSED = "the engine was closed; make a new one"

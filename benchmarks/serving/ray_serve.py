@@ -1,4 +1,4 @@
-"""The server on Ray Serve while a replica is killed and another one leaves, beside `remask serve`.
+"""The server on Ray Serve while a replica is killed and the others are drained, beside `remask serve`.
 
     python -m remask.benchmarks.serving.ray_serve --output benchmarks/results/ray_serve.json
 
@@ -116,7 +116,7 @@ def application(num_replicas: int) -> Any:
     return build_app({"model": "tiny", "engine_kwargs": ENGINE, "deployment_config": options})
 
 
-def on_ray_serve(run: Callable[[str], dict[str, Any]], seconds: float, *, faults: bool) -> dict[str, Any]:
+def on_ray_serve(run: Callable[[], dict[str, Any]], seconds: float, *, faults: bool) -> dict[str, Any]:
     """A load on the application, with or without faults."""
     from ray import serve
 
@@ -131,19 +131,17 @@ def on_ray_serve(run: Callable[[str], dict[str, Any]], seconds: float, *, faults
     if faults:
         killer.start()
         drainer.start()
-    found = run(f"http://127.0.0.1:{PORT}")
+    found = run()
     killer.cancel()
     drainer.cancel()
     return found
 
 
 def free_port() -> int:
+    """A port of the loopback that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-PORT = free_port()
 
 
 def measure(seconds: float, steadiness: Steadiness) -> list[dict[str, Any]]:
@@ -168,11 +166,11 @@ def measure(seconds: float, steadiness: Steadiness) -> list[dict[str, Any]]:
         results = [{"server": "remask serve, one engine", **run(url)}]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"port": PORT})
-    results.append({"server": "Ray Serve, two replicas", **on_ray_serve(run, seconds, faults=False)})
-    results.append(
-        {"server": "Ray Serve, one killed, then all drained", **on_ray_serve(run, seconds, faults=True)}
-    )
+    port = free_port()
+    serve.start(http_options={"port": port})
+    for name, faults in (("two replicas", False), ("one killed, then all drained", True)):
+        found = on_ray_serve(lambda: run(f"http://127.0.0.1:{port}"), seconds, faults=faults)
+        results.append({"server": f"Ray Serve, {name}", **found})
     serve.shutdown()
     ray.shutdown()
     return results

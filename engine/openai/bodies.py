@@ -267,7 +267,7 @@ def drop_what_asks_nothing(
     """
     for name in list(fields):
         value = fields[name]
-        if name in LABELS:
+        if name in LABELS and name in known:
             if not isinstance(value, str):
                 raise InvalidRequest(name, value, "must be text")
             del fields[name]

@@ -19,17 +19,14 @@ from ray.serve.schema import ApplicationStatusOverview
 
 from remask.async_llm import AsyncLLM
 from remask.embedded import absolute_name
-from remask.intake import Prompt
 from remask.options import EngineOptions
 from remask.outputs import RequestOutput
 from remask.ray.remote import RemoteEngine
 from remask.ray.replica import News, Replica, Work
 from remask.scheduler.errors import InvalidRequest, did_you_mean
-from remask.scheduler.params import SamplingParams
 from remask.server.app import Served, make_app
 from remask.server.gate import App
 from remask.server.options import ENGINE_DEFAULTS, ServerOptions, check_defaults, with_key
-from remask.streaming import OutputKind
 from remask.workers.executors.ray_resources import default_gpus
 
 ENGINE, INGRESS = "remask-engine", "remask-ingress"  # names of the deployments
@@ -93,20 +90,9 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> App:
         return make_app(self._served)
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | dict[str, Any] | None = None,
-        request_id: str | None = None,
-        *,
-        output_kind: OutputKind = "final_only",
-        canvas_events: bool = False,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """As `AsyncLLM.generate`, for deployment handles with `stream=True`."""
-        outputs = self._llm.generate(
-            prompt, sampling_params, request_id, output_kind=output_kind, canvas_events=canvas_events
-        )
-        async for output in outputs:
+    async def generate(self, *args: Any, **options: Any) -> AsyncGenerator[RequestOutput, None]:
+        """`AsyncLLM.generate`, with its arguments, for deployment handles with `stream=True`."""
+        async for output in self._llm.generate(*args, **options):
             yield output
 
     async def _send(self, work: Work) -> AsyncGenerator[News, None]:

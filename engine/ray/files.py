@@ -19,7 +19,6 @@ from remask.ray.predictor import ERROR
 from remask.ray.processor import RemaskProcessorConfig, build_processor
 from remask.scheduler.errors import InvalidRequest
 
-EXECUTOR = "ray-data"  # the name of this way to run a batch
 OF_THE_POOL = (
     "model", "distributed_executor_backend", "data_parallel_size", "num_cpus_per_worker",
     "num_gpus_per_worker", "placement_group",

@@ -176,7 +176,7 @@ class RemoteEngine:
         self._admission.release(request)
         if self.observer is not None:
             self.observer.dropped([request.request_id])
-        if task.cancelled():  # nobody listens to what was aborted
+        if task.cancelled():  # the listener of an aborted request has gone, and is not harmed
             listener(EngineDead("the request was cancelled; make a new one"))
         elif (error := task.exception()) is not None:
             logger.error("a request has been lost", exc_info=error)

@@ -23,11 +23,10 @@ from remask.options import EngineOptions
 from remask.scheduler.canvas import Canvas, CanvasSpec, CanvasState, TextStop
 from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError, Unavailable
 from remask.scheduler.request import Request
-from remask.thread import EngineThread
+from remask.thread import READY_SECONDS, EngineThread
 
 logger = logging.getLogger(__name__)
 
-READY_SECONDS = 60.0  # within which a worker with work must have answered
 DECISIVE = ("model", "tokenizer", "dtype", "device", "load_format", "quantization", "batch_invariant")
 
 
@@ -120,7 +119,7 @@ class Replica:
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Progress | RemaskError]()
 
         def listen(item: Progress | RemaskError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits
                 loop.call_soon_threadsafe(heard.put_nowait, item)
 
         request = _adopted(self._engine.intake, work)

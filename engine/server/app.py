@@ -38,11 +38,11 @@ from remask.server.metrics import Metrics
 from remask.server.openapi import description
 from remask.server.options import ServerOptions, check_defaults
 from remask.server.tokens import detokenize, tokenize
+from remask.thread import READY_SECONDS
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIONS = ServerOptions()
-READY_SECONDS = 60.0  # within which a worker with work must have answered
 RETRY_SECONDS = 1  # what clients are told to wait after 429 and 503
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CLIENT_CLOSED = 499  # nginx's status of a request whose client has closed the connection

@@ -1,11 +1,10 @@
-"""The server on Ray Serve: what it answers, and that nobody sees a replica die or leave."""
+"""The server on Ray Serve: its answers, and streams that go on if a replica dies or leaves."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import pytest
 import ray
 
 from remask import LLM
-from remask.benchmarks.serving.ray_serve import replicas
+from remask.benchmarks.serving.ray_serve import free_port, replicas
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
@@ -41,9 +40,7 @@ def served() -> Iterator[tuple[Any, httpx.Client]]:
     """A handle of the application, and a client of it."""
     from ray import serve
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"port": port})
     handle = serve.run(app(2), name="remask", route_prefix="/")
@@ -93,15 +90,14 @@ def test_it_answers_as_the_server_does(served: tuple[Any, httpx.Client], texts: 
     }
     assert len(seeds) == 3, "the ingress draws them"
     assert "remask:denoising_steps_total" in client.get("/metrics").text
-    outputs = handle.options(stream=True).generate.remote(HARD, body_params(body), output_kind="delta")
+    params = {name: value for name, value in body.items() if name != "prompt"}
+    outputs = handle.options(stream=True).generate.remote(HARD, params, output_kind="delta")
     assert "".join(sample.text for output in outputs for sample in output.outputs) == texts[3]
 
 
-def body_params(body: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in body.items() if name != "prompt"}
-
-
-def test_nobody_sees_a_replica_die_or_leave(served: tuple[Any, httpx.Client], texts: list[str]) -> None:
+def test_streams_go_on_if_a_replica_dies_or_leaves(
+    served: tuple[Any, httpx.Client], texts: list[str]
+) -> None:
     from ray import serve
 
     _, client = served

@@ -220,6 +220,7 @@ def test_models_and_tokens(server: Running) -> None:
         ("/tokenize", {"prompt": 5}),
         ("/tokenize", {"prompt": "a", "messages": []}),
         ("/tokenize", {"prompt": "a", "return_token_strs": 1}),
+        ("/tokenize", {"prompt": "a", "user": "me"}),
         ("/tokenize", {"messages": ASKED, "add_special_tokens": True}),
         ("/tokenize", {"messages": ASKED, "chat_template": "{{ messages }}"}),
         ("/tokenize", {"messages": ASKED, "add_generation_prompt": False}),
