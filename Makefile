@@ -13,6 +13,8 @@ DEPS := $(VENV)/.dependencies
 
 export RAY_USAGE_STATS_ENABLED = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The install compiles nothing: the first import does, and without its files every process would do it again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo test test-slow test-all lint format docs
 
