@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pyarrow as pa
@@ -43,6 +43,9 @@ class RemaskProcessorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_un
             1 if the engine's device is "cuda", or if it is "auto" and the cluster has GPUs.
         accelerator_type: Accelerator that an actor needs. None: any.
         runtime_env: Runtime environment of the actors. None: that of the job.
+        apply_chat_template, tokenize, detokenize, chat_template_stage, tokenize_stage, detokenize_stage: The
+            names of vLLM's stages, which change nothing here: the engine reads text, ids and messages.
+        has_image, prepare_image_stage, prepare_multimodal_stage: Must be False: there are no images.
     """
 
     model: str | Path | None = None
@@ -57,6 +60,15 @@ class RemaskProcessorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_un
     num_gpus: Annotated[float, Meta(ge=0)] | None = None
     accelerator_type: str | None = None
     runtime_env: dict[str, Any] | None = None
+    apply_chat_template: bool = True
+    tokenize: bool = True
+    detokenize: bool = True
+    chat_template_stage: bool = True
+    tokenize_stage: bool = True
+    detokenize_stage: bool = True
+    has_image: Literal[False] = False
+    prepare_image_stage: Literal[False] = False
+    prepare_multimodal_stage: Literal[False] = False
 
 
 class Processor:
@@ -207,6 +219,10 @@ def _check(config: RemaskProcessorConfig) -> str:
         if field.name in MODEL_NAMES:  # msgspec knows no paths
             if not isinstance(value, str | Path | None):
                 raise InvalidRequest(field.name, value, "must be a name or a path")
+            continue
+        if field.type == Literal[False]:  # msgspec knows no literal flags
+            if value is not False:
+                raise InvalidRequest(field.name, value, "is not supported: there are no images; leave it out")
             continue
         try:
             msgspec.convert(value, field.type)

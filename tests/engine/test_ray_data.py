@@ -167,11 +167,20 @@ def test_other_batches_are_refused_by_name(predictor: Predictor, batch: Any, mes
         ({"model": "tiny", "batch_size": 0}, "batch_size: "),
         ({"model": "tiny", "concurrency": "two"}, "concurrency: "),
         ({"model": "tiny", "concurrency": (3, 2)}, "concurrency: give a number of actors, or"),
+        ({"model": "tiny", "tokenize": "no"}, "tokenize: "),
+        ({"model": "tiny", "has_image": True}, "has_image: is not supported: there are no images"),
+        ({"model": "tiny", "prepare_image_stage": True}, "prepare_image_stage: is not supported"),
     ],
 )
 def test_a_config_is_checked_before_anything_runs(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         build_processor(RemaskProcessorConfig(**fields))
+
+
+def test_the_flags_of_vllms_stages_change_nothing() -> None:
+    flags = dict.fromkeys(["apply_chat_template", "tokenize", "detokenize", "has_image"], False)
+    found = build_processor(RemaskProcessorConfig(model="tiny", **flags))
+    assert found._actors() == build_processor(RemaskProcessorConfig(model="tiny"))._actors()
 
 
 def test_a_refused_row_survives_its_postprocessing() -> None:
