@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from built import build_wheel
 
 from remask import LLM
 from remask.cli import main
@@ -38,6 +39,11 @@ def _ray_of_its_own() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         os.environ["RAY_TMPDIR"] = folder
         yield
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")

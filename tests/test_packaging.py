@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,15 +12,10 @@ from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from built import PACKAGES
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {
-    "engine": "remask",
-    "scheduler": "remask/scheduler",
-    "workers": "remask/workers",
-    "benchmarks": "remask/benchmarks",
-}
 NOT_PACKAGED = ("benchmarks/results/",)  # measurements; nothing at run time reads them
 
 
@@ -36,34 +30,6 @@ def tree() -> set[str]:
     ).stdout.splitlines()
     files = [name for name in listed if (ROOT / name).is_file() and not name.startswith(NOT_PACKAGED)]
     return {PACKAGES[name.split("/")[0]] + name.removeprefix(name.split("/")[0]) for name in files}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):  # a build leaves files where it runs
-        path = ROOT / name
-        if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, source / name)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "-w",
-            target,
-            source,
-        ],
-        check=True,
-    )
-    (built,) = target.glob("remask-*.whl")
-    return built
 
 
 @pytest.mark.slow

@@ -18,12 +18,17 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import ray
+from ray.util import client
 
-from remask.scheduler.errors import EngineDead, Unavailable
+from remask.scheduler.errors import EngineDead, InvalidRequest, Unavailable
 
 CLOSED = "the engine was closed; make a new LLM"
 FOREIGN = "the engine belongs to the process that this one was forked from"
 FORKED = "Ray does not survive a fork: this process has its parent's; start processes with the method 'spawn'"
+CLIENT = (
+    "this process is a Ray Client (ray://), outside of the cluster; run the program in it, such as with "
+    "`ray job submit`, or make the engine in an actor"
+)
 SHUT_DOWN = "Ray was shut down, and the engine's workers with it; make a new LLM"
 
 
@@ -46,6 +51,7 @@ class RaySession:
     """The session of one engine; starts Ray if the process has none.
 
     Raises:
+        InvalidRequest: the process is a Ray Client.
         Unavailable: Ray cannot be started or joined, or the session is one from before a fork.
     """
 
@@ -56,6 +62,10 @@ class RaySession:
                 starts = not ray.is_initialized()
                 if starts:
                     _start_ray()
+                if client.ray.is_connected():
+                    if starts:
+                        ray.shutdown()
+                    raise InvalidRequest("distributed_executor_backend", "ray", CLIENT)
                 identity = _current()
                 if identity is None:
                     raise Unavailable(SHUT_DOWN)
