@@ -114,6 +114,10 @@ class AsyncLLM:
         finally:
             submission.close()
 
+    async def update_weights(self, weights: Any) -> int:
+        """As `LLM.update_weights`."""
+        return await asyncio.to_thread(self.engine.update_weights, weights)
+
     def scale(self, num_workers: int) -> None:
         """As `LLM.scale`."""
         self.engine.scale(num_workers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ class Engine:
         intake: validates prompts and parameters and makes requests.
         admission: counts live requests.
         result: the burst whose result the last step applied; None if it applied none.
+        weights_version: how many times `swap_weights` has replaced the weights.
 
     Raises:
         InvalidRequest: an option or a file of the checkpoint is invalid; the error names it.
@@ -138,6 +139,8 @@ class Engine:
         self._live: dict[str, Request] = {}
         self._num_in_flight: Counter[int] = Counter()  # bursts of each worker whose result was not taken yet
         self._dead: RemaskError | None = None
+        self._when_swapped: Callable[[], None] | None = None
+        self.weights_version = 0
         self.result: StepResult | None = None
         self._last_answer = time.monotonic()
 
@@ -176,8 +179,19 @@ class Engine:
         if self._dead is not None:
             self.admission.release(request)
             raise self._dead
+        request.weights_version = self.weights_version
         self._live[request.request_id] = request
         self._scheduler.add(request)
+
+    def swap_weights(self, then: Callable[[], None]) -> None:
+        """Replaces the weights by those that the executor has staged, in a later step: requests that have
+        started end on the old ones, and no other starts before.
+
+        Args:
+            then: called when the weights have been replaced.
+        """
+        self._scheduler.hold()
+        self._when_swapped = then
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drops requests. Ids that are not live are ignored."""
@@ -189,8 +203,9 @@ class Engine:
         return len(self.executor.workers) > 0 and (is_idle or time.monotonic() - self._last_answer < seconds)
 
     def has_unfinished(self) -> bool:
-        """Whether requests are live or bursts are in flight."""
-        return self._scheduler.num_live > 0 or self._num_in_flight.total() > 0
+        """Whether requests are live, bursts are in flight, or weights are to be replaced."""
+        is_busy = self._scheduler.num_live > 0 or self._num_in_flight.total() > 0
+        return is_busy or self._when_swapped is not None
 
     def step(self) -> list[Progress]:
         """Fills the workers' queues and waits for an event, at most `LISTEN_SECONDS`. An idle engine checks
@@ -205,6 +220,8 @@ class Engine:
         """
         self.result = None
         try:
+            if self._when_swapped is not None and self._scheduler.is_drained:
+                self._swap(self._when_swapped)
             self._fill()
             if convicted := self._scheduler.take_convicted():
                 return self._progress(convicted)
@@ -220,6 +237,14 @@ class Engine:
     def close(self) -> None:
         """Drops all requests and frees the workers; idempotent."""
         self._die(EngineDead("the engine was closed; make a new LLM"))
+
+    def _swap(self, then: Callable[[], None]) -> None:
+        """Replaces the weights, and lets the requests that wait start."""
+        self.executor.swap_weights()
+        self._when_swapped, self.weights_version = None, self.weights_version + 1
+        for request in self._scheduler.release():
+            request.weights_version = self.weights_version
+        then()
 
     def _fill(self) -> None:
         """Gives every worker one burst before any gets another."""

@@ -168,6 +168,31 @@ class LLM:
                 bar.update(task, advance=1)
         return [scores[index] for index in range(len(checked))]
 
+    def update_weights(self, weights: Any) -> int:
+        """Replaces the weights while requests run; from any thread. A second call waits for the first.
+
+        First every worker reads and checks the new weights in host memory, and the old ones serve. Then
+        requests that have not started wait, those that have end, and all workers take the new weights.
+        `RequestOutput.weights_version` says which ones wrote an output. A worker that dies is replaced by one
+        with the weights that the engine has by then.
+
+        Args:
+            weights: Checkpoint directory; or a state dict, which maps the names of a checkpoint to tensors or
+                arrays; or a reference of Ray's to a state dict. Workers on Ray may start later, and read the
+                directory then: keep it until the next update. Shape and family are those of the model that
+                runs. Values are rounded to its dtype, and quantized as at the start.
+
+        Returns:
+            The version of the new weights: 1 for the first update.
+
+        Raises:
+            InvalidRequest: The weights are of another shape or family, cannot be read, or do not fit into
+                host memory beside the old ones. Everything is as it was.
+            EngineDead: The engine was closed or has failed.
+            Unavailable: No worker could read the weights. Everything is as it was.
+        """
+        return self.engine.update_weights(weights)
+
     def scale(self, num_workers: int) -> None:
         """Changes the number of workers on Ray; may be called from any thread, while requests run.
 

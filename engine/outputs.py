@@ -133,6 +133,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
         error: Message of the error that ended the request. None if it has finished.
         error_type: Class of that error. None if the request has finished.
         error_status: HTTP status of that class. None if the request has finished.
+        weights_version: Version of the weights that wrote it, all samples: 0, and one more after each
+            `update_weights`.
     """
 
     request_id: str
@@ -144,6 +146,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     error_type: str | None = None
     error_status: int | None = None
+    weights_version: int = 0
 
 
 def request_output(request: Request, decode: Decode | None) -> RequestOutput:
@@ -160,6 +163,7 @@ def request_output(request: Request, decode: Decode | None) -> RequestOutput:
         error_type=type(failure).__name__ if failure is not None else None,
         error_status=failure.status if failure is not None else None,
         metrics=metrics(request, request.finish_time),
+        weights_version=request.weights_version,
     )
 
 

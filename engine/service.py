@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +35,8 @@ class EngineService(Protocol):
     def add(self, requests: Sequence[Request], listener: Listener, *, every_burst: bool = False) -> None: ...
 
     def abort(self, request_ids: Iterable[str]) -> None: ...
+
+    def update_weights(self, weights: Any) -> int: ...
 
     def scale(self, num_workers: int) -> None: ...
 

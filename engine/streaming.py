@@ -85,6 +85,7 @@ class OutputStream:
             outputs=[new[sample] for sample in sorted(new)],
             finished=ended is not None,
             metrics=ended.metrics if ended is not None else metrics(self._request, time.monotonic()),
+            weights_version=self._request.weights_version,
         )
 
 

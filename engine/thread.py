@@ -13,10 +13,15 @@ import logging
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Protocol, TypeAlias
+from concurrent.futures import Future
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
 
+from remask.embedded import model_directory
 from remask.engine import Engine, Progress
 from remask.outputs import RequestOutput
 from remask.scheduler.errors import EngineDead, InvalidRequest, RemaskError
@@ -69,6 +74,9 @@ class EngineThread:
         self._dead: RemaskError | None = None
         self._lock = threading.RLock()  # the garbage collector may call `close` wherever it likes
         self._closing = False
+        self._updating = threading.Lock()  # held while weights are replaced
+        self._swapped = Future[None]()
+        self._swapped.set_result(None)
         _engines.add(self)
         self._thread = threading.Thread(target=self._work, name="remask-engine", daemon=True)
         self._thread.start()
@@ -182,6 +190,28 @@ class EngineThread:
             raise InvalidRequest("num_workers", num_workers, "must be a positive integer")
         self._engine.executor.scale(num_workers)
 
+    def update_weights(self, weights: Any) -> int:
+        """Replaces the weights while requests run; from any thread, which waits. See `LLM.update_weights`."""
+        self.check_alive()
+        with ExitStack() as opened:
+            opened.enter_context(self._updating)
+            if isinstance(weights, str | Path):
+                weights = opened.enter_context(model_directory(weights))
+            started = time.perf_counter()
+            self._engine.executor.stage_weights(weights)
+            staged = time.perf_counter()
+            swapped = Future[None]()
+            with self._lock:
+                self.check_alive()
+                self._swapped = swapped
+                end = functools.partial(swapped.set_result, None)
+                self._inbox.put(functools.partial(self._engine.swap_weights, end))
+            swapped.result()
+            version = self._engine.weights_version
+        seconds = staged - started, time.perf_counter() - staged
+        logger.info("weights version %d: read in %.2f s, and in use after %.2f s more", version, *seconds)
+        return version
+
     def close(self, timeout: float | None = None) -> None:
         """Ends all requests with EngineDead and frees the workers; idempotent, from any thread. It waits for
         the current burst, at most `timeout` seconds."""
@@ -221,6 +251,8 @@ class EngineThread:
             for listener in self._listeners.values():
                 listener(error)
             self._listeners.clear()
+            if not self._swapped.done():
+                self._swapped.set_exception(error)
 
     def _tell(self, progress: Progress) -> None:
         request_id = progress.request_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from remask.scheduler.canvas import Canvas
 from remask.scheduler.planning import Order
@@ -49,6 +49,31 @@ class ReadyQueue:
         """Removes the canvas that `first` has returned."""
         heapq.heappop(self._heaps[canvas.home])
         canvas.queued = False
+
+    def candidates(self, homes: Sequence[int | None], running: Iterable[Canvas]) -> Iterator[Canvas]:
+        """The canvases that may join a worker's next burst, in order: those of the queue with one of these
+        homes, which leave it, and those of the worker's burst in flight."""
+        going_on = iter(running)  # a burst is in the order of the queue
+        first_running = next(going_on, None)
+        while True:
+            ready = self.first(homes)
+            if ready is None and first_running is None:
+                return
+            if ready is None or (first_running is not None and first_running.order < ready.order):
+                assert first_running is not None
+                yield first_running
+                first_running = next(going_on, None)
+            else:
+                self.pop(ready)
+                yield ready
+
+    def take_out(self, request_ids: Collection[str]) -> None:
+        """Removes all canvases of some requests."""
+        for heap in self._heaps.values():
+            for _, canvas in heap:
+                canvas.queued = canvas.queued and canvas.request_id not in request_ids
+            heap[:] = [entry for entry in heap if entry[1].queued]
+            heapq.heapify(heap)
 
     def homes(self) -> list[int]:
         """The workers that canvases wait for."""

@@ -27,6 +27,7 @@ class Request:
         arrival_time: monotonic seconds when the engine accepted it.
         finish_time: monotonic seconds when its last canvas finished; None before.
         num_open: canvases that have not finished.
+        weights_version: version of the weights that it runs on.
         failure: the error that ended the request; None if it has finished or is live.
     """
 
@@ -44,6 +45,7 @@ class Request:
     arrival_time: float
     finish_time: float | None = field(default=None)
     failure: RemaskError | None = field(default=None)
+    weights_version: int = field(default=0)
     num_open: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +55,11 @@ class Request:
     def num_canvas_tokens(self) -> int:
         """Total slots of its canvases."""
         return sum(canvas.spec.canvas_len for canvas in self.canvases)
+
+    @property
+    def has_started(self) -> bool:
+        """Whether a canvas has taken a step, or may have."""
+        return not all(canvas.queued and canvas.state.num_forwards == 0 for canvas in self.canvases)
 
     @property
     def error(self) -> str | None:

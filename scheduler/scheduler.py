@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from remask.scheduler.blame import FAULTS, RAISED, Blame
@@ -87,6 +87,7 @@ class Scheduler:
             self._budget = self._budget._replace(max_key_rows=max_key_rows)
         self._allowances = defaultdict[int, Allowance](lambda: Allowance(self._budget))  # by worker
         self._requests: dict[str, Request] = {}
+        self._holds, self._aside = False, dict[str, Request]()  # what waits for `release`
         self._ready, self._blame = ReadyQueue(), Blame()
         self._bursts: dict[int, _Burst] = {}  # in the order in which they were cut
         self._tails: dict[int, int] = {}  # worker -> its last burst, while that is in flight
@@ -112,6 +113,32 @@ class Scheduler:
         self._num_quiet = 0
         for canvas in request.canvases:
             canvas.order = order_of(request.priority, request.arrival_time, canvas.ordinal)
+        if self._holds:
+            self._aside[request.request_id] = request
+        else:
+            self._push(request)
+
+    def hold(self) -> None:
+        """Lets no further request start until `release`. Those that have started go on."""
+        self._holds = True
+        self._aside = {own.request_id: own for own in self._requests.values() if not own.has_started}
+        self._ready.take_out(self._aside)
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether `hold` was called and nothing runs any more."""
+        is_idle = not (self._bursts or self._is_probing())
+        return self._holds and is_idle and len(self._aside) == len(self._requests)
+
+    def release(self) -> list[Request]:
+        """Ends `hold`; returns the requests that it has held back."""
+        held, self._holds, self._aside = list(self._aside.values()), False, {}
+        for request in held:
+            self._push(request)
+        return held
+
+    def _push(self, request: Request) -> None:
+        for canvas in request.canvases:
             self._ready.push(canvas)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -124,6 +151,7 @@ class Scheduler:
         num_queued = 0
         for request_id in request_ids:
             request = self._requests.pop(request_id, None)
+            self._aside.pop(request_id, None)
             for canvas in request.canvases if request is not None else ():
                 canvas.aborted = True
                 num_queued += canvas.queued
@@ -362,28 +390,11 @@ class Scheduler:
             num_ready = len(self._ready) + len(running)
             share = max(1, -(-num_ready // (num_idle + 1)))
             budget = budget._replace(max_num_seqs=min(budget.max_num_seqs, share))
-        taken, passed = take(self._candidates([None, worker], running), budget)
+        taken, passed = take(self._ready.candidates([None, worker], running), budget)
         if not taken:
             busy = [home for home in self._ready.homes() if home in self._tails]
-            taken, passed = take(self._candidates(busy, running), budget)
+            taken, passed = take(self._ready.candidates(busy, running), budget)
         for canvas in passed:
             if canvas.last_burst is None:
                 self._ready.push(canvas)
         return taken
-
-    def _candidates(self, homes: Sequence[int | None], running: list[Canvas]) -> Iterator[Canvas]:
-        """The canvases that may join a worker's next burst, in order: those of the queue with one of these
-        homes, which leave it, and those of the worker's burst in flight."""
-        going_on = iter(running)  # a burst is in the order of the queue
-        first_running = next(going_on, None)
-        while True:
-            ready = self._ready.first(homes)
-            if ready is None and first_running is None:
-                return
-            if ready is None or (first_running is not None and first_running.order < ready.order):
-                assert first_running is not None
-                yield first_running
-                first_running = next(going_on, None)
-            else:
-                self._ready.pop(ready)
-                yield ready

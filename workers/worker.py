@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from remask.scheduler.canvas import CanvasSpec, CanvasState
+from remask.scheduler.errors import InvalidRequest
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.burst.carry import put, take
 from remask.workers.burst.enqueue import StepQueue
@@ -28,7 +29,9 @@ from remask.workers.burst.state import BurstState
 from remask.workers.burst.wire import Results
 from remask.workers.failures import describe, is_out_of_memory, loses_device
 from remask.workers.key_store import KeysDoNotFit, KeyStore
-from remask.workers.models.denoiser import Denoiser
+from remask.workers.models.denoiser import Denoiser, TransformerDenoiser
+from remask.workers.models.transformer import Transformer
+from remask.workers.models.update import Weights, read_weights, replace_weights
 from remask.workers.rows.kept import DISCARDED, NOTHING_KEPT
 from remask.workers.startup.device import on_device
 from remask.workers.steps import BurstPlans, advance, plan_burst, plan_first, steps_of
@@ -153,6 +156,7 @@ class Worker:
         self._tensors: Unpacked | None = None  # what it left where the model is
         self._failed: int | None = None  # the last burst, where it did not run
         self._free_since = 0.0  # when the last burst that was collected had ended
+        self._staged: Transformer | None = None  # new weights
 
     @property
     def model(self) -> Denoiser:
@@ -217,6 +221,33 @@ class Worker:
         return StepResult(
             burst_id=burst_id, states=[], num_rows=0, seconds=seconds, failure=failure, error=message
         )
+
+    def stage(self, weights: Weights) -> None:
+        """Reads and checks new weights in host memory; from any thread, while bursts run.
+
+        Raises:
+            InvalidRequest: see `read_weights`; or the model has no weights to replace.
+        """
+        model = self._model
+        if not isinstance(model, TransformerDenoiser):
+            raise InvalidRequest("weights", weights, "cannot be replaced: the model is no transformer")
+        self._staged = read_weights(weights, model.config, model.model.embedding.dtype)
+
+    def discard(self) -> None:
+        """Drops weights that were staged."""
+        self._staged = None
+
+    def swap(self) -> None:
+        """Puts staged weights in the place of the model's. No burst is in flight, and none will continue one
+        from before."""
+        staged, self._staged = self._staged, None
+        assert staged is not None, "weights are staged"
+        assert isinstance(self._model, TransformerDenoiser), "it has weights"
+        with on_device(self._model.device):
+            self._last = self._tensors = None
+            self._store.clear()
+            self._free_keys()
+            replace_weights(self._model.model, staged)
 
     def _fail(self, burst_id: int, frees: bool) -> None:
         """Notes a burst that has failed; if it did not fit, frees all memory but the weights."""

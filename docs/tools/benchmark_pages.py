@@ -24,6 +24,7 @@ from remask.benchmarks import (
     study_speed,
     throughput,
     tuning,
+    weights,
 )
 from remask.benchmarks.gpu import figures
 from remask.benchmarks.serving import compare, ray_serve, server_cost
@@ -191,6 +192,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
     "study_speed": lambda found: Table(
         study_speed.HEADER, [study_speed.cells_of(result) for result in found["results"]]
     ),
+    "weights": lambda found: Table(weights.HEADER, [weights.cells(result) for result in found["results"]]),
     "step_cost": _milliseconds(
         {
             "model_ms": "the model, ms a step",

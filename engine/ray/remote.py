@@ -13,7 +13,7 @@ import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ray.exceptions import RayError
 
@@ -102,6 +102,10 @@ class RemoteEngine:
     def scale(self, num_workers: int) -> None:
         """Refused: Serve scales the deployment."""
         raise InvalidRequest("num_workers", num_workers, "is Serve's; use num_replicas or autoscaling_config")
+
+    def update_weights(self, weights: Any) -> int:
+        """Refused: the weights are those of the deployment."""
+        raise InvalidRequest("weights", weights, "are the deployment's; deploy it again with another model")
 
     def close(self, timeout: float | None = None) -> None:
         """Drops all requests; idempotent. The replicas are Serve's."""

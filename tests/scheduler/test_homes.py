@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from schedulers import next_of, scheduler_of
+
 from remask.benchmarks.simulation import PROBE, Requests, SimulatedWorker
-from remask.scheduler.messages import StepBatch
 from remask.scheduler.scheduler import Scheduler
-
-
-def scheduler_of(max_num_rows: int, max_num_seqs: int) -> Scheduler:
-    return Scheduler(max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=1, probe=PROBE)
-
-
-def next_of(scheduler: Scheduler, worker: int = 0) -> StepBatch:
-    batch = scheduler.next_batch(worker)
-    assert batch is not None
-    return batch
 
 
 def test_a_canvas_stays_with_the_worker_that_holds_its_keys() -> None:

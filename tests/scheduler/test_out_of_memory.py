@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedulers import next_of
 
 from remask.benchmarks.simulation import PROBE, Requests, SimulatedWorker
 from remask.scheduler.messages import StepBatch, StepResult
@@ -202,12 +203,6 @@ def loaded(*lens: int, **fields: int) -> tuple[Scheduler, list[Request]]:
     for request in made:
         scheduler.add(request)
     return scheduler, made
-
-
-def next_of(scheduler: Scheduler, worker: int = 0) -> StepBatch:
-    batch = scheduler.next_batch(worker)
-    assert batch is not None
-    return batch
 
 
 def test_a_burst_that_does_not_fit_comes_back_in_smaller_ones_that_do() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedulers import next_of, scheduler_of
 
 from remask.benchmarks.simulation import MASK, PROBE, TOKEN_ID, Requests, SimulatedWorker
 from remask.scheduler.canvas import TOKEN, CanvasSpec, CanvasState
@@ -128,8 +129,9 @@ def test_whatever_comes_goes_or_dies_each_request_ends_once(
     made: list[Request] = []
     aborted: set[str] = set()
     ended: Counter[str] = Counter()
+    held: int | None = None  # requests made before the others were held back
     now = 0.0
-    while len(made) < 12 or scheduler.num_live:
+    while len(made) < 12 or scheduler.num_live or held is not None:
         now += rng.random()
         event = rng.random()
         worker = rng.randrange(num_workers)
@@ -142,6 +144,16 @@ def test_whatever_comes_goes_or_dies_each_request_ends_once(
             scheduler.abort([victim, "unknown"])
         elif event < 0.38:
             cluster.lose(worker)
+        elif event < 0.41 and held is None:
+            held = len(made)
+            scheduler.hold()
+        if held is not None and scheduler.is_drained:
+            waiting = scheduler.release()
+            assert len(waiting) == scheduler.num_live, "all others have ended"
+            live = [own for own in made[held:] if own.request_id not in aborted]
+            assert [own for own in live if own not in waiting] == [], "none has started that came later"
+            assert all(own.state.num_forwards == 0 for request in waiting for own in request.canvases)
+            held = None
         cluster.fill(worker)
         ended.update(request.request_id for request in cluster.finish_one(worker))
     assert set(ended.values()) <= {1}
@@ -154,61 +166,6 @@ def test_whatever_comes_goes_or_dies_each_request_ends_once(
             assert cluster.finish_one(worker) == []
         assert scheduler.next_batch(worker) is None
     assert scheduler.num_held == 0
-
-
-@pytest.mark.parametrize("progress", ["waiting", "in flight", "between bursts", "continued", "ended"])
-def test_a_request_aborted_in_any_state_leaves_nothing(progress: str) -> None:
-    scheduler, requests, worker = scheduler_of(100, 8, burst=2), Requests(), SimulatedWorker()
-    request = requests.make(10, 5, n=2)
-    scheduler.add(request)
-    batches: list[StepBatch] = []
-    if progress != "waiting":
-        batches.append(next_of(scheduler))
-    if progress == "continued":
-        batches.append(next_of(scheduler))
-    if progress in ("between bursts", "ended"):
-        scheduler.update(worker.run(batches.pop()))
-    while progress == "ended" and scheduler.num_live:
-        scheduler.update(worker.run(next_of(scheduler)))
-    scheduler.abort([request.request_id])
-    assert scheduler.num_live == 0
-    for batch in batches:
-        assert scheduler.update(worker.run(batch)) == []
-    assert scheduler.next_batch() is None
-    assert scheduler.num_held == 0
-
-
-def test_an_id_may_be_used_again_after_an_abort() -> None:
-    scheduler, requests, worker = scheduler_of(100, 1, burst=8), Requests(), SimulatedWorker()
-    first, second, third = (requests.make(10, 5) for _ in range(3))
-    second.request_id = third.request_id = second.canvases[0].request_id = "same"
-    third.canvases[0].request_id = "same"
-    scheduler.add(first)
-    scheduler.add(second)
-    scheduler.abort(["same"])
-    scheduler.add(third)
-    ended = [request for _ in range(2) for request in scheduler.update(worker.run(next_of(scheduler)))]
-    assert ended == [first, third]
-    assert second.canvases[0].state.num_forwards == 0
-
-
-def test_aborting_many_does_not_leave_them_in_the_queue() -> None:
-    scheduler, requests = scheduler_of(100, 1, burst=1), Requests()
-    made = [requests.make(4, 4) for _ in range(200)]
-    for request in made:
-        scheduler.add(request)
-    scheduler.abort(request.request_id for request in made[1:])
-    assert scheduler.num_held == 1
-
-
-def scheduler_of(max_num_rows: int, max_num_seqs: int, burst: int | None = 1) -> Scheduler:
-    return Scheduler(max_num_rows=max_num_rows, max_num_seqs=max_num_seqs, burst=burst, probe=PROBE)
-
-
-def next_of(scheduler: Scheduler, worker: int = 0) -> StepBatch:
-    batch = scheduler.next_batch(worker)
-    assert batch is not None
-    return batch
 
 
 def lens(batch: StepBatch) -> list[Any]:

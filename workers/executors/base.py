@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from remask.scheduler.messages import StepBatch, StepResult
+from remask.workers.models.update import Weights
 from remask.workers.startup.start import WorkerFacts
 
 
@@ -71,6 +72,23 @@ class Executor(ABC):
     @abstractmethod
     def scale(self, num_workers: int) -> None:
         """Changes the number of workers, from any thread. It takes effect in `next_event`."""
+
+    @abstractmethod
+    def stage_weights(self, weights: Weights) -> None:
+        """Reads and checks new weights in host memory for every worker, while bursts run. From any thread,
+        but not twice at a time.
+
+        Args:
+            weights: where they are.
+
+        Raises:
+            InvalidRequest: a worker refuses them, or its machine has too little memory. Nothing has changed.
+            Unavailable: no worker could read them.
+        """
+
+    @abstractmethod
+    def swap_weights(self) -> None:
+        """Gives every worker, and those that start from now on, the staged weights. No burst is in flight."""
 
     @abstractmethod
     def close(self) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
-from remask.scheduler.errors import InvalidRequest
+from remask.scheduler.errors import EngineDead, InvalidRequest
 from remask.scheduler.messages import StepBatch
 from remask.workers.executors.base import Event, Executor, Finished
+from remask.workers.models.update import Weights
+from remask.workers.startup.host_memory import available_bytes, check_room
 from remask.workers.startup.setup import WorkerSetup
 from remask.workers.startup.start import measure_knee, row_budget, start_worker
 from remask.workers.worker import Launched, NotRun, Worker
@@ -43,6 +45,17 @@ class InProcessExecutor(Executor):
     def scale(self, num_workers: int) -> None:
         fix = "there is one worker, in this process; set distributed_executor_backend='ray'"
         raise InvalidRequest("num_workers", num_workers, fix)
+
+    def stage_weights(self, weights: Weights) -> None:
+        if self._worker is None:
+            raise EngineDead("the engine was closed; make a new one")
+        if self.facts.weight_bytes is not None:
+            check_room(self.facts.weight_bytes, available_bytes(), weights)
+        self._worker.stage(weights)
+
+    def swap_weights(self) -> None:
+        assert self._worker is not None, "the executor is closed"
+        self._worker.swap()
 
     def close(self) -> None:
         self._worker = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import msgspec
 import ray
@@ -10,6 +11,7 @@ import torch
 
 from remask.scheduler.messages import StepBatch
 from remask.workers.models.shared import SharedWeights
+from remask.workers.startup.host_memory import available_bytes
 from remask.workers.startup.setup import WorkerSetup
 from remask.workers.startup.start import measure_knee, start_worker
 from remask.workers.worker import Worker
@@ -56,6 +58,31 @@ class RemaskWorker:
                 self._num_launched += 1
                 self._launching.notify_all()
         return msgspec.msgpack.encode(self._worker.collect(launched))
+
+    @ray.method(concurrency_group="weights")
+    def host_memory(self) -> tuple[str, int | None]:
+        """The node, and the bytes of its memory that are free."""
+        return ray.get_runtime_context().get_node_id(), available_bytes()
+
+    @ray.method(concurrency_group="weights")
+    def stage(self, weights: str | SharedWeights) -> None:
+        """See `Worker.stage`; a text is the path of a directory."""
+        assert self._worker is not None, "it has not started"
+        torch.set_num_threads(self._num_threads)
+        self._worker.stage(Path(weights) if isinstance(weights, str) else weights)
+
+    @ray.method(concurrency_group="weights")
+    def discard(self) -> None:
+        """See `Worker.discard`."""
+        assert self._worker is not None, "it has not started"
+        self._worker.discard()
+
+    @ray.method(concurrency_group="weights")
+    def swap(self) -> None:
+        """See `Worker.swap`."""
+        assert self._worker is not None, "it has not started"
+        torch.set_num_threads(self._num_threads)
+        self._worker.swap()
 
     @ray.method(concurrency_group="health")
     def ping(self) -> None:

@@ -1,7 +1,7 @@
 """The executor that runs bursts on workers of a Ray cluster. Messages are msgspec bytes.
 
-All methods but `scale` are called from one thread, the engine's. There is no background thread: the executor
-checks and replaces workers while the engine waits for an event.
+All methods but `scale` and `stage_weights` are called from one thread, the engine's. There is no background
+thread: the executor checks and replaces workers while the engine waits for an event.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from remask.workers.executors.ray_actor import QUEUE_DEPTH
 from remask.workers.executors.ray_pool import Held, WorkerPool, explain, is_ready
 from remask.workers.executors.ray_resources import WorkerResources, check_num_gpus, default_gpus
 from remask.workers.executors.ray_session import RaySession
+from remask.workers.executors.ray_weights import RayWeights
 from remask.workers.models.loading import load_checkpoint
 from remask.workers.models.shared import share
+from remask.workers.models.update import Weights
 from remask.workers.startup.setup import WorkerSetup
 from remask.workers.startup.start import row_budget
 
@@ -97,6 +99,7 @@ class RayExecutor(Executor):
                 num_key_rows = min(facts.max_key_rows for facts in all_facts)
                 self.facts = msgspec.structs.replace(all_facts[0], max_key_rows=num_key_rows)
                 self.max_num_rows = row_budget(num_rows, [facts.row_limit for facts in all_facts])
+                self._weights = RayWeights(self._pool, self._session, setup, self.facts)
         except BaseException:
             self.close()
             raise
@@ -162,6 +165,14 @@ class RayExecutor(Executor):
                 self._wait(seconds)
                 if not self._ready and deadline is not None and time.monotonic() >= deadline:
                     return None
+
+    def stage_weights(self, weights: Weights) -> None:
+        with self._session.in_use():
+            self._weights.stage(weights)
+
+    def swap_weights(self) -> None:
+        with self._session.in_use():
+            self._lost.extend(self._weights.swap())
 
     def close(self) -> None:
         """Kills the workers. In a forked process it does nothing: the workers are the parent's."""

@@ -74,20 +74,20 @@ class WorkerPool:
         self.held: dict[int, Held] = {}
         self.workers: list[int] = []
         self.reason = "none was asked for"
-        self._setup, self._resources, self._weights = setup, resources, weights
+        self._setup, self._resources, self._weights = setup, resources, [weights]
         self._numbers = itertools.count()
         self._failed_starts, self._failed_at = 0, 0.0
         self._look_at = 0.0  # monotonic seconds of the next look
-        self._finalizer = weakref.finalize(self, _keep_foreign, os.getpid(), self.held, weights)
+        self._finalizer = weakref.finalize(self, _keep_foreign, os.getpid(), self.held, self._weights)
         self._finalizer.atexit = False
 
     def start(self) -> None:
         """Starts a worker; it joins later."""
-        groups = {"health": 1, "bursts": QUEUE_DEPTH}
+        groups = {"health": 1, "bursts": QUEUE_DEPTH, "weights": 1}
         actor_class = ray.remote(concurrency_groups=groups)(RemaskWorker)  # type: ignore[call-overload]
         options = {"name": f"RemaskWorker-{uuid.uuid4()}", **self._resources.actor_options()}
         actor = actor_class.options(**options).remote(max(1, self._resources.num_cpus))
-        number, start = next(self._numbers), actor.start.remote(self._setup, self._weights)
+        number, start = next(self._numbers), actor.start.remote(self._setup, *self._weights)
         self.held[number] = Held(number, actor, start, time.monotonic())
 
     def start_all(self, num_workers: int) -> list[WorkerFacts]:
@@ -164,7 +164,7 @@ class WorkerPool:
         self._list_workers()
         for held in list(self.held.values()):
             if held.leaving and not held.bursts:
-                self._drop(held)
+                self.drop(held)
                 return Left(held.number, died=False)
             reason = self._lateness(held)
             if reason is not None:
@@ -199,8 +199,19 @@ class WorkerPool:
         if held.start is not None:
             self._note_failed_start(reason, num_failures)
         self.reason = reason
-        self._drop(held)
+        self.drop(held)
         return Left(held.number, died=True)
+
+    def drop(self, held: Held) -> None:
+        """Ends a worker, dead or not; the next look starts another if it is missing."""
+        del self.held[held.number]
+        self._list_workers()
+        self._look_at = 0.0  # the next check may start another
+        ray.kill(held.actor)
+
+    def renew(self, setup: bytes, weights: Any) -> None:
+        """What workers start with from now on; see the constructor."""
+        self._setup, self._weights[:] = setup, [weights]
 
     def kill_all(self) -> None:
         """Kills all actors and waits up to CLOSE_SECONDS for their end."""
@@ -213,7 +224,8 @@ class WorkerPool:
     def clear(self) -> None:
         """Drops all handles."""
         self.held.clear()
-        self.workers, self._weights = [], None
+        self.workers = []
+        self._weights.clear()
         self._finalizer.detach()
 
     def _lateness(self, held: Held) -> str | None:
@@ -229,12 +241,6 @@ class WorkerPool:
     def _is_starved(self) -> bool:
         """Whether no worker takes bursts and the cluster is too small for one."""
         return not self.workers and self._resources.exceed_cluster()
-
-    def _drop(self, held: Held) -> None:
-        del self.held[held.number]
-        self._list_workers()
-        self._look_at = 0.0  # the next check may start another
-        ray.kill(held.actor)
 
     def _list_workers(self) -> None:
         self.workers = [n for n, held in self.held.items() if held.start is None and not held.leaving]

@@ -53,6 +53,7 @@ class TransformerConfig(ModelConfig):
     """The shape of a masked diffusion transformer.
 
     Attributes:
+        family: name of its family.
         embedding_size: rows of the embedding and the head; at least `vocab_size`.
         ffn_size: hidden size of the MLPs; with experts that of one expert.
         qkv_bias: whether queries, keys and values have biases.
@@ -75,6 +76,7 @@ class TransformerConfig(ModelConfig):
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: ExpertsConfig | None = None
+    family: str = ""
 
 
 class ConfigReader:

@@ -12,7 +12,9 @@ import json
 import logging
 import math
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +96,7 @@ def read_config(directory: Path) -> tuple[Family, TransformerConfig]:
         raw["mask_token_id"] = added_token_id(directory, family.mask_token)
     if family is None:
         raise InvalidRequest("model", str(path), refusal_of(name))
-    return family, family.parse_config(raw, str(path))
+    return family, replace(family.parse_config(raw, str(path)), family=family.name)
 
 
 def added_token_id(directory: Path, text: str) -> int | None:
@@ -147,6 +149,7 @@ class Checkpoint(NamedTuple):
     """A directory whose files were checked.
 
     Attributes:
+        directory: where they are.
         family: its family.
         config: its shape.
         model: the transformer, on the meta device.
@@ -155,6 +158,7 @@ class Checkpoint(NamedTuple):
         stored_dtype: that of the largest tensor, under its name in `DTYPES`.
     """
 
+    directory: Path
     family: Family
     config: TransformerConfig
     model: Transformer
@@ -176,13 +180,13 @@ def check_checkpoint(directory: Path) -> Checkpoint:
     family, config = read_config(directory)
     with torch.device("meta"):
         model = Transformer(config)
-    names, shards = family.tensor_names(config), find_shards(directory)
-    expected = {name: tuple(t.shape) for name, t in destinations(model, names).items()}
-    tied = {family.head: expected[family.embedding]} if config.tied_embeddings else {}
-    stored = check_tensors(directory, shards, expected, tied, head=family.head)
-    if tied:
+    shards = find_shards(directory)
+    found, repeated = read_headers(shards)
+    names = check_tensors(str(directory), found, model, family, repeated)
+    if config.tied_embeddings:
         check_tied(directory, shards, family)
-    return Checkpoint(family, config, model, names, shards, stored)
+    largest = max(found.values(), key=lambda header: math.prod(header.shape))
+    return Checkpoint(directory, family, config, model, names, shards, STORED_DTYPES[largest.dtype])
 
 
 def load_checkpoint(directory: Path, *, dtype: str = "auto", device: str = "cpu") -> Transformer:
@@ -198,16 +202,20 @@ def load_checkpoint(directory: Path, *, dtype: str = "auto", device: str = "cpu"
         listed.
     """
     found = check_checkpoint(directory)
-    config, names, model = found.config, found.names, found.model
-    torch_dtype = pick_dtype(dtype, config.dtype or found.stored_dtype, str(directory / "config.json"))
-    model.to(torch_dtype).to_empty(device=device)
-    targets = destinations(model, names)
+    stored = found.config.dtype or found.stored_dtype
+    return read_tensors(found, pick_dtype(dtype, stored, str(directory / "config.json")), device)
+
+
+def read_tensors(found: Checkpoint, dtype: torch.dtype, device: str) -> Transformer:
+    """The model of a directory whose files were checked."""
+    model = found.model.to(dtype).to_empty(device=device)
+    targets = destinations(model, found.names)
     for shard in found.shards:
         with _open(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
                 if name in targets:  # a tied head may be stored, too
                     targets[name].copy_(tensors.get_tensor(name))
-    logger.info("loaded %s: %d tensors, %s on %s", directory, len(names), torch_dtype, device)
+    logger.info("loaded %s: %d tensors, %s on %s", found.directory, len(targets), dtype, device)
     return model.eval()
 
 
@@ -233,60 +241,70 @@ def find_shards(directory: Path) -> list[Path]:
     return shards
 
 
-def check_tensors(
-    directory: Path,
-    shards: list[Path],
-    expected: dict[str, tuple[int, ...]],
-    optional: dict[str, tuple[int, ...]],
-    *,
-    head: str,
-) -> str:
-    """Compares names, shapes and types in the shards' headers with what the model needs.
+class Header(NamedTuple):
+    """What is known of a stored tensor before it is read; the type under the name that safetensors has."""
 
-    Args:
-        directory: the checkpoint, for errors.
-        shards: its files.
-        expected: shapes of the tensors that the model needs.
-        optional: shapes of tensors that may be stored as well.
-        head: name of the head, which is not needed with `weight_tying`.
+    shape: tuple[int, ...]
+    dtype: str
 
-    Returns:
-        The dtype of the largest tensor, under its name in `DTYPES`.
 
-    Raises:
-        InvalidRequest: listing missing, unexpected and repeated tensors, wrong shapes and types.
-    """
-    found: dict[str, tuple[int, ...]] = {}
-    stored: dict[str, str] = {}
+def read_headers(shards: list[Path]) -> tuple[dict[str, Header], list[str]]:
+    """The headers of files by the tensors' names, and the names that several of them have."""
+    found: dict[str, Header] = {}
     repeated: list[str] = []
     for shard in shards:
         with _open(shard) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
-                header = tensors.get_slice(name)
                 if name in found:
                     repeated.append(name)
-                found[name], stored[name] = tuple(header.get_shape()), header.get_dtype()
-    known = {**expected, **optional}
-    wrong = [f"{n} is {found[n]}, not {s}" for n, s in known.items() if n in found and found[n] != s]
+                header = tensors.get_slice(name)
+                found[name] = Header(tuple(header.get_shape()), header.get_dtype())
+    return found, repeated
+
+
+def check_tensors(
+    source: str, found: Mapping[str, Header], model: Transformer, family: Family, repeated: Sequence[str] = ()
+) -> dict[str, str]:
+    """Compares names, shapes and types of tensors with what a model needs.
+
+    Args:
+        source: where they are, for errors.
+        found: their headers.
+        model: the model.
+        family: its family.
+        repeated: names that stand in several files.
+
+    Returns:
+        Checkpoint name -> parameter.
+
+    Raises:
+        InvalidRequest: listing missing, unexpected and repeated tensors, wrong shapes and types.
+    """
+    names = family.tensor_names(model.config)
+    expected = {name: tuple(t.shape) for name, t in destinations(model, names).items()}
+    known = expected | ({family.head: expected[family.embedding]} if model.config.tied_embeddings else {})
+    wrong = [
+        f"{n} is {found[n].shape}, not {s}" for n, s in known.items() if n in found and found[n].shape != s
+    ]
     problems = [
-        f"{what}: {_listed(names)}"
-        for what, names in (
+        f"{what}: {_listed(listed)}"
+        for what, listed in (
             ("missing tensors", [name for name in expected if name not in found]),
             ("unexpected tensors", [name for name in found if name not in known]),
             ("wrong shapes", wrong),
             ("tensors in more than one shard", repeated),
             (
                 f"tensors of other types than {', '.join(STORED_DTYPES)}",
-                [f"{name} is {dtype}" for name, dtype in stored.items() if dtype not in STORED_DTYPES],
+                [f"{name} is {own.dtype}" for name, own in found.items() if own.dtype not in STORED_DTYPES],
             ),
         )
-        if names
+        if listed
     ]
-    if head in expected and head not in found:
+    if family.head in expected and family.head not in found:
         problems.append("if the embedding is the head, set weight_tying to true in config.json")
     if problems:
-        raise InvalidRequest("model", str(directory), "; ".join(problems))
-    return STORED_DTYPES[stored[max(found, key=lambda name: math.prod(found[name]))]]
+        raise InvalidRequest("model", source, "; ".join(problems))
+    return names
 
 
 def check_tied(directory: Path, shards: list[Path], family: Family) -> None:
@@ -314,7 +332,7 @@ def check_tied(directory: Path, shards: list[Path], family: Family) -> None:
     raise InvalidRequest("model", str(directory), f"weight_tying makes the embedding the head, but {problem}")
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
 

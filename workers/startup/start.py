@@ -13,6 +13,7 @@ from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import TransformerDenoiser, denoiser_of, pick_device
 from remask.workers.models.load import load_model
 from remask.workers.models.shared import SharedWeights, model_of
+from remask.workers.models.update import num_bytes
 from remask.workers.startup.keys import max_key_rows
 from remask.workers.startup.knee import knee
 from remask.workers.startup.memory import row_limit
@@ -29,6 +30,8 @@ class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     attention_backend: str | None  # the backend in use; None: the model has no attention
     overlaps: bool  # whether launching a burst returns before it has run
     max_key_rows: int  # rows whose keys and values it keeps; 0: it cannot keep any
+    weights_dtype: str | None = None  # torch's name, before quantization; None: the model is no transformer
+    weight_bytes: int | None = None  # of all weights in this dtype
 
 
 def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tuple[Worker, WorkerFacts]:
@@ -72,13 +75,18 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
     graphs = None if setup.batch_invariant else graphs_for(model)
     worker = Worker(model, graphs, packs=packs, max_key_rows=num_key_rows)
     config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
-    attention = model.attention.name if isinstance(model, TransformerDenoiser) else None
+    attention = weights_dtype = weight_bytes = None
+    if isinstance(model, TransformerDenoiser):
+        attention, dtype = model.attention.name, model.model.embedding.dtype
+        weights_dtype, weight_bytes = str(dtype).removeprefix("torch."), num_bytes(model.config, dtype)
     facts = WorkerFacts(
         config=config,
         row_limit=limit,
         attention_backend=attention,
         overlaps=worker.overlaps,
         max_key_rows=num_key_rows,
+        weights_dtype=weights_dtype,
+        weight_bytes=weight_bytes,
     )
     return worker, facts
 
