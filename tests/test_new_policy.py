@@ -1,4 +1,4 @@
-"""A policy is two source files: its spec's and its kernel's. Nothing else lists policies."""
+"""A policy is two source files and a page. What else lists policies is derived."""
 
 from __future__ import annotations
 
@@ -49,20 +49,78 @@ print(json.dumps([output.outputs[0].commit_steps for output in outputs]))
 """
 
 
-@pytest.mark.slow
-def test_a_policy_is_added_in_two_files(tmp_path: Path) -> None:
-    package = tmp_path / "remask"
-    shutil.copytree(ROOT / "engine", package)
-    for folder in ("scheduler", "workers"):
-        shutil.copytree(ROOT / folder, package / folder)
-    specs = package / "scheduler" / "policies" / "unmask.py"
-    specs.write_text(specs.read_text() + SPEC)
-    (package / "workers" / "strategies" / "every_other.py").write_text(KERNEL)
+PAGE = """# `every_other`: every second slot
 
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    ended = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    left, right, at_once = json.loads(ended.stdout)
+## Rule
+
+Commits every second masked slot.
+
+## Parameters
+
+<!-- generate: parameters("every_other") -->
+<!-- end -->
+
+## Source
+
+None.
+
+## Example
+
+```python
+from remask import LLM
+
+with LLM("tiny") as llm:
+    llm.generate("1+1=", {"max_tokens": 8, "unmask": "every_other"})
+```
+
+## Differences from the published code
+
+None is published.
+"""
+
+
+def copied(target: Path) -> dict[str, Path]:
+    """A copy of the tree, from which `remask` is imported; returns its files."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    files = {name: target / name for name in listed if (ROOT / name).is_file()}
+    for name, path in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, path)
+    (target / "import").mkdir()
+    (target / "import" / "remask").symlink_to(target / "engine")
+    for folder in ("scheduler", "workers", "benchmarks"):
+        (target / "engine" / folder).symlink_to(target / folder)
+    return files
+
+
+@pytest.mark.slow
+def test_a_policy_is_added_in_two_files_and_a_page(tmp_path: Path) -> None:
+    files = copied(tmp_path)
+    specs = files["scheduler/policies/unmask.py"]
+    specs.write_text(specs.read_text() + SPEC)
+    (tmp_path / "workers" / "strategies" / "every_other.py").write_text(KERNEL)
+    (tmp_path / "docs" / "policies" / "every_other.md").write_text(PAGE)
+
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "import")}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    left, right, at_once = json.loads(run("-c", USE))
     assert left == [1, 2, 1, 3, 1, 2, 1, 4]
     assert right == left[::-1]
     assert at_once == [1] * 8
+
+    run("docs/tools/generate.py")
+    changed = [name for name, path in files.items() if path.read_bytes() != (ROOT / name).read_bytes()]
+    assert changed == ["docs/policies/index.md", "scheduler/policies/unmask.py"], "the index is generated"
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "policy or policies", "tests/docs")
