@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import json
@@ -12,12 +13,14 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 from served import running
 from snippets import ROOT, Snippet, pages, snippets
 
@@ -208,6 +211,24 @@ def test_commands_of_blocks_that_do_not_run_parse(
     for line in lines(snippet.code):
         for command in split(words_of(line), "|"):
             parse(command)
+
+
+@pytest.mark.parametrize(
+    "snippet", [s for s in ALL if "no-run" in s.options and s.language == "python"], ids=str
+)
+def test_python_that_does_not_run_compiles_and_imports_what_there_is(snippet: Snippet) -> None:
+    flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    tree = compile(snippet.code, str(snippet), "exec", flags=flags)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("remask", "ray"):
+            for alias in node.names:
+                if not hasattr(importlib.import_module(node.module or ""), alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+
+
+@pytest.mark.parametrize("snippet", [s for s in ALL if s.language in ("toml", "yaml")], ids=str)
+def test_configurations_parse(snippet: Snippet) -> None:
+    assert (tomllib.loads if snippet.language == "toml" else yaml.safe_load)(snippet.code)
 
 
 ANSWERS = ("1234341221434321", "0579")
