@@ -4,9 +4,9 @@
 
 Both have the embedded model in fp32 on one thread. Requests come in a closed loop. The server runs in a
 process of its own and streams, and this process reads the streams. In-process requests yield their last
-output. Both sides run in turn, and a ratio is taken within a repetition. The added latency is the difference
-of what a request takes beyond the engine's own time, over HTTP and in process, as the median of requests that
-follow each other, one at a time. (The engine's time varies by more than that.)
+output. Both sides run in turn, and a ratio is taken within a repetition. Latencies are medians of requests
+that follow each other, one at a time, on both sides. The added latency is the difference of what a request
+takes beyond the engine's own time, over HTTP and in process, because the engine's time varies by more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from remask.scheduler.messages import StepResult
 from remask.thread import Observer
 
 ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_num_rows": 2048}
-REQUESTS = {1: 8, 16: 32, 64: 64}  # by the number of requests at a time
+REQUESTS = {1: 8, 16: 32, 64: 128}  # by the number of requests at a time
 
 
 class Load(NamedTuple):
@@ -68,9 +68,24 @@ LOADS = {
         REQUESTS,
         pairs=24,
     ),
-    "64 slots, one a forward": Load(schedule("schedule"), REQUESTS, pairs=0),
+    "64 slots, one a forward": Load(schedule("schedule"), REQUESTS, pairs=8),
 }
-HEADER = ("requests", "at a time", "in process", "over HTTP", "times as fast (min to max)", "added latency")
+HEADER = (
+    *("requests", "at a time", "in process", "over HTTP", "times as fast (min to max)"),
+    *("median latency, in process and over HTTP", "added latency"),
+)
+
+
+class Latency(NamedTuple):
+    """Seconds of one request, on one side.
+
+    Attributes:
+        whole: all of them.
+        beyond: those beyond the engine's own.
+    """
+
+    whole: float
+    beyond: float
 
 
 class StreamTarget(Target):
@@ -191,7 +206,7 @@ async def measure(llm: AsyncLLM, url: str, repetitions: int, steadiness: Steadin
             for concurrency, count in load.requests.items():
                 jobs = jobs_of(llm, load.params, max(count, load.pairs))
                 rates: list[tuple[float, float]] = []
-                added: list[float] = []
+                pairs: list[tuple[Latency, Latency]] = []
                 for repetition in range(repetitions):
                     order = (in_process, over_http) if repetition % 2 else (over_http, in_process)
                     found = {
@@ -200,7 +215,7 @@ async def measure(llm: AsyncLLM, url: str, repetitions: int, steadiness: Steadin
                     own, served = (found[target]["output_throughput"] for target in (in_process, over_http))
                     rates.append((own, served))
                     if concurrency == 1:
-                        added += await added_seconds(llm, in_process, over_http, jobs[: load.pairs])
+                        pairs += await latencies(llm, in_process, over_http, jobs[: load.pairs])
                     steadiness.look()
                 results.append(
                     {
@@ -210,41 +225,51 @@ async def measure(llm: AsyncLLM, url: str, repetitions: int, steadiness: Steadin
                         "in_process_tokens_per_second": spread([own for own, _ in rates]),
                         "served_tokens_per_second": spread([served for _, served in rates]),
                         "ratio": spread([served / own for own, served in rates]),
-                        "added_latency_ms": 1000 * statistics.median(added) if added else None,
+                        **(latency_figures(pairs) if pairs else {}),
                     }
                 )
     return results
 
 
-async def added_seconds(
+def latency_figures(pairs: Sequence[tuple[Latency, Latency]]) -> dict[str, float]:
+    """Medians, in milliseconds, of the same requests in process and over HTTP."""
+    return {
+        "in_process_latency_ms": 1000 * statistics.median(own.whole for own, _ in pairs),
+        "served_latency_ms": 1000 * statistics.median(served.whole for _, served in pairs),
+        "added_latency_ms": 1000 * statistics.median(served.beyond - own.beyond for own, served in pairs),
+    }
+
+
+async def latencies(
     llm: AsyncLLM, in_process: Target, over_http: StreamTarget, jobs: Sequence[Job]
-) -> list[float]:
-    """How many seconds longer each of some requests takes over HTTP beyond the engine's time. No side is
-    always the first."""
+) -> list[tuple[Latency, Latency]]:
+    """What each of some requests takes in process and over HTTP. No side is always the first."""
     llm.engine.observer = own = EngineSeconds()
     sides = {in_process: lambda: own.total, over_http: over_http.engine_seconds}
     found = []
     for number, job in enumerate(jobs):
-        beyond: dict[Target, float] = {}
+        took: dict[Target, Latency] = {}
         for target in list(sides)[:: 1 if number % 2 else -1]:
             before = sides[target]()
             seconds = (await run(target, [job], 1)).served[0].latency
-            beyond[target] = seconds - (sides[target]() - before)
-        found.append(beyond[over_http] - beyond[in_process])
+            took[target] = Latency(seconds, seconds - (sides[target]() - before))
+        found.append((took[in_process], took[over_http]))
     llm.engine.observer = None
     return found
 
 
 def cells_of(result: dict[str, Any]) -> list[str]:
     """A line of the table."""
-    added = result["added_latency_ms"]
+    latency = ("in_process_latency_ms", "served_latency_ms", "added_latency_ms")
+    own, served, added = (f"{result[name]:.1f} ms" if name in result else "" for name in latency)
     return [
         result["load"],
         str(result["max_concurrency"]),
         f"{result['in_process_tokens_per_second']['median']:.0f} tokens/s",
         f"{result['served_tokens_per_second']['median']:.0f} tokens/s",
         format_spread(result["ratio"]),
-        "" if added is None else f"{added:.1f} ms",
+        f"{own}, {served}" if own else "",
+        added,
     ]
 
 
