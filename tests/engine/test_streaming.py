@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from golden_files import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from step_cases import POLICIES
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -175,9 +178,10 @@ def bytes_tokenizer(directory: Path, kind: str) -> Path:
     return directory
 
 
-@pytest.fixture
-def byte_engine(tmp_path: Path) -> Iterator[Engine]:
+@pytest.fixture(scope="module")
+def byte_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """A model whose tokens are bytes, many of them parts of characters."""
+    tmp_path = tmp_path_factory.mktemp("tokenizer")
     options = EngineOptions.parse(
         model=GOLDEN / "lladamoe-tiny",
         tokenizer=str(bytes_tokenizer(tmp_path, "byte level")),
@@ -226,6 +230,33 @@ def test_characters_and_stop_strings_may_span_blocks(byte_engine: Engine) -> Non
     assert [own.finish_reason for own in final[:2]] == ["stop", "stop"]
     del params["stop"]
     assert texts == [own.text for own in whole_output(byte_engine, BYTES, params)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@settings(deadline=None, max_examples=2)
+@given(
+    seed=st.integers(0, 10**6),
+    block_length=st.sampled_from([1, 3, 8, 24]),
+    stop=st.tuples(st.integers(0, 20), st.integers(1, 5)),
+    keeps_stop=st.booleans(),
+)
+def test_under_every_policy_deltas_joined_are_the_whole_text(
+    byte_engine: Engine,
+    policy: Params,
+    seed: int,
+    block_length: int,
+    stop: tuple[int, int],
+    keeps_stop: bool,
+) -> None:
+    """With a stop string out of the text, and characters whose bytes are in several blocks."""
+    params = {**fields({"max_tokens": 24, "block_length": block_length, "temperature": 2.0}), **policy}
+    params |= {"seed": seed, "n": 2, "ignore_eos": True}
+    first, length = stop
+    text = whole_output(byte_engine, BYTES, params)[0].text or ""
+    if found := text[first : first + length]:
+        params |= {"stop": [found], "include_stop_str_in_output": keeps_stop}
+    expected = [as_dict(own) for own in whole_output(byte_engine, BYTES, params)]
+    assert joined(steps(byte_engine, BYTES, params, "delta")) == expected
 
 
 def test_a_slow_reader_gets_the_rest_in_one_output(llm: AsyncLLM) -> None:
