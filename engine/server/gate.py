@@ -19,6 +19,7 @@ App: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})  # without a key; they tell nothing of clients
 MAX_ID_LEN = 128  # characters of a client's request id
+MAX_HEADER_BYTES = 32_768  # of all names and values
 
 
 class Gate:
@@ -61,6 +62,9 @@ class Gate:
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, dict[str, Any]] | None:
         """Status and body of the response to a request that may not pass; None: it may."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            problem = f"the headers are longer than {MAX_HEADER_BYTES} bytes; send shorter ones"
+            return 431, error_object(problem, "invalid_request_error", code="headers_too_large")
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if self._digests and path not in OPEN_PATHS and scope["method"] != "OPTIONS":
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")

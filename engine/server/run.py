@@ -25,12 +25,12 @@ from remask.options import EngineOptions
 from remask.scheduler.errors import InvalidRequest
 from remask.server.answers import Answerer
 from remask.server.app import Served, make_app
+from remask.server.gate import MAX_HEADER_BYTES
 from remask.server.options import ServerOptions, check_defaults
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048  # connections that wait to be accepted
-MAX_HEADER_BYTES = 32_768
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep idle connections, so that they do not meet a closed one
 LAST_SECONDS = 5  # for the last responses to be written
 
@@ -112,9 +112,18 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; tells that the port is open."""
+        """As uvicorn's; tells that the port is open.
+
+        Raises:
+            InvalidRequest: another process has opened it since it was bound.
+        """
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets=sockets)
+        try:
+            await super().startup(sockets=sockets)
+        except OSError as error:  # two servers may bind one port before either listens
+            port = sockets[0].getsockname()[1] if sockets else self.config.port
+            problem = f"was taken while the model was loaded: {error.strerror or error}; use another one"
+            raise InvalidRequest("port", port, problem) from None
         if self.started:
             self._on_start()
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from remask import AsyncLLM, EngineOptions
 from remask.benchmarks.serving.server_cost import serving
 
 pytestmark = pytest.mark.slow
@@ -50,6 +51,25 @@ def test_what_cannot_start_says_so_in_one_line(
     assert "uds: cannot be bound" in refusal("tiny", "--uds", str(tmp_path / "no" / "folder"))
     monkeypatch.setenv("REMASK_API_KEY", "")
     assert "api_key: is empty" in refusal("tiny", "--port", "0")
+
+
+def test_a_port_that_is_taken_while_the_model_loads_is_told_in_one_line(
+    remask: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))  # as another server that loads its model
+        load = AsyncLLM.from_options
+
+        def slowly(options: EngineOptions) -> AsyncLLM:
+            other.listen()
+            return load(options)
+
+        monkeypatch.setattr(AsyncLLM, "from_options", slowly)
+        done = remask("serve", "tiny", "--max-num-rows", "512", "--port", str(other.getsockname()[1]))
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "error" in line] == done.stderr.splitlines()[-1:]
+    assert "port: was taken while the model was loaded" in done.stderr
 
 
 def test_a_signal_ends_the_server_after_what_runs(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -43,6 +45,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < ends, "it never came true"
         time.sleep(0.01)
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def raw_request(server: Running, body: dict[str, Any], receive_bytes: int | None = None) -> socket.socket:
@@ -101,19 +108,24 @@ def test_a_full_queue_answers_429_and_takes_more_when_there_is_room(llm: AsyncLL
         wait_for(lambda: llm.engine.num_live == 0)
 
 
-def test_many_requests_at_once_are_answered_or_refused(llm: AsyncLLM) -> None:
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.long])])
+def test_many_requests_at_once_are_answered_or_refused(llm: AsyncLLM, count: int) -> None:
     async def ask(client: httpx.AsyncClient) -> int:
         return (await client.post("/v1/completions", json=SHORT)).status_code
 
     async def ask_all(url: str) -> list[int]:
-        limits = httpx.Limits(max_connections=200)
-        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-            return await asyncio.gather(*(ask(client) for _ in range(100)))
+        limits = httpx.Limits(max_connections=count)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(count)))
 
     with running(llm) as server:
+        asyncio.run(ask_all(server.url))  # what the process allocates once
+        before = resident_bytes()
         statuses = asyncio.run(ask_all(server.url))
-    assert set(statuses) == {200, 429}
-    assert llm.engine.num_live == 0
+        assert set(statuses) == {200, 429}
+        assert llm.engine.num_live == 0
+        assert not server.served.answerer.live
+        assert resident_bytes() - before < 32e6
 
 
 def test_a_slow_reader_delays_no_other_request(llm: AsyncLLM) -> None:

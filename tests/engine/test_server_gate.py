@@ -60,6 +60,12 @@ def test_a_key_is_wanted_but_where_nothing_of_clients_is_told(server: Running) -
         assert response.status_code == 200
 
 
+def test_headers_have_a_ceiling_however_they_arrive(server: Running) -> None:
+    for size, status in ((20_000, 200), (40_000, 431)):  # h11 refuses heads that arrive in pieces by itself
+        headers = {**key(KEYS[0]), "x-filler": "x" * size}
+        assert server.client.get("/v1/models", headers=headers).status_code == status
+
+
 def test_a_body_must_be_json_by_its_type_and_not_too_long(server: Running) -> None:
     headers = {**key(KEYS[0]), "content-type": "text/plain"}
     response = server.client.post("/v1/completions", content=b"{}", headers=headers)

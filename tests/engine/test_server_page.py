@@ -182,8 +182,17 @@ def test_stopping_aborts_the_request(page: Page) -> None:
 def test_the_page_fits_the_width_and_keeps_the_key_out_of_sight(
     page: Page, width: int, tmp_path: Path
 ) -> None:
-    page.open(width, 900)
     overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    page.driver.set_window_size(width, 900)
+    page.find("#compare").send_keys(Keys.SPACE)
+    page.fill(prompt=HARD, max_tokens=36, block_length=18, temperature=1.5, seed=5)
+    page.fill(unmask_0="capped_threshold:0.4", remask_0="wino:0.95")
+    page.find("#run").click()
+    page.ends(0)
+    page.ends(1)
+    assert page.driver.execute_script(overflow) == 0
+    assert page.driver.save_screenshot(str(tmp_path / f"two-{width}.png"))
+    page.open(width, 900)
     assert page.driver.execute_script(overflow) == 0
     stored = page.driver.execute_script(
         "return [localStorage.length, sessionStorage.length, document.cookie]"
