@@ -60,6 +60,11 @@ def serve(
         try:
             address = _address(options, sock)
             served = Served(llm, options, defaults)
+            try:
+                sock.listen(BACKLOG)
+            except OSError as error:  # two servers may bind one port before either listens
+                problem = f"was taken while the model was loaded: {error.strerror or error}; use another one"
+                raise InvalidRequest("port", options.port, problem) from None
             make_server(served, lambda: on_start(address)).run(sockets=[sock])
         finally:
             llm.close()
@@ -112,18 +117,9 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; tells that the port is open.
-
-        Raises:
-            InvalidRequest: another process has opened it since it was bound.
-        """
+        """As uvicorn's; tells that the port is open."""
         self._loop = asyncio.get_running_loop()
-        try:
-            await super().startup(sockets=sockets)
-        except OSError as error:  # two servers may bind one port before either listens
-            port = sockets[0].getsockname()[1] if sockets else self.config.port
-            problem = f"was taken while the model was loaded: {error.strerror or error}; use another one"
-            raise InvalidRequest("port", port, problem) from None
+        await super().startup(sockets=sockets)
         if self.started:
             self._on_start()
 
