@@ -37,9 +37,12 @@ class Page:
     def find(self, selector: str) -> Any:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
-    def open(self, width: int = 1280, height: int = 1000) -> None:
+    def resize(self, width: int = 1280, height: int = 1000) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def open(self, width: int = 1280, height: int = 1000) -> None:
+        self.resize(width, height)
         self.driver.get(f"{self.server.url}/")
 
     def fill(self, **values: object) -> None:
@@ -183,7 +186,7 @@ def test_the_page_fits_the_width_and_keeps_the_key_out_of_sight(
     page: Page, width: int, tmp_path: Path
 ) -> None:
     overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    page.driver.set_window_size(width, 900)
+    page.resize(width, 1600)
     page.find("#compare").send_keys(Keys.SPACE)
     page.fill(prompt=HARD, max_tokens=36, block_length=18, temperature=1.5, seed=5)
     page.fill(unmask_0="capped_threshold:0.4", remask_0="wino:0.95")
