@@ -5,7 +5,8 @@
 The batch has 64 puzzles of all kinds under every policy of the tiny model's table; each has taken one step.
 The cost of a step is everything but the model itself (`Denoiser.statistics`): packing, policies and updates.
 The cost of a burst, paid once a burst, is reported separately: canvases to tensors, plans, and tensors back
-to canvases. A step may take 5 ms.
+to canvases. A step may take 5 ms. A *rebuild* makes a burst of 256 canvases out of its message, where all but
+one stay from the burst before. It may take 8 ms of one thread.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from rich.console import Console
@@ -24,7 +26,7 @@ from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.throughput import find_model, spread, write_report
 from remask.benchmarks.tiny.policies import POLICIES, params
 from remask.benchmarks.tiny.tasks import PUZZLES
-from remask.scheduler.canvas import Canvas, new_canvas
+from remask.scheduler.canvas import Canvas, CanvasState, new_canvas
 from remask.scheduler.messages import StepBatch
 from remask.scheduler.params import resolve
 from remask.text import load_tokenizer
@@ -36,6 +38,8 @@ from remask.workers.step import denoise, plan_packs
 from remask.workers.worker import Worker
 
 SEED = 2**31 + 4
+REBUILT = 256  # canvases of the burst that is rebuilt
+DECODER = msgspec.msgpack.Decoder(StepBatch)
 
 
 class Timed(Denoiser):
@@ -95,6 +99,24 @@ def one_step(model: Denoiser, canvases: list[Canvas]) -> dict[str, float]:
     }
 
 
+def one_rebuild(model: Denoiser, canvases: list[Canvas]) -> float:
+    """Milliseconds of one thread from the message of a burst to its plans, where all canvases but the last
+    one stay from the burst before: decoding, tensors, and packing."""
+    states: list[CanvasState | int] = [*range(len(canvases) - 1), canvases[-1].state]
+    specs = [canvas.spec for canvas in canvases]
+    message = msgspec.msgpack.encode(
+        StepBatch(burst_id=1, num_steps=1, follows=0, specs=specs, states=states)
+    )
+    started = time.thread_time()
+    batch = DECODER.decode(message)
+    kept = [
+        (specs[own], canvases[own].state) if isinstance(own, int) else (spec, own)
+        for spec, own in zip(batch.specs, batch.states, strict=True)
+    ]
+    plan_packs(BurstState([spec for spec, _ in kept], [own for _, own in kept]), model, model.pack_rows)
+    return 1000 * (time.thread_time() - started)
+
+
 def measure(count: int, repetitions: int) -> dict[str, dict[str, float]]:
     """Median, least and most of each figure of `one_step`."""
     directory, _ = find_model("tiny")
@@ -102,7 +124,11 @@ def measure(count: int, repetitions: int) -> dict[str, dict[str, float]]:
     canvases = puzzles(directory, model, count)
     one_step(model, canvases)
     runs = [one_step(model, canvases) for _ in range(repetitions)]
-    return {name: spread([run[name] for run in runs]) for name in runs[0]}
+    figures = {name: spread([run[name] for run in runs]) for name in runs[0]}
+    many = puzzles(directory, model, REBUILT)
+    one_rebuild(model, many)
+    rebuilds = [one_rebuild(model, many) for _ in range(repetitions)]
+    return {**figures, "rebuild_ms": spread(rebuilds)}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,11 +56,11 @@ def plan_packs(
     assert all(specs[c].shift == model.config.shift for c in canvases), "canvases are the model's"
     light = {c: kept[c].light if c in kept else None for c in canvases if specs[c].reuse is None or c in kept}
     num_rows = {c: specs[c].num_rows(state.sequence_len(c), own) for c, own in light.items()}
-    plans = []
+    plans, cu_tokens = [], np.array(state.cu_tokens)
     for part in _apart(light, specs, static=model.static_shapes):
         for group in group_canvases(num_rows, part, pack_rows):
             gathers = model.static_shapes
-            plan = plan_pack(group, specs, state.cu_tokens, state.max_block_len, kept=kept, gathers=gathers)
+            plan = plan_pack(group, specs, cu_tokens, state.max_block_len, kept=kept, gathers=gathers)
             # A pack that keeps keys is not searched for equal sequences.
             if not model.static_shapes and plan.kept is None:
                 plan = replace(plan, may_repeat=may_repeat(group, state))

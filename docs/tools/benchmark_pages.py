@@ -198,6 +198,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Table]] = {
             "model_ms": "the model, ms a step",
             "step_beside_model_ms": "the rest of the step, ms",
             "burst_beside_step_ms": "once a burst, ms",
+            "rebuild_ms": "a rebuild of 256 canvases, ms of one thread",
         }
     ),
     "throughput": lambda found: Table(

@@ -23,6 +23,7 @@ def test_the_parts_of_a_step_are_measured_on_canvases_that_verify_too() -> None:
 
 def test_the_report_has_a_spread_for_each_part() -> None:
     report = measure(count=3, repetitions=3)
-    assert list(report) == ["model_ms", "step_beside_model_ms", "burst_beside_step_ms"]
+    parts = ["model_ms", "step_beside_model_ms", "burst_beside_step_ms", "rebuild_ms"]
+    assert list(report) == parts
     for result in report.values():
         assert 0 < result["min"] <= result["median"] <= result["max"]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from remask.scheduler.canvas import REAL, TOKEN, CanvasSpec, CanvasState
@@ -149,8 +150,9 @@ class StepGraphs:
         fresh = [c for c, spec in enumerate(specs) if spec.reuse is None]
         filling = range(len(specs), padding.group_size)
         order = [*fresh, filling[0], *kept, *filling[1:]] if kept else [*fresh, *filling]
+        bounds = np.array(state.cu_tokens)
         plan = plan_pack(
-            order, state.specs, state.cu_tokens, state.max_block_len, padding, kept, gathers=len(kept) > 0
+            order, state.specs, bounds, state.max_block_len, padding, kept, gathers=len(kept) > 0
         )
         tree = state, [plan]
         tensors = tensors_of(tree)

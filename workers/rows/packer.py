@@ -26,7 +26,7 @@ from remask.workers.rows.plan import Plan, Slots, Spare
 def plan_pack(
     canvases: Sequence[int],
     specs: Sequence[CanvasSpec],
-    cu_tokens: Sequence[int],
+    bounds: np.ndarray,
     width: int,
     padding: Padding = NO_PADDING,
     kept: KeptCanvases = NOTHING_KEPT,
@@ -38,7 +38,7 @@ def plan_pack(
     Args:
         canvases: indices in the burst.
         specs: of all canvases of the burst.
-        cu_tokens: boundaries of all sequences of the burst in its flat tokens.
+        bounds: of all sequences of the burst in its flat tokens, int64 [sequences + 1].
         width: B, the slots of the burst's widest block.
         padding: sizes that other bursts have. Nobody may be guided or need copies then, and the last canvas
             fills up, as does the one before the first light forward.
@@ -50,7 +50,6 @@ def plan_pack(
     copies_of = [c for c in canvases for _ in range(specs[c].num_copies)]
     assert padding == NO_PADDING or not (guided or copies_of), "they are not padded"
     sequences = np.array([*canvases, *guided, *copies_of])
-    bounds = np.array(cu_tokens)
     starts, lens = bounds[sequences], bounds[sequences + 1] - bounds[sequences]
     kept_rows = kept_sequences(kept, sequences.tolist(), lens.tolist(), len(canvases))
     light = {place: own.light for place, own in kept_rows.items() if own.light is not None}
@@ -76,6 +75,8 @@ def plan_pack(
     def slots_of(places: np.ndarray, numbers: np.ndarray, firsts: np.ndarray, least: int = 0) -> Slots:
         """Slots given by the place of their sequence in the pack and their number in the block, padded with
         the first slot of the last canvas, at row 0. `firsts` are the first rows of the sequences."""
+        if not (least or len(places)):
+            return Slots(*torch.empty(3, 0, dtype=torch.int64).unbind())
         table = np.empty((3, max(least, len(places))), dtype=np.int64)
         own, table[:, len(places) :] = (
             table[:, : len(places)],
@@ -240,13 +241,16 @@ def _max_live(spec: CanvasSpec) -> int:
 
 def _bounds(counts: np.ndarray) -> np.ndarray:
     """Where each of several runs begins, and where the last ends, int64 [runs + 1]."""
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    found = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=found[1:])
+    return found
 
 
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each member of several runs the number of its run and its number in the run, int64."""
+    firsts = np.cumsum(counts, dtype=np.int64) - counts
     owners = np.repeat(np.arange(len(counts)), counts)
-    return owners, np.arange(len(owners)) - _bounds(counts)[owners]
+    return owners, np.arange(len(owners)) - firsts[owners]
 
 
 def _tiles(spans: Sequence[tuple[int, int, int, int, int]], num_tiles: int) -> Tensor:
