@@ -261,7 +261,8 @@ async def latencies(
 def cells_of(result: dict[str, Any]) -> list[str]:
     """A line of the table."""
     latency = ("in_process_latency_ms", "served_latency_ms", "added_latency_ms")
-    own, served, added = (f"{result[name]:.1f} ms" if name in result else "" for name in latency)
+    figures = [result.get(name) for name in latency]
+    own, served, added = ("" if found is None else f"{found:.1f} ms" for found in figures)
     return [
         result["load"],
         str(result["max_concurrency"]),
