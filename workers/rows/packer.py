@@ -76,7 +76,8 @@ def plan_pack(
         """Slots given by the place of their sequence in the pack and their number in the block, padded with
         the first slot of the last canvas, at row 0. `firsts` are the first rows of the sequences."""
         if not (least or len(places)):
-            return Slots(*torch.empty(3, 0, dtype=torch.int64).unbind())
+            slots, shifts, sequence_starts = torch.empty(3, 0, dtype=torch.int64).unbind()
+            return Slots(slots, shifts, sequence_starts)
         table = np.empty((3, max(least, len(places))), dtype=np.int64)
         own, table[:, len(places) :] = (
             table[:, : len(places)],
