@@ -152,6 +152,24 @@ def test_keys_that_the_old_weights_made_are_forgotten(llm: LLM, versions: list[P
     assert tokens_of(llm, reuse="both") == expected
 
 
+def test_keys_of_an_aborted_request_do_not_outlive_its_weights(versions: list[Path]) -> None:
+    async def run() -> None:
+        async with AsyncLLM(versions[0], device="cpu", max_num_rows=512, burst=1) as llm:
+            params = {"max_tokens": 32, "block_length": 16, "unmask": "schedule", "reuse": "both"}
+            stream = llm.generate(PROMPTS[0], params, output_kind="cumulative", canvas_events=True)
+            for _ in range(4):
+                await anext(stream)
+            await stream.aclose()
+            store = llm.engine._engine.executor._worker._store  # type: ignore[attr-defined]
+            while llm.engine.num_live or store._used:
+                await asyncio.sleep(0.01)
+            assert not store.is_empty, "the keys of a canvas that nobody wants any more"
+            await llm.update_weights(versions[1])
+            assert store.is_empty
+
+    asyncio.run(run())
+
+
 def test_fp8_is_quantized_again(versions: list[Path]) -> None:
     options = {"dtype": "bfloat16", "quantization": "fp8"}
     with llm_of(versions[1], **options) as other, llm_of(versions[0], **options) as llm:
