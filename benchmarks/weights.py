@@ -29,8 +29,7 @@ from remask.engine import Engine
 from remask.options import EngineOptions
 from remask.thread import EngineThread
 from remask.workers.models.dummy import dummy_model
-from remask.workers.models.families import families
-from remask.workers.models.loading import architecture_of, destinations, load_checkpoint, read_raw_config
+from remask.workers.models.loading import destinations, load_checkpoint, read_config
 
 MODEL, DTYPE = "llada-124m", "float32"
 NUM_CLIENTS, NUM_PROMPTS = 8, 16
@@ -44,9 +43,7 @@ HEADER = (
 def write_checkpoints(directory: Path) -> list[Path]:
     """Two checkpoints of one shape."""
     shape, _ = find_model(MODEL)
-    raw = read_raw_config(shape)
-    model = dummy_model(shape, dtype=DTYPE)
-    family = families()[architecture_of(raw) or ""]
+    model, (family, _) = dummy_model(shape, dtype=DTYPE), read_config(shape)
     tensors = destinations(model, family.tensor_names(model.config))
     found = [directory / "first", directory / "second"]
     for version, path in enumerate(found):

@@ -1,10 +1,10 @@
-"""Batch files for the tests of `remask.batch`."""
+"""Batch files for the tests of `remask.batch`, and a Ray of one node."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,15 @@ from remask.batch.run import BatchOptions, Summary, run_batch
 
 Run = Callable[..., Summary]
 MakeFile = Callable[[int], Path]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray  # the fast tier does without
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture

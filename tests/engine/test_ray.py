@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,6 @@ ASKS: list[dict[str, Any]] = [
     {"max_tokens": 20, "remask": "saber", "temperature": 1.0, "seed": 3, "trace": True},
     {"max_tokens": 30, "unmask": "dream:alg=origin", "temperature": 1.0, "seed": 4, "logprobs": 1},
 ]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

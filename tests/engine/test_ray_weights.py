@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from typing import Any
 
 import pytest
 import ray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from versions import PROMPTS, SAMPLING, llm_of, tokens_of, write_versions, written_by
 
 from remask import LLM, InvalidRequest
 from remask.workers.executors import ray_weights
@@ -21,45 +21,15 @@ from remask.workers.startup import host_memory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-PROMPTS = [[33, 11, 12], [14, 20, 21, 7], [5], [9, 9]]
-SAMPLING: dict[str, Any] = {"max_tokens": 24, "block_length": 8, "temperature": 1.0, "n": 2, "seed": 3}
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
 
 @pytest.fixture(scope="module")
 def versions(golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two checkpoints of one shape."""
-    other = tmp_path_factory.mktemp("weights") / "other"
-    shutil.copytree(golden_checkpoint, other)
-    tensors = load_file(golden_checkpoint / "model.safetensors")
-    rolled = {name: own.roll(1, -1) if own.ndim == 2 else own for name, own in tensors.items()}
-    save_file(rolled, other / "model.safetensors")
-    return [golden_checkpoint, other]
-
-
-def llm_of(directory: Path, **options: Any) -> LLM:
-    return LLM(directory, **{"device": "cpu", "max_num_rows": 512, "batch_invariant": True, **options})
-
-
-def tokens_of(llm: LLM) -> list[Any]:
-    outputs = llm.generate(PROMPTS, SAMPLING, use_tqdm=False)
-    return [[sample.token_ids for sample in output.outputs] for output in outputs]
+    return write_versions(golden_checkpoint, tmp_path_factory.mktemp("weights"), 2)
 
 
 @pytest.fixture(scope="module")
 def expected(versions: list[Path]) -> list[Any]:
-    """What each version writes."""
-    found = []
-    for directory in versions:
-        with llm_of(directory) as llm:
-            found.append(tokens_of(llm))
-    return found
+    return written_by(versions)
 
 
 @pytest.fixture(scope="module", params=["auto", "object_store"])

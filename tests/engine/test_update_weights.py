@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from versions import PROMPTS, SAMPLING, llm_of, tensors_of, tokens_of, write_versions, written_by
 
 from remask import LLM, AsyncLLM, EngineDead, InvalidRequest
 from remask.benchmarks import exactness
@@ -21,45 +20,15 @@ from remask.workers.models.markov import write_markov
 from remask.workers.startup import host_memory
 from remask.workers.worker import Worker
 
-PROMPTS = [[33, 11, 12], [14, 20, 21, 7], [5]]
-SAMPLING: dict[str, Any] = {"max_tokens": 24, "block_length": 8, "temperature": 1.0, "n": 2, "seed": 3}
-
 
 @pytest.fixture(scope="module")
 def versions(golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Checkpoints of one shape."""
-    directories = [golden_checkpoint]
-    for version in (1, 2):
-        directories.append(tmp_path_factory.mktemp("weights") / str(version))
-        shutil.copytree(golden_checkpoint, directories[-1])
-        save_file(tensors_of(golden_checkpoint, version), directories[-1] / "model.safetensors")
-    return directories
-
-
-def tensors_of(directory: Path, version: int) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors, with other rows for the ids and other signs in some layers."""
-    tensors = load_file(directory / "model.safetensors")
-    return {name: own.roll(version, -1) if own.ndim == 2 else own for name, own in tensors.items()}
-
-
-def llm_of(directory: Path, **options: Any) -> LLM:
-    return LLM(directory, **{"device": "cpu", "max_num_rows": 512, "batch_invariant": True, **options})
-
-
-def tokens_of(llm: LLM, **sampling: Any) -> list[Any]:
-    outputs = llm.generate(PROMPTS, {**SAMPLING, **sampling}, use_tqdm=False)
-    return [[sample.token_ids for sample in output.outputs] for output in outputs]
+    return write_versions(golden_checkpoint, tmp_path_factory.mktemp("weights"), 3)
 
 
 @pytest.fixture(scope="module")
 def expected(versions: list[Path]) -> list[Any]:
-    """What each version writes."""
-    found = []
-    for directory in versions:
-        with llm_of(directory) as llm:
-            found.append(tokens_of(llm))
-    assert found[0] != found[1] != found[2]
-    return found
+    return written_by(versions)
 
 
 @pytest.fixture
@@ -163,7 +132,7 @@ def test_keys_of_an_aborted_request_do_not_outlive_its_weights(versions: list[Pa
             store = llm.engine._engine.executor._worker._store  # type: ignore[attr-defined]
             while llm.engine.num_live or store._used:
                 await asyncio.sleep(0.01)
-            assert not store.is_empty, "the keys of a canvas that nobody wants any more"
+            assert not store.is_empty, "the keys of the aborted canvas are kept"
             await llm.update_weights(versions[1])
             assert store.is_empty
 

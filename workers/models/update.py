@@ -77,7 +77,7 @@ def replace_weights(model: Transformer, staged: Transformer) -> None:
         elif old.is_cuda:
             old.copy_(new)
         else:
-            old.data = new.data  # it may be memory that others share, which nobody may write to
+            old.data = new.data  # the old memory may be shared and read-only
 
 
 def _from_directory(directory: Path, config: TransformerConfig, dtype: torch.dtype) -> Transformer:
