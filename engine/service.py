@@ -13,7 +13,7 @@ from remask.thread import Listener, Observer
 
 
 class EngineService(Protocol):
-    """Takes requests and tells their progress. `EngineThread` documents the members."""
+    """Takes requests and reports their progress. `EngineThread` documents the members."""
 
     intake: Intake
     tokenizer: PreTrainedTokenizerBase | None

@@ -69,7 +69,7 @@ class CompareOptions:
         rivals: names of ways to serve it, see `open_rival`.
         api_key: of servers among them; None: they ask for none. Reports do not hold it.
         dtype: of all weights that are loaded here.
-        workload: "tiny" (problems whose answers are checked), or another one, which tells no quality.
+        workload: "tiny" (problems whose answers are checked), or another one, which has no quality.
         policies: names of `POLICIES`.
         concurrencies: requests under way.
         repetitions: of all loops.

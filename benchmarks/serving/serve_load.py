@@ -54,7 +54,7 @@ class LoadOptions:
         peer, peer_python: another engine for the same model, see `PeerTarget`; in place of a target.
         max_concurrency: a closed loop; None: an open one.
         request_rate, burstiness: of the open loop; an infinite rate sends all at once, with an infinite
-            burstiness arrivals are evenly spaced. JSON has no infinity: the report tells null.
+            burstiness arrivals are evenly spaced. JSON has no infinity: the report has null.
     """
 
     target: str = "remask"

@@ -197,7 +197,7 @@ def shown(name: str) -> Any:
 
 
 def digest(name: str) -> str:
-    """Tells one state of what a picture shows from another."""
+    """A digest of what a picture shows."""
     return hashlib.sha256(json.dumps(shown(name), sort_keys=True).encode()).hexdigest()[:16]
 
 

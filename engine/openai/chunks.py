@@ -1,6 +1,6 @@
 """OpenAI's chunks of a stream, one for each sample that has something new.
 
-A chunk of a sample that has ended tells what a choice of a whole response tells. With `canvas` a chunk has,
+A chunk of a sample that has ended has the fields of a choice of a whole response. With `canvas` a chunk has,
 beside the text, what was committed and removed since the last one.
 """
 
@@ -36,7 +36,7 @@ class CanvasChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields of both kinds of choices; those with a default are told when the sample has ended."""
+    """Fields of both kinds of choices; those with a default are set when the sample has ended."""
 
     index: int
     finish_reason: str | None = None
@@ -49,7 +49,7 @@ class _ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What is new of the assistant's message; the role is told once."""
+    """What is new of the assistant's message; the role is sent once."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | None

@@ -184,7 +184,7 @@ class RemoteEngine:
             listener(EngineDead("the request was cancelled; make a new one"))
         elif (error := task.exception()) is not None:
             logger.error("a request has been lost", exc_info=error)
-            listener(Unavailable("the request was lost; the log tells how"))
+            listener(Unavailable("the request was lost; the log has the cause"))
 
     def _look_again(self) -> None:
         """Looks at the replicas in a thread, unless that was done lately."""

@@ -65,7 +65,7 @@ class Moved(NamedTuple):
 
 
 class News(NamedTuple):
-    """What a replica tells of a request.
+    """What a replica reports about a request.
 
     Attributes:
         moved: canvases that have come further.

@@ -24,7 +24,7 @@ from remask.submission import Submission, submit
 
 logger = logging.getLogger(__name__)
 
-INTERNAL_ERROR = "the server has failed; its log tells how"
+INTERNAL_ERROR = "the server has failed; its log has the cause"
 DONE = b"data: [DONE]\n\n"
 SMALL_BYTES = 65_536  # bodies that are parsed on the event loop
 
@@ -201,7 +201,7 @@ def decode(body: bytes) -> Any:
 def failure(error: RemaskError) -> dict[str, Any]:
     """The error object that a client gets.
 
-    If the server is to blame, the object tells the class of the error alone: messages may hold what is not a
+    If the server is to blame, the object names the class of the error alone: messages may hold what is not a
     client's to know. The log has them.
     """
     if error.status < 500:

@@ -43,7 +43,7 @@ from remask.thread import READY_SECONDS
 logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIONS = ServerOptions()
-RETRY_SECONDS = 1  # what clients are told to wait after 429 and 503
+RETRY_SECONDS = 1  # the wait that clients are asked for after 429 and 503
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CLIENT_CLOSED = 499  # nginx's status of a request whose client has closed the connection
 

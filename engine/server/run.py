@@ -1,6 +1,6 @@
 """Runs the server: binds the port, loads the model, serves, and ends without losing what runs.
 
-The address is bound before the model is loaded, so that a port in use is told at once, and the port opens
+The address is bound before the model is loaded, so that a port in use is reported at once, and the port opens
 when the model is loaded.
 """
 
@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; tells that the port is open."""
+        """As uvicorn's; reports that the port is open."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
         if self.started:

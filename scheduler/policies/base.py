@@ -1,6 +1,6 @@
 """Base classes of decoding policies: torch-free structs that are sent to workers and that planning reads.
 
-A policy tells the engine what it needs before it runs: rows, memory, random numbers and statistics. Its
+A policy declares what it needs before it runs: rows, memory, random numbers and statistics. Its
 kernel, a tensor function in `remask.workers.strategies`, chooses the positions.
 """
 

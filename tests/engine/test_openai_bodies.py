@@ -142,7 +142,7 @@ def test_defaults_give_way_to_the_body_and_to_its_preset() -> None:
 def test_every_parameter_is_known_in_a_body() -> None:
     """The intake checks the values, including those of parameters that it does not support yet."""
     for name in SamplingParams.__struct_fields__:
-        if name not in ("logprobs", "trace"):  # of another type in a chat, and not told in a response
+        if name not in ("logprobs", "trace"):  # of another type in a chat, and not part of a response
             assert read(**{name: "a value"}).params == {name: "a value"}
 
 

@@ -101,7 +101,7 @@ class Greedy(module.RemaskWorker):
         while len(hoard) < 100:
             hoard.append(b"x" * 100_000_000)
             time.sleep(0.01)
-        raise AssertionError("nobody has ended it")
+        raise AssertionError("the worker was not ended")
 
 prompts, params = ["1+1=", "12+12="] * 8, {"max_tokens": 8, "temperature": 1.0, "rank": "top", "seed": 3}
 options = {"device": "cpu", "max_num_rows": 512, "batch_invariant": True}

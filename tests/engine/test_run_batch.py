@@ -257,7 +257,7 @@ def test_files_at_fault_are_refused_by_name(run: Run, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_work")
 def test_an_unwritable_directory_is_refused(run: Run, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "1="})
-    directory = Path("/proc/self")  # nobody can write there, root included
+    directory = Path("/proc/self")  # not writable, even by root
     with pytest.raises(InvalidRequest, match="--output-file: cannot be written"):
         run(source, directory / "out.jsonl")
 

@@ -1,4 +1,4 @@
-"""`remask run-batch`: its options and errors, what it tells while it runs, and a process that is stopped."""
+"""`remask run-batch`: its options and errors, what it prints while it runs, and a process that is stopped."""
 
 from __future__ import annotations
 

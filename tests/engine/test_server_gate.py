@@ -77,7 +77,7 @@ def test_a_body_must_be_json_by_its_type_and_not_too_long(server: Running) -> No
     error = response.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", "body")
     assert "max_body_bytes 2000" in error["message"]
-    chunks = (b" " * 500 for _ in range(10))  # no length is told
+    chunks = (b" " * 500 for _ in range(10))  # without a length
     headers["content-type"] = "application/json"
     assert server.client.post("/v1/completions", content=chunks, headers=headers).status_code == 413
     assert server.client.get("/health").status_code == 200

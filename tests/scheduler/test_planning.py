@@ -52,7 +52,7 @@ def test_each_canvas_is_taken_that_fits_with_those_before_it(
     candidates = iter(queue)
     taken, passed = take(candidates, Budget(max_rows, max_seqs))
     rest = list(candidates)
-    assert sorted([*taken, *passed, *rest], key=queue.index) == queue, "nobody gets lost"
+    assert sorted([*taken, *passed, *rest], key=queue.index) == queue, "none is lost"
     assert bool(taken) == bool(queue)
     assert taken[:1] == queue[:1]
     assert len(taken) <= max_seqs
@@ -90,7 +90,7 @@ def test_suspects_are_split_by_who_has_run_or_else_in_halves_of_few_kinds(
         canvas.state = msgspec.structs.replace(canvas.state, num_forwards=int(has_run))
         suspects.append(canvas)
     first, second = split(suspects)
-    assert sorted([*first, *second], key=suspects.index) == suspects, "nobody gets lost"
+    assert sorted([*first, *second], key=suspects.index) == suspects, "none is lost"
     if len({has_run for has_run, _ in made}) == 2:
         assert [has_run for has_run, _ in made].count(False) == len(first)
         assert not any(canvas.state.num_forwards for canvas in first)

@@ -42,7 +42,7 @@ def canvas_of(golden: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_packed(checkpoint: Path, cases: list[Case], max_num_rows: int, **options: Any) -> None:
-    """`check` of cases in another order, in an engine of their own, on a CPU unless told."""
+    """`check` of cases in another order, in an engine of their own, on a CPU unless said otherwise."""
     shuffled = random.Random(max_num_rows).sample(cases, len(cases))
     options = {"device": "cpu", **options}
     with LLM(checkpoint, dtype="float32", max_num_rows=max_num_rows, **options) as llm:

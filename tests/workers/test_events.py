@@ -91,7 +91,7 @@ def test_the_events_are_all_that_happened(golden_model: TransformerDenoiser, pol
             tokens[slot], commit_steps[slot] = event["token"], event["step"]
             confidences[slot] = event["confidence"]
         else:
-            assert tokens[slot] == event["token"] != 0, "it tells what was removed"
+            assert tokens[slot] == event["token"] != 0, "the event has the removed token"
             assert 0 <= event["confidence"] <= 1
             tokens[slot] = 0
     assert tokens.tolist() == state.token_array()[4:].tolist()

@@ -98,7 +98,7 @@ def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: in
         )
         dense = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
         close(found[own], dense.transpose(0, 1).to(dtype))
-    assert not found[43:].any(), "nobody asked"
+    assert not found[43:].any(), "no row asked for it"
     alone = shadow_attention(q[120:123], k[70:71], v[70:71], k[120:123], v[120:123], only(shadows))
     assert torch.equal(alone, found[40:43]), "the rows beside them change no bit"
 

@@ -66,7 +66,7 @@ def pair(shared: RayExecutor) -> RayExecutor:
 
 
 def events_until(executor: RayExecutor, is_enough: Callable[[list[Event]], bool]) -> list[Event]:
-    """What the executor tells an idle engine."""
+    """What the executor reports to an idle engine."""
     events: list[Event] = []
     deadline = time.monotonic() + 60
     while not is_enough(events) and time.monotonic() < deadline:

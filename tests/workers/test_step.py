@@ -1,4 +1,4 @@
-"""The denoising step on the golden model: bounds, identities, and shadow rows that nobody else sees."""
+"""The denoising step on the golden model: bounds, identities, and shadow rows that no other row sees."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Slots:
         slots: int64.
         shifts: int64: row of a sequence's token in the pack minus the token's place in the flat tokens.
         starts: int64: place of a sequence's first token, or of the slot's in a light forward.
-        are_valid: whether all of them are slots in this step; else the step tells which.
+        are_valid: whether all of them are slots in this step; else the step says which.
     """
 
     slots: Tensor

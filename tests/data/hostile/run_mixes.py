@@ -19,7 +19,7 @@ from remask import LLM
 
 
 def result_of(output: Any) -> dict[str, Any]:
-    """Everything that a request's output tells."""
+    """All fields of a request's output."""
     samples = [[s.token_ids, s.nfe, s.confidences, s.finish_reason] for s in output.outputs]
     error = [output.error_type, output.error_status, output.error]
     return {"samples": samples, "error": error}
