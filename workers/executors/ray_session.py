@@ -60,12 +60,10 @@ class RaySession:
         try:
             with _lock:
                 starts = not ray.is_initialized()
+                if _is_client():
+                    raise InvalidRequest("distributed_executor_backend", "ray", CLIENT)
                 if starts:
                     _start_ray()
-                if client.ray.is_connected():
-                    if starts:
-                        ray.shutdown()
-                    raise InvalidRequest("distributed_executor_backend", "ray", CLIENT)
                 identity = _current()
                 if identity is None:
                     raise Unavailable(SHUT_DOWN)
@@ -142,6 +140,13 @@ def _current() -> _Identity | None:
         return _Identity(context.get_node_id(), context.get_job_id())
     except (AttributeError, RuntimeError, AssertionError):  # it has ended since
         return None
+
+
+def _is_client() -> bool:
+    """Whether the process is a Ray Client, or would be one after `ray.init`. (To connect one of another
+    version takes half a minute, and fails without saying why.)"""
+    would_be = os.environ.get("RAY_ADDRESS", "").startswith("ray://") and not ray.is_initialized()
+    return would_be or client.ray.is_connected()
 
 
 def _settle() -> None:
