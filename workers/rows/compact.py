@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,9 +60,11 @@ def _bounds(counts: Iterable[int]) -> tuple[int, ...]:
     return (0, *accumulate(counts))
 
 
-def _counts(flags: Tensor, bounds: Tensor) -> Tensor:
-    """How many flags are set between each two bounds."""
-    return torch.nn.functional.pad(flags.cumsum(0), (1, 0))[bounds].diff()
+def _counts(flags: Tensor, bounds: np.ndarray) -> np.ndarray:
+    """How many flags are set between each two bounds, int64."""
+    before = np.zeros(len(flags) + 1, dtype=np.int64)
+    np.cumsum(flags.numpy(), out=before[1:])
+    return np.diff(before[bounds])
 
 
 def _live_copies(plan: Plan, is_copied: Tensor, num_blocks: int) -> Plan:
@@ -102,7 +105,8 @@ def _live_shadows(
     bounds = spare.cu_shadows
     num_read = _counts(is_read, bounds)
     # Rows that the head does not read are keys of the others.
-    is_key = (spare.sees == ITS_BLOCK) & (num_read > 0).repeat_interleave(bounds.diff())
+    has_read = torch.from_numpy(np.repeat(num_read > 0, np.diff(bounds)))
+    is_key = (spare.sees == ITS_BLOCK) & has_read
     is_whole = is_read
     if plan.rows_of_slot > 1:
         is_whole = is_read[:: plan.rows_of_slot].repeat_interleave(plan.rows_of_slot)

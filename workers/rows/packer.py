@@ -49,7 +49,8 @@ def plan_pack(
     guided = [c for c in canvases if specs[c].is_guided]
     copies_of = [c for c in canvases for _ in range(specs[c].num_copies)]
     assert padding == NO_PADDING or not (guided or copies_of), "they are not padded"
-    sequences = np.array([*canvases, *guided, *copies_of])
+    with_block = [*canvases, *guided]
+    sequences = np.array([*with_block, *copies_of])
     starts, lens = bounds[sequences], bounds[sequences + 1] - bounds[sequences]
     kept_rows = kept_sequences(kept, sequences.tolist(), lens.tolist(), len(canvases))
     light = {place: own.light for place, own in kept_rows.items() if own.light is not None}
@@ -64,9 +65,9 @@ def plan_pack(
     first_keys = cu_keys[:-1].copy()
     for place in light if not gathers else ():
         first_keys[place] = kept_rows[place].first
-    num_blocks, num_copies = len(canvases) + len(guided), len(copies_of)
+    num_blocks, num_copies = len(with_block), len(copies_of)
     # A canvas without rows, with which bursts are padded, has no candidates either.
-    block_lens = np.array([specs[c].block_length for c in sequences[:num_blocks]]) * (lens[:num_blocks] > 0)
+    block_lens = np.array([specs[c].block_length for c in with_block]) * (lens[:num_blocks] > 0)
     shift = max(specs[c].shift for c in canvases)  # what fills up a burst has none
     rows_of_slot = 1 + (shift > 0)  # shadow rows, which follow each other
     num_shadows = np.array([specs[c].num_shadow_rows for c in canvases])
@@ -75,17 +76,11 @@ def plan_pack(
     def slots_of(places: np.ndarray, numbers: np.ndarray, firsts: np.ndarray, least: int = 0) -> Slots:
         """Slots given by the place of their sequence in the pack and their number in the block, padded with
         the first slot of the last canvas, at row 0. `firsts` are the first rows of the sequences."""
-        if not (least or len(places)):
-            slots, shifts, sequence_starts = torch.empty(3, 0, dtype=torch.int64).unbind()
-            return Slots(slots, shifts, sequence_starts)
-        table = np.empty((3, max(least, len(places))), dtype=np.int64)
-        own, table[:, len(places) :] = (
-            table[:, : len(places)],
-            [[len(specs) * width - width], [-bounds[-2]], [bounds[-2]]],
-        )
-        own[0] = sequences[places] * width + numbers
-        own[1] = firsts[places] - starts[places]
-        own[2] = starts[places]
+        begins = starts[places]
+        table = np.array([sequences[places] * width + numbers, firsts[places] - begins, begins])
+        if len(places) < least:
+            filling = [[len(specs) * width - width], [-bounds[-2]], [bounds[-2]]]
+            table = np.concatenate([table, np.repeat(filling, least - len(places), axis=1)], axis=1)
         slots, shifts, sequence_starts = torch.from_numpy(table).unbind()
         return Slots(slots, shifts, sequence_starts)
 
@@ -99,16 +94,10 @@ def plan_pack(
     copies = slots_of(np.arange(num_copies) + num_blocks, np.array(copy_numbers, dtype=np.int64), cu_rows)
     owners, numbers = _counted(num_shadows)
     shadows = slots_of(owners, numbers // rows_of_slot, first_keys, padding.shadow_rows)
-    spans = tuple(
-        (
-            place,
-            int(first_keys[place]),
-            int(first_keys[place] + lens[place]),
-            int(cu_shadows[place]),
-            int(cu_shadows[place + 1]),
-        )
-        for place in num_shadows.nonzero()[0].tolist()
-    )
+    (places,) = num_shadows.nonzero()
+    first, end = first_keys[places], first_keys[places] + lens[places]
+    table = np.stack([places, first, end, cu_shadows[places], cu_shadows[places + 1]], axis=1)
+    spans = tuple(map(tuple, table.tolist()))
     sees = np.full(len(shadows.slots), ITSELF, dtype=np.int8)
     if shift:
         sees[: cu_shadows[-1] : 2] = ITS_PAIR
@@ -124,7 +113,7 @@ def plan_pack(
         own = torch.from_numpy(is_guided) if guided else None
         hidden = hidden_states(num_first, len(main.slots), num_copies, num_answers, rows_of_slot, own)
     special = [c for c in canvases if specs[c].needs_logits]
-    is_special = np.isin(slots_N.numpy() // width, special)
+    special_slots = np.isin(slots_N.numpy() // width, special).nonzero()[0] if special else None
     owners, numbers = _counted(num_rows)
     for place, own in light.items():
         numbers[cu_rows[place] : cu_rows[place + 1]] = own.positions
@@ -187,7 +176,7 @@ def plan_pack(
             ),
             sees=torch.from_numpy(sees),
             spans=spans,
-            special=torch.from_numpy(is_special.nonzero()[0]) if is_special.any() else None,
+            special=torch.from_numpy(special_slots) if special_slots is not None else None,
             max_special=sum(map(_max_live, (specs[c] for c in special))),
         ),
         shift=shift,
@@ -243,14 +232,14 @@ def _max_live(spec: CanvasSpec) -> int:
 def _bounds(counts: np.ndarray) -> np.ndarray:
     """Where each of several runs begins, and where the last ends, int64 [runs + 1]."""
     found = np.zeros(len(counts) + 1, dtype=np.int64)
-    np.cumsum(counts, out=found[1:])
+    counts.cumsum(out=found[1:])
     return found
 
 
 def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each member of several runs the number of its run and its number in the run, int64."""
-    firsts = np.cumsum(counts, dtype=np.int64) - counts
-    owners = np.repeat(np.arange(len(counts)), counts)
+    firsts = counts.cumsum(dtype=np.int64) - counts
+    owners = np.arange(len(counts)).repeat(counts)
     return owners, np.arange(len(owners)) - firsts[owners]
 
 
@@ -262,4 +251,4 @@ def _tiles(spans: Sequence[tuple[int, int, int, int, int]], num_tiles: int) -> T
         for start in range(first, end, SHADOW_TILE)
     ]
     tiles += [(0,) * 6] * (num_tiles - len(tiles))
-    return torch.tensor(tiles, dtype=torch.int32).view(-1, 6)
+    return torch.from_numpy(np.array(tiles, dtype=np.int32).reshape(-1, 6))

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,8 @@ class Slots:
 
     def select(self, flags: Tensor) -> Slots:
         """The flagged slots, which are valid."""
-        return Slots(self.slots[flags], self.shifts[flags], self.starts[flags], are_valid=True)
+        own = flags.nonzero().squeeze(1)
+        return Slots(self.slots[own], self.shifts[own], self.starts[own], are_valid=True)
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class Spare:
     max_special: int
 
     @cached_property
-    def cu_shadows(self) -> Tensor:
-        """Boundaries of the verifying sequences among the shadow rows, int64, on the host."""
-        return torch.tensor([0, *(end for *_, end in self.spans)])
+    def cu_shadows(self) -> np.ndarray:
+        """Boundaries of the verifying sequences among the shadow rows, int64."""
+        return np.array([0, *(end for *_, end in self.spans)])
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,10 @@ class Plan:
         return 1 + (self.shift > 0)
 
     @cached_property
-    def cu_main(self) -> Tensor:
-        """Boundaries of the sequences in `main`, int64, on the host."""
+    def cu_main(self) -> np.ndarray:
+        """Boundaries of the sequences in `main`, int64."""
         bounds = self.candidate_layout.cu_queries
-        return torch.tensor(bounds[: len(bounds) - len(self.copies.slots)])
+        return np.array(bounds[: len(bounds) - len(self.copies.slots)])
 
     def pack(self, step: StepInputs) -> tuple[PackedRows, HeadQuery]:
         """The rows of one forward, and the questions about the candidates among them."""
