@@ -23,11 +23,9 @@ from remask import Engine, EngineOptions
 from remask.benchmarks.environment import environment_stamp
 from remask.benchmarks.simulation import Requests
 from remask.benchmarks.throughput import spread, write_report
-from remask.embedded import model_directory
 from remask.scheduler.canvas import CanvasState
 from remask.scheduler.messages import StepBatch, StepResult
 from remask.workers.executors.base import Event, Executor, Finished
-from remask.workers.models.loading import read_config
 from remask.workers.startup.start import WorkerFacts
 
 NUM_WORKERS = (1, 4, 16, 64)
@@ -43,11 +41,7 @@ class InstantExecutor(Executor):
     max_num_rows = 1 << 30
 
     def __init__(self, num_workers: int) -> None:
-        with model_directory("tiny") as directory:
-            config = read_config(directory)[1]
-        self.facts = WorkerFacts(
-            config=config, row_limit=None, attention_backend=None, overlaps=False, max_key_rows=0
-        )
+        self.facts = WorkerFacts(row_limit=None, attention_backend=None, overlaps=False, max_key_rows=0)
         self.workers = range(num_workers)
         self.num_bursts = self.num_canvases = 0
         self.encoding_ms: list[float] = []

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from remask.embedded import model_directory
 from remask.intake import Intake
 from remask.options import EngineOptions
 from remask.text import load_tokenizer
-from remask.workers.models.loading import read_config
+from remask.workers.models.load import read_model_config
 
 
-def read_tokenizer(options: EngineOptions, directory: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the options name, else that of the checkpoint; None if it has none.
+def read_intake(options: EngineOptions, directory: Path) -> Intake:
+    """The intake of the model in a directory, with the tokenizer that the options name, else its own.
 
     Raises:
-        InvalidRequest: it cannot be read, or the options name one that is not there.
+        InvalidRequest: a file cannot be read, or an option does not suit the model.
     """
     own = options.tokenizer
-    return load_tokenizer(directory if own is None else Path(own), required=own is not None)
+    tokenizer = load_tokenizer(directory if own is None else Path(own), required=own is not None)
+    return Intake(read_model_config(directory), tokenizer, options)
 
 
 def intake_of(options: EngineOptions) -> Intake:
@@ -30,5 +29,4 @@ def intake_of(options: EngineOptions) -> Intake:
         InvalidRequest: as the constructor of `LLM`, for what these two files decide.
     """
     with model_directory(options.model) as directory:
-        tokenizer, (_, config) = read_tokenizer(options, directory), read_config(directory)
-    return Intake(config, tokenizer, options)
+        return read_intake(options, directory)

@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from remask.checkpoint import read_tokenizer
+from remask.checkpoint import read_intake
 from remask.embedded import model_directory
-from remask.intake import Intake, Prompt
+from remask.intake import Prompt
 from remask.limits import Admission
 from remask.options import EngineOptions
 from remask.outputs import (
@@ -117,16 +117,11 @@ class Engine:
 
     def __init__(self, options: EngineOptions, executor: Executor | None = None) -> None:
         with model_directory(options.model) as directory:
-            # The tokenizer first: it is small, so its errors are raised before weights are read.
-            self.tokenizer = read_tokenizer(options, directory)
+            # Before weights are read, so that errors of the small files and the options come at once.
+            self.intake = read_intake(options, directory)
             self.executor = executor or start_executor(options, directory)
-        config = self.executor.facts.config
-        try:
-            self.intake = Intake(config, self.tokenizer, options, self.executor.facts.max_key_rows)
-        except BaseException:
-            self.executor.close()
-            raise
-        self.admission = Admission(options)
+        config, self.intake.max_key_rows = self.intake.config, self.executor.facts.max_key_rows
+        self.tokenizer, self.admission = self.intake.tokenizer, Admission(options)
         self._scheduler = Scheduler(
             max_num_rows=self.executor.max_num_rows,
             max_num_seqs=options.max_num_seqs,

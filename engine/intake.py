@@ -53,12 +53,12 @@ class Intake:
         config: shape and special ids of the model.
         tokenizer: tokenizer of the model; None: prompts must be token ids.
         options: options of the engine, for the maximum length, the seed and the ceilings of a call.
-        max_key_rows: rows whose keys a worker keeps, 0: none; None: not known.
 
     Attributes:
         config: shape and special ids of the model.
         options: options of the engine.
-        tokenizer, max_key_rows: as given.
+        tokenizer: as given.
+        max_key_rows: rows whose keys a worker keeps, 0: none; None: not known yet.
         decode: converts visible ids to text; None without a tokenizer.
         max_len: maximum tokens of prompt and canvas together.
 
@@ -71,10 +71,9 @@ class Intake:
         config: ModelConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         options: EngineOptions,
-        max_key_rows: int | None = None,
     ) -> None:
         self.config, self.options, self.tokenizer = config, options, tokenizer
-        self.max_key_rows = max_key_rows
+        self.max_key_rows: int | None = None
         self.max_len = config.max_len if options.max_model_len is None else options.max_model_len
         if not 2 <= self.max_len <= config.max_len:
             problem = f"must lie between 2 and the model's {config.max_len}"

@@ -159,6 +159,20 @@ def test_bad_arguments_of_the_engine_are_refused_by_name(arguments: dict[str, An
     assert caught.value.parameter == named
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"max_model_len": 513}, {"tokenizer": "/nonexistent"}, {"model": "/nonexistent"}], ids=str
+)
+def test_options_that_do_not_suit_the_checkpoint_are_refused_before_workers_start(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: Any) -> None:
+        raise AssertionError("workers start")
+
+    monkeypatch.setattr("remask.engine.start_executor", start)
+    with pytest.raises(InvalidRequest):
+        LLM(**{"model": "tiny", "device": "cpu", **arguments})
+
+
 def test_a_broken_tokenizer_is_refused_by_name(tmp_path: Path, golden_checkpoint: Path) -> None:
     directory = Path(shutil.copytree(golden_checkpoint, tmp_path / "model"))
     (directory / "tokenizer.json").write_text("{")

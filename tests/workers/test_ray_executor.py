@@ -26,6 +26,8 @@ from remask.workers.startup.setup import WorkerSetup
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+MASK = 0  # of the tiny model
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
@@ -89,7 +91,7 @@ def left(events: list[Event]) -> bool:
 
 def probe(executor: RayExecutor, burst_id: int) -> StepBatch:
     """A burst of one token."""
-    canvas = new_probe(executor.facts.config.mask_id)
+    canvas = new_probe(MASK)
     return StepBatch(burst_id=burst_id, num_steps=1, specs=[canvas.spec], states=[canvas.state])
 
 

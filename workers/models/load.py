@@ -5,9 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from remask.scheduler.errors import InvalidRequest
+from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import Denoiser, load_denoiser
-from remask.workers.models.loading import architecture_of, read_raw_config
+from remask.workers.models.loading import architecture_of, read_config, read_raw_config
 from remask.workers.models.markov import ARCHITECTURE, load_markov
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The configuration of the model in a local directory; no weights are read.
+
+    Raises:
+        InvalidRequest: the directory is invalid.
+    """
+    raw = read_raw_config(directory)
+    if architecture_of(raw) == ARCHITECTURE:
+        return load_markov(raw, str(directory / "config.json")).config
+    return read_config(directory)[1]
 
 
 def load_model(

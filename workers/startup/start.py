@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 
 import msgspec
 
 from remask.workers.burst.graphs import graphs_for
-from remask.workers.models.config import ModelConfig
 from remask.workers.models.denoiser import TransformerDenoiser, denoiser_of, pick_device
 from remask.workers.models.load import load_model
 from remask.workers.models.shared import SharedWeights, model_of
@@ -25,7 +23,6 @@ from remask.workers.worker import Worker
 class WorkerFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a worker reports to the engine when it is ready."""
 
-    config: ModelConfig
     row_limit: int | None  # maximum rows of a forward that fit its memory; None: no limit
     attention_backend: str | None  # the backend in use; None: the model has no attention
     overlaps: bool  # whether launching a burst returns before it has run
@@ -74,13 +71,11 @@ def start_worker(setup: WorkerSetup, weights: SharedWeights | None = None) -> tu
         )
     graphs = None if setup.batch_invariant else graphs_for(model)
     worker = Worker(model, graphs, packs=packs, max_key_rows=num_key_rows)
-    config = ModelConfig(**{field.name: getattr(model.config, field.name) for field in fields(ModelConfig)})
     attention = weights_dtype = weight_bytes = None
     if isinstance(model, TransformerDenoiser):
         attention, dtype = model.attention.name, model.model.embedding.dtype
         weights_dtype, weight_bytes = str(dtype).removeprefix("torch."), num_bytes(model.config, dtype)
     facts = WorkerFacts(
-        config=config,
         row_limit=limit,
         attention_backend=attention,
         overlaps=worker.overlaps,
