@@ -198,7 +198,8 @@ class WorkerPool:
         logger.warning("worker %d is gone: %s", held.number, reason)
         if held.start is not None:
             self._note_failed_start(reason, num_failures)
-        self.reason = reason
+        elif not self._failed_starts:  # else that says why none is coming
+            self.reason = reason
         self.drop(held)
         return Left(held.number, died=True)
 
