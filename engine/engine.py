@@ -120,8 +120,9 @@ class Engine:
             # Before weights are read, so that errors of the small files and the options come at once.
             self.intake = read_intake(options, directory)
             self.executor = executor or start_executor(options, directory)
-        config, self.intake.max_key_rows = self.intake.config, self.executor.facts.max_key_rows
-        self.tokenizer, self.admission = self.intake.tokenizer, Admission(options)
+        self.intake.max_key_rows = self.executor.facts.max_key_rows
+        self.tokenizer, config = self.intake.tokenizer, self.intake.config
+        self.admission = Admission(options)
         self._scheduler = Scheduler(
             max_num_rows=self.executor.max_num_rows,
             max_num_seqs=options.max_num_seqs,

@@ -40,8 +40,8 @@ def plan_pack(
         specs: of all canvases of the burst.
         bounds: of all sequences of the burst in its flat tokens, int64 [sequences + 1].
         width: B, the slots of the burst's widest block.
-        padding: sizes that other bursts have. No canvas may be guided or need copies then. The last canvas is
-            filled up, as is the one before the first light forward.
+        padding: sizes that other bursts have. No canvas may be guided or need copies then. The padding
+            belongs to the last canvas, and to the one before the first light forward.
         kept: of the canvases that reuse keys.
         gathers: whether kept rows are copied behind the pack's own keys, so that kernels see one array. Light
             forwards must come last then, behind second copies and copies.
