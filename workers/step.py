@@ -248,7 +248,7 @@ def _update(
         (state.commit_steps, when),
     ):
         value = torch.where(commit, committed_value, table.gather(1, slots))
-        table.scatter_(1, slots, torch.where(remask, torch.zeros_like(value), value))
+        table.scatter_(1, slots, value.masked_fill(remask, 0))
     block_done = running & ~(blocks.valid & (tokens == mask_id)).any(1) & ~holds
     stopped = (blocks.valid & state.stops.find(tokens)).any(1)
     state.block += block_done

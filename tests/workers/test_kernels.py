@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from remask.workers.attention.varlen import ITS_BLOCK, ITS_PAIR, ITSELF, DeviceShadows, shadow_mask
+from remask.workers.attention.varlen import ITS_BLOCK, ITS_PAIR, ITSELF, DeviceShadows, ShadowSpan
 from remask.workers.kernels.elementwise import quantize_rows, rms_norm, rotate_halves, silu_mul
 from remask.workers.kernels.shadow_attention import shadow_attention
 from remask.workers.models import row_ops
@@ -69,10 +69,12 @@ def test_a_quantized_row_has_its_largest_number_at_the_end_of_the_scale() -> Non
         assert torch.equal(values.view(torch.uint8), row_ops.quantize_rows(x)[0].view(torch.uint8))
 
 
-@pytest.mark.parametrize("sees", [[ITS_BLOCK] * 40, [ITS_PAIR, ITSELF] * 20], ids=["block", "pairs"])
+@pytest.mark.parametrize("sees", [(ITS_BLOCK, ITS_BLOCK), (ITS_PAIR, ITSELF)], ids=["block", "pairs"])
 @pytest.mark.parametrize("head_dim", [16, 24])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: int, sees: list[int]) -> None:
+def test_shadow_rows_see_what_a_dense_mask_says(
+    dtype: torch.dtype, head_dim: int, sees: tuple[int, int]
+) -> None:
     # Sequences of 70, 1 and 9 main rows with 40, 3 and no shadow rows, and two rows of no tile.
     tiles = [(0, 32, 0, 70, 0, 40), (32, 40, 0, 70, 0, 40), (0, 0, 0, 0, 0, 0), (40, 43, 70, 71, 40, 43)]
     holes = [*range(3, 43), 70, 70, 70, 0, 0]
@@ -81,22 +83,19 @@ def test_shadow_rows_see_what_a_dense_mask_says(dtype: torch.dtype, head_dim: in
         tiles=torch.tensor(tiles, dtype=torch.int32, device=DEVICE),
         holes=torch.tensor(holes, dtype=torch.int32, device=DEVICE),
         is_key=(torch.rand(45, generator=generator) < 0.7).to(DEVICE),
-        sees=torch.tensor(sees + [ITSELF] * 5, dtype=torch.int8, device=DEVICE),
-        spans=((0, 0, 70, 0, 40), (1, 70, 71, 40, 43)),
+        sees=torch.tensor([*sees * 20, *[ITSELF] * 5], dtype=torch.int8, device=DEVICE),
+        spans=(ShadowSpan(0, 0, 70, 0, 40, sees[0]), ShadowSpan(1, 70, 71, 40, 43, ITSELF)),
     )
     q = random(80 + 45, 4, head_dim, dtype=dtype)
     k, v = random(80 + 45, 6, head_dim, dtype=dtype, seed=1)[:, :4].split(2, dim=1)
     found = shadow_attention(q[80:], k[:80], v[:80], k[80:], v[80:], shadows)
-    for own, main in ((slice(0, 40), slice(0, 70)), (slice(40, 43), slice(70, 71))):
-        length, by_block = main.stop - main.start, (shadows.sees[own] == ITS_BLOCK).unsqueeze(1)
-        mask = shadow_mask(shadows.holes[own].long() - main.start, length, shadows.sees[own])
-        itself = torch.eye(len(mask), dtype=torch.bool, device=DEVICE)
-        mask[:, length:] &= shadows.is_key[own] | itself | ~by_block
+    for segment, main in zip(shadows.segments, (slice(0, 70), slice(70, 71)), strict=True):
+        own = slice(*segment.keys)
         queries, keys, values = (
             x.float().transpose(0, 1)
             for x in (q[80:][own], torch.cat([k[main], k[80:][own]]), torch.cat([v[main], v[80:][own]]))
         )
-        dense = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+        dense = scaled_dot_product_attention(queries, keys, values, attn_mask=segment.mask, enable_gqa=True)
         close(found[own], dense.transpose(0, 1).to(dtype))
     assert not found[43:].any(), "no row asked for it"
     alone = shadow_attention(q[120:123], k[70:71], v[70:71], k[120:123], v[120:123], only(shadows))

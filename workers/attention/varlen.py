@@ -28,6 +28,24 @@ SHADOW_TILE = 32  # rows of a tile of shadow rows
 ITSELF, ITS_BLOCK, ITS_PAIR = 0, 1, 2
 
 
+class ShadowSpan(NamedTuple):
+    """Where the shadow rows of a sequence are.
+
+    Attributes:
+        sequence: index of the sequence in the pack.
+        first_main, end_main: its main rows.
+        first, end: its shadow rows, counted from the first shadow row of the pack.
+        sees: `ITSELF`, `ITS_BLOCK`, or `ITS_PAIR`: then every second row sees itself.
+    """
+
+    sequence: int
+    first_main: int
+    end_main: int
+    first: int
+    end: int
+    sees: int
+
+
 @dataclass(frozen=True)
 class ShadowSegment:
     """The shadow rows of one sequence.
@@ -59,26 +77,25 @@ class DeviceShadows:
         holes: int32 [S]: the main row that each shadow row does not see.
         is_key: bool [S]: whether other shadow rows may see it.
         sees: int8 [S]: `ITSELF`, `ITS_BLOCK` or `ITS_PAIR`.
-        spans: on the host, for each sequence with shadow rows: its index in the pack, the range of its main
-            rows and the range of its shadow rows.
+        spans: the sequences with shadow rows, on the host.
     """
 
     tiles: Tensor
     holes: Tensor
     is_key: Tensor
     sees: Tensor
-    spans: tuple[tuple[int, int, int, int, int], ...]
+    spans: tuple[ShadowSpan, ...]
 
     @cached_property
     def segments(self) -> tuple[ShadowSegment, ...]:
         """The shadow rows with masks, made at the first access."""
         segments = []
-        for sequence, main_first, main_end, first, end in self.spans:
-            own, length = slice(first, end), main_end - main_first
-            mask = shadow_mask(self.holes[own].long() - main_first, length, self.sees[own])
-            by_block = (self.sees[own] == ITS_BLOCK).unsqueeze(1)
-            itself = torch.eye(end - first, dtype=torch.bool, device=mask.device)
-            mask[:, length:] &= self.is_key[own] | itself | ~by_block
+        for sequence, first_main, end_main, first, end, sees in self.spans:
+            own, length = slice(first, end), end_main - first_main
+            mask = shadow_mask(self.holes[own].long() - first_main, length, sees)
+            if sees == ITS_BLOCK:
+                mask[:, length:] &= self.is_key[own]
+                mask[:, length:].fill_diagonal_(True)
             segments.append(ShadowSegment(sequence, (first, end), (first, end), mask))
         return tuple(segments)
 
@@ -175,25 +192,23 @@ class Run(NamedTuple):
     count: int
 
 
-def shadow_mask(holes_K: Tensor, length: int, sees_K: Tensor, *, has_pairs: bool = True) -> Tensor:
+def shadow_mask(holes_K: Tensor, length: int, sees: int) -> Tensor:
     """Mask of the shadow rows of a sequence over its main rows, then its shadow rows: bool [K, length + K].
 
     Args:
         holes_K: int64 [K]: the main row that each shadow row does not see.
         length: number of main rows.
-        sees_K: int8 [K]: `ITSELF`, `ITS_BLOCK` (here all are keys) or `ITS_PAIR`.
-        has_pairs: whether `sees_K` may hold `ITS_PAIR`.
+        sees: see `ShadowSpan`; with `ITS_BLOCK` all rows are keys.
     """
-    count = len(holes_K)
-    holes_K1, sees_K1 = holes_K.unsqueeze(1), sees_K.unsqueeze(1)
-    rows, own = (torch.arange(size, device=holes_K.device) for size in (length, count))
-    hidden = rows == holes_K1
-    seen = (own == own.unsqueeze(1)) | (sees_K1 == ITS_BLOCK)
-    if has_pairs:
-        is_pair = sees_K1 == ITS_PAIR
-        hidden |= (rows == holes_K1 - 1) & is_pair
-        seen |= (own == own.unsqueeze(1) + 1) & is_pair
-    return torch.cat([~hidden, seen], dim=1)
+    holes_K1 = holes_K.unsqueeze(1)
+    mask = torch.ones(len(holes_K), length + len(holes_K), dtype=torch.bool, device=holes_K.device)
+    mask.scatter_(1, holes_K1, False)
+    if sees != ITS_BLOCK:
+        mask[:, length:].fill_(False).fill_diagonal_(True)
+    if sees == ITS_PAIR:
+        mask[::2].scatter_(1, (holes_K1[::2] - 1).clamp(min=0), False)
+        mask[::2, length + 1 :: 2].fill_diagonal_(True)
+    return mask
 
 
 class AttentionBackend(ABC):

@@ -105,26 +105,24 @@ def _live_shadows(
     bounds = spare.cu_shadows
     num_read = _counts(is_read, bounds)
     # Rows that the head does not read are keys of the others.
-    has_read = torch.from_numpy(np.repeat(num_read > 0, np.diff(bounds)))
-    is_key = (spare.sees == ITS_BLOCK) & has_read
+    have_keys = (num_read > 0) & (np.array([span.sees for span in spare.spans]) == ITS_BLOCK)
+    is_key = torch.from_numpy(np.repeat(have_keys, np.diff(bounds)))
     is_whole = is_read
     if plan.rows_of_slot > 1:
         is_whole = is_read[:: plan.rows_of_slot].repeat_interleave(plan.rows_of_slot)
     is_shadow = is_whole | (blocks.valid.flatten()[plan.shadows.slots] & is_key)
-    shadows, sees = plan.shadows.select(is_shadow), spare.sees[is_shadow]
+    shadows = plan.shadows.select(is_shadow)
     holes = blocks.rows.flatten()[shadows.slots] + shadows.shifts
     cu_keys, cu_read = (_bounds(counts.tolist()) for counts in (_counts(is_shadow, bounds), num_read))
     is_read = is_read[is_shadow]
     every, read = [], []
-    for (sequence, first, last, *_), keys, queries in zip(
-        spare.spans, pairwise(cu_keys), pairwise(cu_read), strict=True
-    ):
+    for span, keys, queries in zip(spare.spans, pairwise(cu_keys), pairwise(cu_read), strict=True):
         own = slice(*keys)
         if keys[0] == keys[1]:
             continue
-        mask = shadow_mask(holes[own] - first, last - first, sees[own], has_pairs=plan.rows_of_slot > 1)
-        every.append(ShadowSegment(sequence, keys, keys, mask))
-        read.append(ShadowSegment(sequence, queries, keys, mask[is_read[own]]))
+        mask = shadow_mask(holes[own] - span.first_main, span.end_main - span.first_main, span.sees)
+        every.append(ShadowSegment(span.sequence, keys, keys, mask))
+        read.append(ShadowSegment(span.sequence, queries, keys, mask[is_read[own]]))
     plan = replace(plan, shadows=shadows, read_shadows=is_read.nonzero().squeeze(1))
     return plan, tuple(every), tuple(read)
 

@@ -15,6 +15,7 @@ from remask.workers.attention.varlen import (
     ITSELF,
     SHADOW_TILE,
     DeviceLayout,
+    ShadowSpan,
     VarlenLayout,
 )
 from remask.workers.rows.kept import NOTHING_KEPT, KeptCanvases, kept_places, kept_sequences
@@ -96,14 +97,14 @@ def plan_pack(
     shadows = slots_of(owners, numbers // rows_of_slot, first_keys, padding.shadow_rows)
     (places,) = num_shadows.nonzero()
     first, end = first_keys[places], first_keys[places] + lens[places]
-    table = np.stack([places, first, end, cu_shadows[places], cu_shadows[places + 1]], axis=1)
-    spans = tuple(map(tuple, table.tolist()))
+    see_each_other = np.array([specs[c].shadows_see_each_other for c in canvases])
+    kinds = np.where(shift, ITS_PAIR, np.where(see_each_other, ITS_BLOCK, ITSELF))
+    table = np.stack([places, first, end, cu_shadows[places], cu_shadows[places + 1], kinds[places]], axis=1)
+    spans = tuple(ShadowSpan(*own) for own in table.tolist())
     sees = np.full(len(shadows.slots), ITSELF, dtype=np.int8)
-    if shift:
-        sees[: cu_shadows[-1] : 2] = ITS_PAIR
-    else:
-        see_each_other = np.array([specs[c].shadows_see_each_other for c in canvases])
-        sees[: cu_shadows[-1]] = np.repeat(np.where(see_each_other, ITS_BLOCK, ITSELF), num_shadows)
+    sees[: cu_shadows[-1]] = np.repeat(kinds, num_shadows)
+    if shift:  # the second row of a pair
+        sees[1 : cu_shadows[-1] : 2] = ITSELF
     num_first = int(block_lens[: len(canvases)].sum()) if guided else len(main.slots)
     slots_N = torch.cat([main.slots[:num_first], copies.slots, shadows.slots[::rows_of_slot]])
     hidden = None
@@ -243,12 +244,12 @@ def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return owners, np.arange(len(owners)) - firsts[owners]
 
 
-def _tiles(spans: Sequence[tuple[int, int, int, int, int]], num_tiles: int) -> Tensor:
+def _tiles(spans: Sequence[ShadowSpan], num_tiles: int) -> Tensor:
     """The tiles of all shadow rows, int32 [tiles, 6], and empty ones up to a number."""
     tiles = [
-        (start, min(start + SHADOW_TILE, end), main_first, main_end, first, end)
-        for _, main_first, main_end, first, end in spans
-        for start in range(first, end, SHADOW_TILE)
+        (start, min(start + SHADOW_TILE, own.end), own.first_main, own.end_main, own.first, own.end)
+        for own in spans
+        for start in range(own.first, own.end, SHADOW_TILE)
     ]
     tiles += [(0,) * 6] * (num_tiles - len(tiles))
     return torch.from_numpy(np.array(tiles, dtype=np.int32).reshape(-1, 6))

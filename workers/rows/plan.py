@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remask.workers.attention.varlen import DeviceShadows, VarlenLayout
+from remask.workers.attention.varlen import DeviceShadows, ShadowSpan, VarlenLayout
 from remask.workers.rows.pack import ActiveBlocks, HeadQuery, HiddenStates, KeptPlaces, PackedRows, StepInputs
 
 
@@ -67,14 +67,14 @@ class Spare:
 
     tiles: Tensor
     sees: Tensor
-    spans: tuple[tuple[int, int, int, int, int], ...]
+    spans: tuple[ShadowSpan, ...]
     special: Tensor | None
     max_special: int
 
     @cached_property
     def cu_shadows(self) -> np.ndarray:
         """Boundaries of the verifying sequences among the shadow rows, int64."""
-        return np.array([0, *(end for *_, end in self.spans)])
+        return np.array([0, *(span.end for span in self.spans)])
 
 
 @dataclass(frozen=True)
