@@ -257,9 +257,9 @@ def _update(
     state.paused |= state.finished | (block_done & state.pauses)
     for group, memory in zip(state.remask, state.memory, strict=True):
         done = block_done[group.canvases]
-        for name, fresh in group.initial_memory(state.max_block_len).items():
-            held = memory[name]
-            held.copy_(torch.where(done.view(-1, *[1] * (fresh.ndim - 1)), fresh, held))
+        for field in group.memory_fields:
+            held = memory[field.name]
+            held.masked_fill_(done.view(-1, *[1] * (held.ndim - 1)), field.initial)
     if state.removed is not None:
         removed = _with_removed(state, state.removed, blocks, remask)
         state.removed = removed.masked_fill(block_done.view(-1, 1, 1), -1)

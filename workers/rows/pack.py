@@ -220,13 +220,13 @@ class StepInputs:
     ) -> HeadQuery:
         """The questions to the head about slots; the first `num_main_slots` belong to main rows."""
         owners = slots_N // self.blocks.tokens.shape[1]
-        is_main = torch.arange(len(owners), device=owners.device) < num_main_slots
+        temperature = self.sampling.temperature[owners]
+        temperature[num_main_slots:].zero_()  # proposals of rows that verify are not used
         return HeadQuery(
             owners=owners,
             sampling=self.sampling,
             given=self.blocks.given.flatten()[slots_N],
-            # Proposals of rows that verify are not used.
-            temperature=torch.where(is_main, self.sampling.temperature[owners], 0.0),
+            temperature=temperature,
             keys=self.keys.flatten()[slots_N] if self.keys is not None else None,
             needs=self.needs,
             hidden=hidden,
