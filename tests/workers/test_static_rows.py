@@ -277,8 +277,7 @@ def test_no_step_of_any_policy_reads_from_the_device(fixed_model: TransformerDen
 def test_every_step_runs_on_the_meta_device(golden_checkpoint: Path) -> None:
     """On the meta device, an operation that makes a tensor on the host or reads a value raises an error."""
     meta = torch.device("meta")
-    with meta:
-        model = Transformer(read_config(golden_checkpoint)[1])
+    model = Transformer(read_config(golden_checkpoint)[1])
     fixed = TransformerDenoiser(model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
     own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
     state = BurstState([c.spec for c in own], [c.state for c in own])

@@ -42,8 +42,7 @@ def dummy_model(directory: Path, *, dtype: str = "auto", device: str = "cpu") ->
         InvalidRequest: no directory, or an invalid config.
     """
     _, config = read_config(directory)
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer(config)
     torch_dtype = pick_dtype(dtype, config.dtype or "float32", str(directory / "config.json"))
     model.to(torch_dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(SEED)

@@ -9,6 +9,11 @@ from remask.workers.models.config import ExpertsConfig
 from remask.workers.models.row_ops import RowOps
 
 
+def empty_parameter(*shape: int) -> nn.Parameter:
+    """A weight that has not been loaded, on the meta device."""
+    return nn.Parameter(torch.empty(*shape, device="meta"), requires_grad=False)
+
+
 class Experts(nn.Module):
     """The MLP of a layer.
 
@@ -20,17 +25,13 @@ class Experts(nn.Module):
     def __init__(self, config: ExpertsConfig, hidden_size: int) -> None:
         super().__init__()
         self.num_active = config.num_active
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape), requires_grad=False)
-
-        self.router = empty(config.count, hidden_size)
-        self.gate_up = empty(config.count, 2 * config.size, hidden_size)
-        self.down = empty(config.count, hidden_size, config.size)
+        self.router = empty_parameter(config.count, hidden_size)
+        self.gate_up = empty_parameter(config.count, 2 * config.size, hidden_size)
+        self.down = empty_parameter(config.count, hidden_size, config.size)
         self.shared_gate_up = self.shared_down = None
         if config.shared_size is not None:
-            self.shared_gate_up = empty(2 * config.shared_size, hidden_size)
-            self.shared_down = empty(hidden_size, config.shared_size)
+            self.shared_gate_up = empty_parameter(2 * config.shared_size, hidden_size)
+            self.shared_down = empty_parameter(hidden_size, config.shared_size)
 
     def forward(self, x_TD: Tensor, ops: RowOps) -> Tensor:
         """Output [T, D] for normalised rows [T, D]."""

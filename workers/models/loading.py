@@ -178,8 +178,7 @@ def check_checkpoint(directory: Path) -> Checkpoint:
         InvalidRequest: see `load_checkpoint`.
     """
     family, config = read_config(directory)
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer(config)
     shards = find_shards(directory)
     found, repeated = read_headers(shards)
     names = check_tensors(str(directory), found, model, family, repeated)

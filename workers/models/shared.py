@@ -41,8 +41,7 @@ def model_of(shared: SharedWeights, device: str) -> Transformer:
     """The model on a device; on the CPU it uses the arrays in place."""
     config = msgspec.msgpack.decode(shared.config, type=TransformerConfig)
     dtype: torch.dtype = getattr(torch, shared.dtype)
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer(config)
     for path, _ in list(model.named_parameters()):
         owner, _, name = path.rpartition(".")
         with warnings.catch_warnings():

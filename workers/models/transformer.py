@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from remask.workers.attention.varlen import AttentionBackend, VarlenLayout
 from remask.workers.models.config import TransformerConfig
-from remask.workers.models.experts import Experts
+from remask.workers.models.experts import Experts, empty_parameter
 from remask.workers.models.fp8 import add_linear, linear
 from remask.workers.models.row_ops import EAGER, RowOps
 from remask.workers.rows.pack import KeptPlaces, PackedRows
 
 # Kept keys and values of a layer [2, N, K, d], and which of them a pack writes and reads.
 LayerKeys: TypeAlias = tuple[Tensor, KeptPlaces]
-
-
-def _empty(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
 
 
 def _keep(k_TKd: Tensor, v_TKd: Tensor, kept: LayerKeys | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -79,17 +75,17 @@ class Block(nn.Module):
         )
         self.sizes = (heads, kv_heads, kv_heads)
         self.head_dim, self.eps = head_dim, config.norm_eps
-        self.attn_norm = _empty(d)
+        self.attn_norm = empty_parameter(d)
         qkv_size = (heads + 2 * kv_heads) * head_dim
-        self.qkv = _empty(qkv_size, d)
-        self.qkv_bias = _empty(qkv_size) if config.qkv_bias else None
-        self.attn_out = _empty(d, heads * head_dim)
-        self.q_norm, self.k_norm = (_empty(head_dim) if config.qk_norm else None for _ in range(2))
-        self.ffn_norm = _empty(d)
+        self.qkv = empty_parameter(qkv_size, d)
+        self.qkv_bias = empty_parameter(qkv_size) if config.qkv_bias else None
+        self.attn_out = empty_parameter(d, heads * head_dim)
+        self.q_norm, self.k_norm = (empty_parameter(head_dim) if config.qk_norm else None for _ in range(2))
+        self.ffn_norm = empty_parameter(d)
         self.experts = None if config.experts is None else Experts(config.experts, d)
         if self.experts is None:
-            self.gate_up = _empty(2 * config.ffn_size, d)
-            self.down = _empty(d, config.ffn_size)
+            self.gate_up = empty_parameter(2 * config.ffn_size, d)
+            self.down = empty_parameter(d, config.ffn_size)
 
     def forward(
         self,
@@ -157,15 +153,17 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, layers, final norm and head."""
+    """Embedding, layers, final norm and head; on the meta device until their weights are loaded."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = _empty(config.embedding_size, config.hidden_size)
+        self.embedding = empty_parameter(config.embedding_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_norm = _empty(config.hidden_size)
-        self.head = None if config.tied_embeddings else _empty(config.embedding_size, config.hidden_size)
+        self.final_norm = empty_parameter(config.hidden_size)
+        self.head = (
+            None if config.tied_embeddings else empty_parameter(config.embedding_size, config.hidden_size)
+        )
 
     def forward(
         self,

@@ -37,8 +37,7 @@ _STORED_NAMES = {DTYPES[name]: stored for stored, name in STORED_DTYPES.items()}
 
 def num_bytes(config: TransformerConfig, dtype: torch.dtype) -> int:
     """Bytes of a model's weights."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
@@ -105,8 +104,7 @@ def _from_tensors(tensors: Mapping[str, Any], config: TransformerConfig, dtype: 
         name: Header(tuple(own.shape), _STORED_NAMES.get(own.dtype, str(own.dtype).removeprefix("torch.")))
         for name, own in found.items()
     }
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer(config)
     names = check_tensors("the state dict", headers, model, family)
     is_stored_twice = config.tied_embeddings and family.head in found
     if is_stored_twice and not torch.equal(found[family.head], found[family.embedding]):
