@@ -25,7 +25,7 @@ def start_gpu_tests(log: Path) -> subprocess.Popen[bytes]:
     """The tests marked `gpu` in a process of their own, which writes its output to a file."""
     in_parallel = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
     without_ray = ["--ignore-glob=tests/workers/test_ray_*"]  # these tests import Ray
-    where = ["tests/workers", "tests/engine/test_golden_families.py"]
+    where = ["tests/workers", "tests/engine/test_golden_families.py", "tests/engine/test_reuse.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *in_parallel, *without_ray, *where]
     with log.open("wb") as file:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)

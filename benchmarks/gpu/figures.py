@@ -35,6 +35,11 @@ def cells(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{f['ratio_plain_mixed']:.2f} times as fast, in {seconds:.1f} s",
         ),
         ("mixed requests against one at a time", f"{f['ratio_one_at_a_time_mixed']:.2f} times as fast"),
+        *(
+            [("reused keys", f"{f['reuse_over_exact']:.2f} times as fast as exact decoding")]
+            if "reuse_over_exact" in f
+            else []
+        ),
         ("golden cases in fp32", f"{parts['golden cases']['equal_cases_fp32']} equal"),
         ("requests of the plain loop in fp32", f"{parts['equal tokens']['equal_requests_fp32']} equal"),
     ]

@@ -27,6 +27,7 @@ The figures are:
   decoding (padded batch, SDPA, all logits, fp64 softmax).
 - `ratio_one_at_a_time_mixed`: over the engine with one request after another.
 - `fp8_over_bf16`: time of a step of 8,192 rows in bf16 over fp8.
+- `reuse_over_exact`: time of equal requests exactly over `reuse="both"`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ KEYS = (
     "ratio_plain_mixed",
     "ratio_one_at_a_time_mixed",
     "fp8_over_bf16",
+    "reuse_over_exact",
 )
 
 

@@ -31,6 +31,7 @@ class Sizes:
         self.single_steps = 8 if small else 64
         self.num_kinds = 2 if small else 8  # requests of each kind that share a step
         self.num_mixed = 3 if small else 64
+        self.num_reusing = 2 if small else 16
         self.num_equal = 3 if small else 6
         self.num_golden = 3 if small else None
         self.rows = (64, 256) if small else tuple(64 << i for i in range(8))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from remask import LLM, SamplingParams
@@ -120,13 +121,14 @@ def stage_b(device: torch.device, sizes: Sizes, report: Report) -> None:
 
 def stage_c(device: torch.device, sizes: Sizes, report: Report) -> None:
     """Kernels of single steps, steps of each kind of request, the mixed workload, and fp8."""
-    report.plan("mixed workload", "larger batches", "fp8", "kinds of requests", "profile")
+    report.plan("mixed workload", "reused keys", "larger batches", "fp8", "kinds of requests", "profile")
     directory, load_format = find_model(sizes.model)
     model = load_denoiser(directory, dtype="bfloat16", device=str(device), load_format=load_format)
     with LLM(
         directory, dtype="bfloat16", device=str(device), load_format=load_format, max_num_rows=MAX_NUM_ROWS
     ) as llm:
         report.part("mixed workload", lambda: mixed_workload(model, llm, sizes, report))
+        report.part("reused keys", lambda: reused_keys(model, llm, sizes, report))
     report.part("larger batches", lambda: larger_batches(model, directory, load_format, sizes))
     report.part("fp8", lambda: in_fp8(directory, load_format, device, sizes))
     report.part("kinds of requests", lambda: kinds_of_requests(model, sizes))
@@ -332,6 +334,27 @@ def mixed_workload(model: TransformerDenoiser, llm: LLM, sizes: Sizes, report: R
             for output, job in zip(outputs, jobs, strict=True)
         ),
     }
+
+
+def reused_keys(model: TransformerDenoiser, llm: LLM, sizes: Sizes, report: Report) -> dict[str, Any]:
+    """Equal requests with reused keys and exactly, at equal forwards."""
+    prompt_len, canvas_len = sizes.single
+    asked = timing.canvases(model.config, sizes.num_reusing, prompt_len, canvas_len)
+    prompts = [canvas.state.token_array()[:prompt_len].tolist() for canvas in asked]
+    exact = SamplingParams(
+        max_tokens=canvas_len,
+        block_length=timing.BLOCK_LEN,
+        unmask=f"schedule:{sizes.single_steps}",
+        ignore_eos=True,
+    )
+    reusing = msgspec.structs.replace(exact, reuse="both")
+    (ratios,) = interleaved(
+        min(2, sizes.repetitions),
+        lambda: llm.generate(prompts, reusing, use_tqdm=False),
+        lambda: llm.generate(prompts, exact, use_tqdm=False),
+        seconds_left=report.seconds_left,
+    )
+    return {"reuse_over_exact": statistics.median(ratios), "over_exact": spread(ratios)}
 
 
 def larger_batches(

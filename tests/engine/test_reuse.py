@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from golden_files import Case, canvas_of, check, check_packed, read
 
 from remask import LLM, InvalidRequest, Schedule, Threshold
@@ -91,6 +92,12 @@ def test_company_and_bursts_change_no_bit(golden_checkpoint: Path) -> None:
             outputs = llm.generate(prompts, fields)
         found.append([(o.outputs[0].token_ids, o.outputs[0].confidences) for o in outputs])
     assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_writes_the_same(golden_checkpoint: Path) -> None:
+    check_packed(golden_checkpoint, CASES, max_num_rows=900, device="cuda")
 
 
 @pytest.mark.slow
