@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from golden_files import GOLDEN
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from step_cases import step_inputs
@@ -24,6 +25,8 @@ from remask.workers.attention.sdpa import SdpaAttention
 from remask.workers.attention.varlen import AttentionBackend
 from remask.workers.burst.staging import to_device
 from remask.workers.burst.state import BurstState
+from remask.workers.kernels import experts
+from remask.workers.models import row_ops
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
 from remask.workers.models.loading import read_config
 from remask.workers.models.transformer import Transformer
@@ -60,6 +63,13 @@ HOST_READS = (
 )
 
 
+class Unlaunched:
+    """In the place of a kernel of experts, which Triton's interpreter would run on the host."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda x, weights, out, *_, **__: out.zero_()
+
+
 class Blind(TorchDispatchMode):
     """Refuses every operation that waits for the device, whose shape depends on its numbers, or that brings
     numbers from the host."""
@@ -75,11 +85,13 @@ class Blind(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def canvas(fields: dict[str, Any], canvas_len: int, block_len: int, prompt_len: int, seed: int = 5) -> Canvas:
+def canvas(
+    fields: dict[str, Any], canvas_len: int, block_len: int, prompt_len: int, seed: int = 5, mask_id: int = 0
+) -> Canvas:
     block = {} if "dream" in fields.get("unmask", "") else {"block_length": min(block_len, canvas_len)}
     params = resolve(SamplingParams(max_tokens=canvas_len, **block, **fields))
     prompt = ([33, 11, 12, 14] * 5)[:prompt_len]
-    return new_canvas("r", 0, prompt, params, seed=seed, sample=0, mask_id=0, stop_ids=[3])
+    return new_canvas("r", 0, prompt, params, seed=seed, sample=0, mask_id=mask_id, stop_ids=[3])
 
 
 def scored(prompt_len: int, canvas_len: int) -> Canvas:
@@ -89,9 +101,23 @@ def scored(prompt_len: int, canvas_len: int) -> Canvas:
     return new_scored_canvas("r", 0, tokens, slots, seed=0, sample=0, mask_id=0)
 
 
+def static(model: Transformer) -> TransformerDenoiser:
+    """With static shapes, and the experts of a GPU."""
+    fixed = TransformerDenoiser(model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
+    fixed.ops = fixed.ops._replace(experts=experts.experts)
+    return fixed
+
+
 @pytest.fixture(scope="module")
-def fixed_model(golden_model: TransformerDenoiser) -> TransformerDenoiser:
-    return TransformerDenoiser(golden_model.model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
+def fixed_model(request: pytest.FixtureRequest) -> TransformerDenoiser:
+    checkpoint = GOLDEN / getattr(request, "param", "llada-tiny")
+    return static(load_denoiser(checkpoint, dtype="float32", device="cpu").model)
+
+
+@pytest.fixture
+def unlaunched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "_grouped_product", Unlaunched())
+    monkeypatch.setattr(experts, "silu_mul", row_ops.silu_mul)
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +287,10 @@ def replaced(own: Canvas, **fields: Any) -> Canvas:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("fixed_model", ["llada-tiny", "lladamoe-tiny"], indirect=True)
+@pytest.mark.usefixtures("unlaunched")
 def test_no_step_of_any_policy_reads_from_the_device(fixed_model: TransformerDenoiser) -> None:
-    own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
+    own = [canvas(fields, 12, 5, 4, mask_id=fixed_model.mask_id) for fields in POLICIES]
     own = [replaced(c, stop_ids=b"") for c in own]
     state = BurstState([c.spec for c in own], [c.state for c in own])
     state.reserve_removed(4)
@@ -274,12 +302,14 @@ def test_no_step_of_any_policy_reads_from_the_device(fixed_model: TransformerDen
     assert state.num_forwards.tolist() == [4] * len(POLICIES)
 
 
-def test_every_step_runs_on_the_meta_device(golden_checkpoint: Path) -> None:
+@pytest.mark.parametrize("checkpoint", ["llada-tiny", "lladamoe-tiny"])
+@pytest.mark.usefixtures("unlaunched")
+def test_every_step_runs_on_the_meta_device(checkpoint: str) -> None:
     """On the meta device, an operation that makes a tensor on the host or reads a value raises an error."""
     meta = torch.device("meta")
-    model = Transformer(read_config(golden_checkpoint)[1])
-    fixed = TransformerDenoiser(model, SdpaAttention(), pack_rows=1 << 30, static_shapes=True)
-    own = [canvas(fields, 12, 5, 4) for fields in POLICIES]
+    model = Transformer(read_config(GOLDEN / checkpoint)[1])
+    fixed = static(model)
+    own = [canvas(fields, 12, 5, 4, mask_id=fixed.mask_id) for fields in POLICIES]
     state = BurstState([c.spec for c in own], [c.state for c in own])
     state.reserve_removed(2)
     on_host = (state, plan_packs(state, fixed, fixed.pack_rows))
