@@ -24,8 +24,11 @@ from remask.workers.burst.keys import BurstKeys
 from remask.workers.burst.state import BurstState
 from remask.workers.key_store import KeyStore
 from remask.workers.models.denoiser import TransformerDenoiser, load_denoiser
+from remask.workers.models.transformer import Transformer
 from remask.workers.rows.kept import DISCARDED, NOTHING_KEPT
 from remask.workers.step import make_keys, pack, plan_keys, plan_packs
+from remask.workers.steps import plan_burst, steps_of
+from remask.workers.tensors import mapped, tensors_of
 from remask.workers.worker import Worker
 
 DREAM = Path(__file__).parents[1] / "data" / "golden" / "dream-tiny"
@@ -282,6 +285,28 @@ def test_graphs_of_light_forwards_write_the_same(
             states = result.states
         assert [s.tokens for s in states] == [s.tokens for s in finish(model, own)]
     assert recorder.tapes
+
+
+@pytest.mark.parametrize("are_missing", [False, True])
+def test_every_step_of_a_burst_runs_on_the_meta_device(model: TransformerDenoiser, are_missing: bool) -> None:
+    """Where an operation that makes a tensor on the host or reads a value raises an error."""
+    kinds = [{**fields, "reuse": reuse} for fields in ROWS.values() for reuse in ("both", "prefix", None)]
+    own = [canvas(model, fields) for fields in kinds]
+    specs, states = [each.spec for each in own], [each.state for each in own]
+    if are_missing:  # the keys of a block that another worker has begun
+        states = Worker(model).run(burst(own, [*states], 1)).states
+    reusing = {place: state for place, state in enumerate(states) if specs[place].reuse}
+    keys = BurstKeys(KeyStore(1, 999), 0, specs, reusing)
+    assert keys.missing == ([*reusing] if are_missing else [])
+    state = BurstState(specs, states)
+    state.reserve_removed(3)
+    on_meta = static(TransformerDenoiser(Transformer(model.config), SdpaAttention(), pack_rows=1 << 30))
+    on_meta.keep_rows(1000)
+    on_host = (state, plan_burst(state, on_meta, on_meta.pack_rows, keys))
+    tree = mapped(on_host, lambda tensor: torch.empty_like(tensor, device="meta"))
+    step = steps_of(*tree, on_meta, lambda later: later())
+    assert sum(step() for _ in range(3)) > 0
+    assert all(tensor.is_meta for tensor in tensors_of(tree))
 
 
 def test_rows_of_a_burst_in_flight_are_waited_for(
