@@ -341,11 +341,9 @@ def reused_keys(model: TransformerDenoiser, llm: LLM, sizes: Sizes, report: Repo
     prompt_len, canvas_len = sizes.single
     asked = timing.canvases(model.config, sizes.num_reusing, prompt_len, canvas_len)
     prompts = [canvas.state.token_array()[:prompt_len].tolist() for canvas in asked]
+    unmask = f"schedule:{sizes.single_steps}"
     exact = SamplingParams(
-        max_tokens=canvas_len,
-        block_length=timing.BLOCK_LEN,
-        unmask=f"schedule:{sizes.single_steps}",
-        ignore_eos=True,
+        max_tokens=canvas_len, block_length=timing.BLOCK_LEN, unmask=unmask, ignore_eos=True
     )
     reusing = msgspec.structs.replace(exact, reuse="both")
     (ratios,) = interleaved(

@@ -17,7 +17,7 @@ DIM, COUNT, ACTIVE, SIZE = 24, 7, 3, 20
 def layer(shared_size: int | None) -> Experts:
     generator = torch.Generator().manual_seed(0)
     config = ExpertsConfig(count=COUNT, num_active=ACTIVE, size=SIZE, shared_size=shared_size)
-    own = Experts(config, DIM)
+    own = Experts(config, DIM).to_empty(device="cpu")
     for parameter in own.parameters():
         parameter.data.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
     return own
