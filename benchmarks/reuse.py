@@ -149,7 +149,7 @@ def block_forwards(commit_steps: NDArray[np.int32]) -> list[int]:
 
 
 def deciles(forwards: list[int]) -> dict[str, float]:
-    """10th percentile, median and 90th percentile."""
+    """10th percentile, median and 90th percentile of the forwards of a block."""
     found = np.percentile(forwards, [10, 50, 90]).round(1).tolist()
     return dict(zip(("p10", "median", "p90"), found, strict=True))
 

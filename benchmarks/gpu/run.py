@@ -27,7 +27,7 @@ The figures are:
   decoding (padded batch, SDPA, all logits, fp64 softmax).
 - `ratio_one_at_a_time_mixed`: over the engine with one request after another.
 - `fp8_over_bf16`: time of a step of 8,192 rows in bf16 over fp8.
-- `reuse_over_exact`: time of equal requests exactly over `reuse="both"`.
+- `reuse_over_exact`: time of equal requests under exact decoding over their time with `reuse="both"`.
 """
 
 from __future__ import annotations
