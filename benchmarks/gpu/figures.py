@@ -12,7 +12,7 @@ def cells(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table.
 
     Args:
-        report: what `run` writes, with all figures.
+        report: what `run` writes, with all figures; runs from before reused keys have none of these.
     """
     f, parts = report["figures"], {}
     for stage in report["stages"].values():

@@ -8,9 +8,8 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import msgspec
 import torch
 
 from remask import LLM, SamplingParams
@@ -120,7 +119,7 @@ def stage_b(device: torch.device, sizes: Sizes, report: Report) -> None:
 
 
 def stage_c(device: torch.device, sizes: Sizes, report: Report) -> None:
-    """Kernels of single steps, steps of each kind of request, the mixed workload, and fp8."""
+    """Kernels of single steps, steps of each kind of request, the mixed workload, reused keys, and fp8."""
     report.plan("mixed workload", "reused keys", "larger batches", "fp8", "kinds of requests", "profile")
     directory, load_format = find_model(sizes.model)
     model = load_denoiser(directory, dtype="bfloat16", device=str(device), load_format=load_format)
@@ -215,17 +214,22 @@ def batch1(model: TransformerDenoiser, llm: LLM, sizes: Sizes, gigabytes_per_sec
     }
 
 
-def plain_batch1(model: TransformerDenoiser, llm: LLM, sizes: Sizes) -> dict[str, Any]:
-    """One request through the engine and through the plain loop, at equal forwards."""
-    prompt_len, canvas_len = sizes.single
-    prompt = single_canvas(model, sizes).state.token_array()[:prompt_len].tolist()
-    params = SamplingParams(
-        max_tokens=canvas_len,
+def fixed_forwards(sizes: Sizes, reuse: Literal["both"] | None = None) -> SamplingParams:
+    """Parameters of the one request, at a number of forwards that does not depend on the model's answers."""
+    return SamplingParams(
+        max_tokens=sizes.single[1],
         block_length=timing.BLOCK_LEN,
         unmask=f"schedule:{sizes.single_steps}",
         seed=0,
         ignore_eos=True,
+        reuse=reuse,
     )
+
+
+def plain_batch1(model: TransformerDenoiser, llm: LLM, sizes: Sizes) -> dict[str, Any]:
+    """One request through the engine and through the plain loop, at equal forwards."""
+    prompt = single_canvas(model, sizes).state.token_array()[: sizes.single[0]].tolist()
+    params = fixed_forwards(sizes)
     ratios = interleaved(
         sizes.repetitions,
         lambda: llm.generate([prompt], params, use_tqdm=False),
@@ -341,17 +345,13 @@ def reused_keys(model: TransformerDenoiser, llm: LLM, sizes: Sizes, report: Repo
     prompt_len, canvas_len = sizes.single
     asked = timing.canvases(model.config, sizes.num_reusing, prompt_len, canvas_len)
     prompts = [canvas.state.token_array()[:prompt_len].tolist() for canvas in asked]
-    unmask = f"schedule:{sizes.single_steps}"
-    exact = SamplingParams(
-        max_tokens=canvas_len, block_length=timing.BLOCK_LEN, unmask=unmask, ignore_eos=True
-    )
-    reusing = msgspec.structs.replace(exact, reuse="both")
-    (ratios,) = interleaved(
-        min(2, sizes.repetitions),
-        lambda: llm.generate(prompts, reusing, use_tqdm=False),
-        lambda: llm.generate(prompts, exact, use_tqdm=False),
-        seconds_left=report.seconds_left,
-    )
+
+    def decode(reuse: Literal["both"] | None) -> None:
+        llm.generate(prompts, fixed_forwards(sizes, reuse), use_tqdm=False)
+
+    decode(None)  # captures the graphs of this side, as `interleaved` does those of the other
+    num, left = min(2, sizes.repetitions), report.seconds_left
+    (ratios,) = interleaved(num, lambda: decode("both"), lambda: decode(None), seconds_left=left)
     return {"reuse_over_exact": statistics.median(ratios), "over_exact": spread(ratios)}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remask.workers.attention.varlen import ITS_BLOCK, ShadowSegment, VarlenLayout, shadow_mask
+from remask.workers.attention.varlen import ShadowSegment, VarlenLayout, shadow_mask
 from remask.workers.rows.pack import ActiveBlocks, HiddenStates
 from remask.workers.rows.plan import Plan, Spare
 
@@ -105,8 +105,7 @@ def _live_shadows(
     bounds = spare.cu_shadows
     num_read = _counts(is_read, bounds)
     # Rows that the head does not read are keys of the others.
-    have_keys = (num_read > 0) & (np.array([span.sees for span in spare.spans]) == ITS_BLOCK)
-    is_key = torch.from_numpy(np.repeat(have_keys, np.diff(bounds)))
+    is_key = torch.from_numpy(np.repeat((num_read > 0) & spare.see_their_block, np.diff(bounds)))
     is_whole = is_read
     if plan.rows_of_slot > 1:
         is_whole = is_read[:: plan.rows_of_slot].repeat_interleave(plan.rows_of_slot)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from remask.workers.attention.varlen import DeviceShadows, ShadowSpan, VarlenLayout
+from remask.workers.attention.varlen import ITS_BLOCK, DeviceShadows, ShadowSpan, VarlenLayout
 from remask.workers.rows.pack import ActiveBlocks, HeadQuery, HiddenStates, KeptPlaces, PackedRows, StepInputs
 
 
@@ -75,6 +75,11 @@ class Spare:
     def cu_shadows(self) -> np.ndarray:
         """Boundaries of the verifying sequences among the shadow rows, int64."""
         return np.array([0, *(span.end for span in self.spans)])
+
+    @cached_property
+    def see_their_block(self) -> np.ndarray:
+        """Whether the shadow rows of each verifying sequence see each other, bool."""
+        return np.array([span.sees == ITS_BLOCK for span in self.spans], dtype=bool)
 
 
 @dataclass(frozen=True)
